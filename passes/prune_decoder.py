@@ -1,0 +1,91 @@
+"""Prunes the visual tokens at the entry of decoder layers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import RewriteError
+from ..ops import keep_lowest, key_norm, merge_by_cluster
+from ..ops.indexing import compact, put_rows, take_along
+from ..schedule import Stage
+from .token_axis import anchors, finish, layer_exit, output_node, placeholder, reroute
+
+# policy(hidden [B, n, D], saliency [B, n], labels [B, n], budget) -> (hidden [B, budget, D], index [B, budget])
+Policy = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+POLICIES: dict[str, Policy] = {
+    "merge_by_cluster": merge_by_cluster,
+    "keep_lowest": lambda hidden, saliency, labels, budget: keep_lowest(hidden, saliency, budget),
+}
+
+
+def prune_tokens(
+    hidden: Tensor, key: Tensor, visual: Tensor, labels: Tensor, *, policy: str, tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Reduces the visual tokens of a prompt to `tokens`; text is never touched.
+
+    hidden: [B, t, D]; key: [B, kv_heads, t, hd] of the layer before; visual: int64 [B, n], the visual rows, ascending;
+    labels: int64 [B, n], their clusters. Returns (hidden [B, t', D], keep int64 [B, t']: the rows that stay, visual int64
+    [B, tokens]: the visual rows of the new sequence, index int64 [B, tokens]: which of the n they are).
+    """
+    batch, length, _ = hidden.shape
+    saliency = key_norm(take_along(key, visual, 2))
+    reduced, index = POLICIES[policy](take_along(hidden, visual, 1), saliency, labels, tokens)
+    chosen = visual.gather(1, index)
+    mask = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+    mask = mask.scatter(1, visual, torch.zeros_like(visual, dtype=torch.bool))
+    mask = mask.scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
+    keep, slot = compact(mask, length - visual.shape[1] + tokens)
+    new_visual = slot.gather(1, chosen)
+    return put_rows(take_along(hidden, keep, 1), new_visual, reduced), keep, new_visual, index
+
+
+def prune_decoder(module: fx.GraphModule, stages: tuple[Stage, ...]) -> fx.GraphModule:
+    """Inserts one `prune_tokens` node before each stage's layer and moves the rest of the graph onto the shorter axis.
+
+    Adds the inputs `visual` and `labels` (int64 [B, n]) and returns, behind the graph's own result, each stage's `index`.
+    Skipped without stages. Raises RewriteError if a stage's layer is not inside the decoder, stages do not ascend, or its
+    policy is unknown.
+    """
+    graph = module.graph
+    layers = len(anchors(graph))
+    before = 0
+    for stage in stages:
+        if not before < stage.layer < layers:
+            raise RewriteError(
+                f"stage at layer {stage.layer} is out of place: stages ascend between layer {before + 1} and {layers - 1}"
+            )
+        if stage.policy not in POLICIES:
+            raise RewriteError(f"policy {stage.policy!r} is unknown: use one of {', '.join(POLICIES)}")
+        before = stage.layer
+    if not stages:
+        return module
+    visual = placeholder(graph, "visual")
+    labels = placeholder(graph, "labels")
+    selections = []
+    for stage in stages:
+        cut = layer_exit(graph, stage.layer - 1)
+        key = anchors(graph)[stage.layer - 1].args[1]
+        with graph.inserting_after(cut):
+            pruned = graph.call_function(
+                prune_tokens, (cut, key, visual, labels), {"policy": stage.policy, "tokens": stage.tokens}
+            )
+        parts = []
+        after = pruned
+        for i in range(4):
+            with graph.inserting_after(after):
+                after = graph.call_function(operator.getitem, (pruned, i))
+            parts.append(after)
+        hidden, keep, visual_next, index = parts
+        hidden.meta["val"] = cut.meta["val"]
+        reroute(graph, cut, hidden, keep, renumber=stage.positions == "index")
+        with graph.inserting_after(index):
+            labels = graph.call_function(torch.gather, (labels, 1, index))
+        visual = visual_next
+        selections.append(index)
+    output = output_node(graph)
+    output.args = ((*output.args[0], *selections),)  # type: ignore[misc]
+    return finish(module)

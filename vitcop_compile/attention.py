@@ -1,0 +1,140 @@
+"""The anchor every captured model is rewritten around, and what it lowers to.
+
+`vitcop::attention` is registered with transformers' AttentionInterface, so a stock model traces to one such node per layer,
+whose arguments are the layer's rotated queries, keys and values. The name is absent from transformers' mask registry:
+no mask is built, and causality stays an attribute of the node instead of a [tokens, tokens] tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from .errors import UnsupportedError
+
+ANCHOR_NAME = "vitcop"
+
+
+@torch.library.custom_op("vitcop::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+    """Scaled dot-product attention. query [B, heads, s, hd], key and value [B, kv_heads, s, hd] -> [B, heads, s, hd]."""
+    return sdpa(query, key, value, scale, causal).clone()
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+    return torch.empty_like(query)
+
+
+ANCHOR = torch.ops.vitcop.attention.default
+
+
+def _interface(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if attention_mask is not None:
+        raise UnsupportedError("the model hands its own mask to attention; only pure causal or full attention is captured")
+    unsupported = sorted(name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None)
+    if unsupported:
+        raise UnsupportedError(f"attention with {', '.join(unsupported)} is not supported")
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    causal = bool(getattr(module, "is_causal", False))
+    return torch.ops.vitcop.attention(query, key, value, float(scale), causal).transpose(1, 2), None
+
+
+AttentionInterface.register(ANCHOR_NAME, _interface)
+
+
+@contextlib.contextmanager
+def anchored(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context `model` traces to anchors, in evaluation mode; afterwards it is as it was."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for config in configs:
+            config._attn_implementation = ANCHOR_NAME
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+        for module in training:
+            module.training = True
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+    """Prefill or encoder attention through torch's fused kernels; causality is a flag, no mask exists."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def sdpa_decode(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: Tensor) -> Tensor:
+    """One query [B, heads, 1, hd] against the first slot + 1 rows of caches [B, kv_heads, rows, hd]; slot int64 [B]."""
+    grouped = query.shape[1] != key.shape[1]
+    rows = torch.arange(key.shape[2], device=key.device)
+    valid = (rows <= slot.unsqueeze(-1))[:, None, None, :]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=valid, scale=scale, enable_gqa=grouped)
+
+
+@torch.library.custom_op("vitcop::flash_prefill", mutates_args=())
+def flash_prefill(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+    """`sdpa` through the flash-attn package (CUDA, fp16 or bf16)."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal).transpose(1, 2).contiguous()
+
+
+@flash_prefill.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("vitcop::flash_decode", mutates_args=())
+def flash_decode(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: Tensor) -> Tensor:
+    """`sdpa_decode` through the flash-attn package (CUDA, fp16 or bf16)."""
+    from flash_attn import flash_attn_with_kvcache
+
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    lengths = (slot + 1).to(torch.int32)
+    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, softmax_scale=scale).transpose(1, 2).contiguous()
+
+
+@flash_decode.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: Tensor) -> Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+# name -> (what an anchor becomes in encoder and prefill, what it becomes in decode)
+LOWERINGS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "sdpa": (sdpa, sdpa_decode),
+    "flash_attn": (flash_prefill, flash_decode),
+}
+
+
+def check_lowering(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UnsupportedError if attention cannot be lowered to `name` on `device` in `dtype`."""
+    if name not in LOWERINGS:
+        raise UnsupportedError(f"attention={name!r} is unknown: use one of {', '.join(LOWERINGS)}")
+    if name != "flash_attn":
+        return
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedError(
+            f"attention='flash_attn' runs on CUDA in float16 or bfloat16, not on {device.type} in {dtype}: use 'sdpa'"
+        )
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            f"attention='flash_attn' needs the flash-attn package ({error}): pip install 'vitcop-compile[flash-attn]', or "
+            "use 'sdpa'"
+        ) from None

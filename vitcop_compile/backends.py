@@ -1,0 +1,48 @@
+"""What an exported program becomes: a callable over tensors. A backend is one function in a registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from .errors import UnsupportedError
+
+Program = Callable[..., Any]
+Backend = Callable[[ExportedProgram], Program]
+BACKENDS: dict[str, Backend] = {}
+
+
+def register(name: str) -> Callable[[Backend], Backend]:
+    """Adds a backend under `name`."""
+
+    def add(backend: Backend) -> Backend:
+        BACKENDS[name] = backend
+        return backend
+
+    return add
+
+
+def backend_of(name: str) -> Backend:
+    """The backend `name`. Raises UnsupportedError, listing the known ones."""
+    if name not in BACKENDS:
+        raise UnsupportedError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+@register("eager")
+def eager(program: ExportedProgram) -> Program:
+    """The rewritten graph as it is, operator by operator."""
+    return program.module(check_guards=False)
+
+
+@register("inductor")
+def inductor(program: ExportedProgram) -> Program:
+    """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
+    module = program.module(check_guards=False)
+    on_cuda = any(parameter.is_cuda for parameter in module.parameters())
+    # Quotas are rounded in fp32: a division that is off by an ulp could move a token.
+    options: dict[str, Any] = {"triton.cudagraphs": True, "emulate_divison_rounding": True} if on_cuda else {}
+    return torch.compile(module, fullgraph=True, dynamic=False, options=options or None)

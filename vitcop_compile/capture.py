@@ -1,0 +1,45 @@
+"""One semantic capture of each side of a model: fx graphs over ATen whose batch and token axes are symbols."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.export import Dim
+
+from .attention import anchored
+from .families import Family
+
+# Any size from 2 on traces to a symbol; these differ from each other and from common widths.
+_BATCH, _TOKENS = 2, 11
+
+
+@dataclass(frozen=True)
+class Capture:
+    """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [B, t]) -> [B, t, D], with B and t symbolic.
+
+    Parameters are the model's own. Graphs are copied before they are rewritten; a capture is never changed.
+    """
+
+    encoder: fx.GraphModule
+    decoder: fx.GraphModule
+
+
+def capture(family: Family, model: nn.Module) -> Capture:
+    """Traces the encoder and the decoder of `family` once. The model's state is restored afterwards."""
+    parameter = next(model.parameters())
+    like = {"device": parameter.device, "dtype": parameter.dtype}
+    pixels = torch.zeros(_BATCH, _TOKENS, family.shape.vision_hidden, **like)
+    embeddings = torch.zeros(_BATCH, _TOKENS, family.shape.hidden, **like)
+    positions = torch.arange(_TOKENS, device=parameter.device).repeat(_BATCH, 1)
+    with anchored(model), torch.no_grad():
+        return Capture(_trace(family.encoder, pixels), _trace(family.decoder, embeddings, positions))
+
+
+def _trace(module: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
+    axes = {0: Dim("batch", min=1), 1: Dim("tokens", min=1)}
+    program = torch.export.export(
+        module, inputs, dynamic_shapes=((axes,) * len(inputs),), strict=False
+    )
+    return program.module(check_guards=False)

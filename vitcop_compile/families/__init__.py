@@ -1,0 +1,7 @@
+"""Model families: what a compiler must know of a model that its graph does not say. One small file each."""
+
+from .registry import FAMILIES, Family, family_of, register
+
+__all__ = ["FAMILIES", "Family", "family_of", "register"]
+
+from . import llava  # noqa: E402, F401  (registers itself)

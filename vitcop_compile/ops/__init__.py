@@ -1,0 +1,10 @@
+"""The operations of token pruning: batched, static shapes, no data-dependent control flow, fp32 inside.
+
+Plain torch that `torch.export` traces; indices are int64 and ties go to the lowest index.
+"""
+
+from .clustering import density_peaks
+from .merging import keep_lowest, merge_by_cluster
+from .saliency import cls_saliency, key_norm
+
+__all__ = ["cls_saliency", "density_peaks", "keep_lowest", "key_norm", "merge_by_cluster"]

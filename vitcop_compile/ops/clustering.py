@@ -1,0 +1,64 @@
+"""Density-peaks clustering of visual tokens, without a loop over data and without an [n, n, d] tensor."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def density_peaks(
+    features: Tensor, positions: Tensor | None, centres: int, dc: float = 8.0, k: float = 0.6
+) -> Tensor:
+    """Labels of a density-peaks clustering restricted to spatial neighbours (ViTCoP, vision stage).
+
+    features: [B, n, d]; positions: [B, n, 2] in units of the image side, None for no spatial limit; centres: clusters, 1 to
+    n; dc: width of the density kernel, in feature distance; k: reach of a neighbour, in units of the image side.
+    Returns int64 [B, n]: 0 to centres - 1, by descending delta * rho of the centre, or -1 for a point whose chain of nearest
+    denser neighbours ends in a cycle. Raises ValueError for centres out of range. Computed in fp32 whatever the input.
+    """
+    batch, n, _ = features.shape
+    if not 1 <= centres <= n:
+        raise ValueError(f"centres={centres} is out of range for {n} tokens: choose 1 to {n}")
+    distance = _distances(features)
+    rho = torch.exp(-((distance / dc) ** 2)).sum(-1)
+    candidate = rho.unsqueeze(1) >= rho.unsqueeze(2)  # [b, i, j]: j is at least as dense as i
+    if positions is not None:
+        candidate = candidate & (_planar_distances(positions) <= k)
+    diagonal = torch.eye(n, dtype=torch.bool, device=features.device)
+    reach = distance.masked_fill(~candidate | diagonal, math.inf)
+    # Two reductions rather than min(dim), whose index on ties is unspecified and which TensorRT cannot convert.
+    delta = reach.amin(-1)
+    order = torch.arange(n, device=features.device)
+    nearest = torch.where(reach == delta.unsqueeze(-1), order, n).amin(-1)
+    nearest = torch.where(torch.isinf(delta), 0, nearest)
+
+    peak = (delta * rho).argsort(dim=1, descending=True, stable=True)[:, :centres]
+    label = torch.full((batch, n), -1, dtype=torch.int64, device=features.device)
+    label = label.scatter(1, peak, torch.arange(centres, device=features.device).expand(batch, centres))
+    # A centre is its own parent; after ceil(log2 n) doublings every pointer has reached the end of its chain.
+    parent = torch.where(label >= 0, order, nearest)
+    for _ in range(max(1, (n - 1).bit_length())):
+        parent = parent.gather(1, parent)
+    return label.gather(1, parent)
+
+
+def _distances(features: Tensor) -> Tensor:
+    """sqrt(|xi - xj|^2 + 1e-8) as fp32 [B, n, n] with a zero diagonal.
+
+    The Gram form costs one matmul where differences cost [n, n, d]. It cancels, so it is carried in fp64: equal rows then
+    come out equal after rounding to fp32, which the ties of the method depend on.
+    """
+    wide = features.double()
+    gram = wide @ wide.transpose(-1, -2)
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    squared = (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram).clamp_min(0).float()
+    off = 1.0 - torch.eye(features.shape[1], device=features.device)
+    return torch.sqrt(squared + 1e-8) * off
+
+
+def _planar_distances(positions: Tensor) -> Tensor:
+    """Euclidean distances [B, n, n] of points [B, n, 2], fp32."""
+    row, column = positions.float().unbind(-1)
+    rows = row.unsqueeze(-1) - row.unsqueeze(-2)
+    columns = column.unsqueeze(-1) - column.unsqueeze(-2)
+    return torch.sqrt(rows * rows + columns * columns)

@@ -1,0 +1,47 @@
+"""Gather, scatter and compaction of token rows by per-sample indices."""
+
+import torch
+from torch import Tensor
+
+
+def take_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [B, n, D], index int64 [B, m] -> [B, m, D]: per-sample selection of rows."""
+    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+
+
+def put_rows(rows: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """rows [B, n, D] with rows `index` [B, m] (distinct per sample) replaced by `values` [B, m, D]."""
+    return rows.scatter(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]), values.to(rows.dtype))
+
+
+def take_along(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    """tensor [B, ..., n, ...] with n at `dim`, index int64 [B, m] -> the same with m at `dim`. B may be 1 in `tensor`."""
+    shape = [1] * tensor.dim()
+    shape[0], shape[dim] = index.shape
+    target = list(tensor.shape)
+    target[0] = index.shape[0]
+    source = tensor.expand(target)
+    target[dim] = index.shape[1]
+    return source.gather(dim, index.reshape(shape).expand(target))
+
+
+def compact(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Indices of the `count` true entries of every row, ascending.
+
+    mask: bool [B, n] with exactly `count` true entries a row. Returns (index int64 [B, count], slot int64 [B, n]), where
+    slot is the rank of each true entry. A prefix sum and one scatter: linear in n, and no size depends on data.
+    """
+    slot = mask.to(torch.int64).cumsum(1) - 1
+    batch, n = mask.shape
+    order = torch.arange(n, device=mask.device).expand(batch, n)
+    # False entries all land in one spare slot behind the end.
+    target = torch.where(mask, slot, count)
+    index = torch.zeros(batch, count + 1, dtype=torch.int64, device=mask.device).scatter(1, target, order)
+    return index[:, :count], slot
+
+
+def lowest(values: Tensor, count: int) -> Tensor:
+    """Indices int64 [B, count] of the `count` least values [B, n] of every row, ascending by index; ties go to the lower."""
+    rank = values.argsort(dim=1, stable=True)[:, :count]
+    mask = torch.zeros_like(values, dtype=torch.bool).scatter(1, rank, torch.ones_like(rank, dtype=torch.bool))
+    return compact(mask, count)[0]

@@ -1,0 +1,59 @@
+"""The whole of it, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from .attention import check_lowering
+from .backends import backend_of
+from .capture import capture
+from .config import ViTCoPConfig
+from .errors import UnsupportedError
+from .families import family_of
+from .programs import Programs
+from .runtime import TEXT_BUCKETS, OptimizedModel
+
+
+def optimize(
+    model: PreTrainedModel,
+    config: ViTCoPConfig | None = None,
+    *,
+    backend: str = "inductor",
+    attention: str = "sdpa",
+    text_buckets: Sequence[int] = TEXT_BUCKETS,
+) -> OptimizedModel:
+    """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded.
+
+    config: what to prune, preset "1/3" by default; backend: "inductor" or "eager"; attention: "sdpa" or "flash_attn", the
+    kernels that attention lowers to; text_buckets: ascending numbers of text tokens that prompts are padded to. The model
+    is not changed and shares its weights with the result. Programs compile on first use, or through `warmup`.
+
+    Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
+    the model's shape cannot meet; both before anything is traced.
+    """
+    config = config or ViTCoPConfig.preset("1/3")
+    family = family_of(model)
+    _check_weights(model)
+    backend_of(backend)
+    check_lowering(attention, model.device, model.dtype)
+    schedule = config.schedule(family.shape)
+    text_schedule = ViTCoPConfig.dense().schedule(family.shape)
+
+    captured = capture(family, model)
+    programs = Programs(family, captured, schedule, attention)
+    text_programs = Programs(family, captured, text_schedule, attention)
+    return OptimizedModel(model, programs, text_programs, backend, text_buckets)
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(devices) != 1 or devices[0] == "meta":
+        raise UnsupportedError(f"the weights are on {', '.join(devices)}: load the whole model on one device")
+    allowed = (torch.float32, torch.float16, torch.bfloat16)
+    if len(dtypes) != 1 or not dtypes <= set(allowed):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise UnsupportedError(f"the weights are {names}: load the model in one of float32, float16, bfloat16")
