@@ -3,6 +3,8 @@
     encoder   clean -> truncate_encoder -> prune_encoder -> lower_attention
     prefill   clean -> prune_decoder -> return_kv -> lower_attention
     decode    clean -> decode_cache -> lower_attention
+
+The inductor backend ends with one more on every exported program: lower_linear.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from ..schedule import Schedule
 from .clean import clean
 from .decode_cache import decode_cache
 from .lower_attention import lower_attention
+from .lower_linear import lower_linear
 from .prune_decoder import prune_decoder
 from .prune_encoder import prune_encoder
 from .return_kv import return_kv
@@ -24,6 +27,7 @@ __all__ = [
     "clean",
     "decode_cache",
     "lower_attention",
+    "lower_linear",
     "prune_decoder",
     "prune_encoder",
     "return_kv",

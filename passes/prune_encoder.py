@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -54,9 +55,7 @@ def prune_encoder(module: fx.GraphModule, stage: VisionStage | None, grid: tuple
     cut = layer_exit(graph, stage.layer)
     query, key, _, scale = anchors(graph)[stage.layer].args[:4]
     with graph.inserting_after(cut):
-        pruned = graph.call_function(
-            prune_patches, (cut, query, key, scale), {"tokens": stage.tokens, "prefix": prefix}
-        )
+        pruned = graph.call_function(prune_patches, (cut, query, key, scale), {"tokens": stage.tokens, "prefix": prefix})
     with graph.inserting_after(pruned):
         hidden = graph.call_function(operator.getitem, (pruned, 0))
     with graph.inserting_after(hidden):
@@ -66,14 +65,14 @@ def prune_encoder(module: fx.GraphModule, stage: VisionStage | None, grid: tuple
     hidden.meta["val"] = cut.meta["val"]
     reroute(graph, cut, hidden, keep, renumber=False)
     with graph.inserting_before(output):
-        settings = {"grid": grid, "prefix": prefix, "centres": stage.centres, "dc": stage.dc, "k": stage.k}
+        settings: Any = {"grid": grid, "prefix": prefix, "centres": stage.centres, "dc": stage.dc, "k": stage.k}
         labels = graph.call_function(cluster_patches, (key, kept), settings)
     _drop_prefix(graph, output, prefix, (kept, labels))
     return finish(module)
 
 
 def _drop_prefix(graph: fx.Graph, output: fx.Node, prefix: int, others: tuple[fx.Node, ...]) -> None:
-    (hidden,) = output.args[0]  # type: ignore[misc]
+    (hidden,) = cast(tuple[fx.Node, ...], output.args[0])
     with graph.inserting_before(output):
         patches = graph.call_function(operator.getitem, (hidden, (slice(None), slice(prefix, None))))
     output.args = ((patches, *others),)

@@ -67,7 +67,7 @@ def token_dims(node: fx.Node, symbol: torch.SymInt) -> list[int]:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return []
-    dims = []
+    dims: list[int] = []
     for dim, size in enumerate(value.shape):
         if not isinstance(size, torch.SymInt) or not _mentions(size, symbol):
             continue

@@ -9,6 +9,7 @@ import torch
 from torch.export import ExportedProgram
 
 from .errors import UnsupportedError
+from .passes.lower_linear import lower_linear
 
 Program = Callable[..., Any]
 Backend = Callable[[ExportedProgram], Program]
@@ -41,7 +42,7 @@ def eager(program: ExportedProgram) -> Program:
 @register("inductor")
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
-    module = program.module(check_guards=False)
+    module = lower_linear(program.module(check_guards=False))
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     # Quotas are rounded in fp32: a division that is off by an ulp could move a token.
     options: dict[str, Any] = {"triton.cudagraphs": True, "emulate_divison_rounding": True} if on_cuda else {}

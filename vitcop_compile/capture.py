@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 from torch.export import Dim
+from transformers import PreTrainedModel
 
 from .attention import anchored
 from .families import Family
@@ -26,12 +27,11 @@ class Capture:
     decoder: fx.GraphModule
 
 
-def capture(family: Family, model: nn.Module) -> Capture:
+def capture(family: Family, model: PreTrainedModel) -> Capture:
     """Traces the encoder and the decoder of `family` once. The model's state is restored afterwards."""
     parameter = next(model.parameters())
-    like = {"device": parameter.device, "dtype": parameter.dtype}
-    pixels = torch.zeros(_BATCH, _TOKENS, family.shape.vision_hidden, **like)
-    embeddings = torch.zeros(_BATCH, _TOKENS, family.shape.hidden, **like)
+    pixels = parameter.new_zeros(_BATCH, _TOKENS, family.shape.vision_hidden)
+    embeddings = parameter.new_zeros(_BATCH, _TOKENS, family.shape.hidden)
     positions = torch.arange(_TOKENS, device=parameter.device).repeat(_BATCH, 1)
     with anchored(model), torch.no_grad():
         return Capture(_trace(family.encoder, pixels), _trace(family.decoder, embeddings, positions))
@@ -39,7 +39,5 @@ def capture(family: Family, model: nn.Module) -> Capture:
 
 def _trace(module: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
     axes = {0: Dim("batch", min=1), 1: Dim("tokens", min=1)}
-    program = torch.export.export(
-        module, inputs, dynamic_shapes=((axes,) * len(inputs),), strict=False
-    )
+    program = torch.export.export(module, inputs, dynamic_shapes=((axes,) * len(inputs),), strict=False)
     return program.module(check_guards=False)

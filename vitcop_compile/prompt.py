@@ -70,7 +70,7 @@ def check_pixels(pixels: object, family: Family, batch: int, device: torch.devic
         raise InputError(f"pixel_values has dtype {pixels.dtype}: pass normalised floating-point pixels")
     if pixels.dim() != 4 or tuple(pixels.shape[1:]) != family.pixel_shape:
         raise InputError(
-            f"pixel_values has shape {tuple(pixels.shape)}: this model takes [images, {', '.join(map(str, family.pixel_shape))}]"
+            f"pixel_values has shape {tuple(pixels.shape)}: this model takes [images, *{family.pixel_shape}]"
         )
     if pixels.shape[0] != batch:
         raise InputError(

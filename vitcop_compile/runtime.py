@@ -72,6 +72,11 @@ class OptimizedModel(GenerationMixin):
         return self._programs.schedule
 
     @property
+    def programs(self) -> Programs:
+        """Where the vision, prefill and decode programs are exported: what `vitcop_compile.export` and benchmarks build on."""
+        return self._programs
+
+    @property
     def compiled(self) -> tuple[tuple, ...]:
         """Keys of the programs made so far: ("vision", batch), ("prefill" | "decode", batch, rows, image)."""
         return tuple(self._compiled)
@@ -201,7 +206,7 @@ class OptimizedModel(GenerationMixin):
         inputs, selection = self._see(prompt, images)
         prefill = self._program(("prefill", batch, rows, image))
         logits, *rest = prefill(prompt.ids, prompt.last, *inputs)
-        stages, caches = rest[: len(rest) - 2 * programs.schedule.shape.layers], rest[-2 * programs.schedule.shape.layers :]
+        stages, caches = rest[: len(programs.schedule.stages)], rest[len(programs.schedule.stages) :]
         cache.selection = _raster(selection, stages)
         shapes = programs.cache_shapes(batch, rows + room)
         cache.fill(("decode", batch, rows + room, image), prompt.last + 1, caches, shapes, length, room)
@@ -239,7 +244,10 @@ class OptimizedModel(GenerationMixin):
             else:
                 rows, image = rest
                 programs = self._programs if image else self._text_programs
-                program = programs.export_prefill(batch, rows, image) if kind == "prefill" else programs.export_decode(batch, rows)
+                if kind == "prefill":
+                    program = programs.export_prefill(batch, rows, image)
+                else:
+                    program = programs.export_decode(batch, rows)
             self._compiled[key] = self._backend(program)
         return self._compiled[key]
 
@@ -267,12 +275,15 @@ def _bucket(count: int, buckets: Sequence[int], what: str) -> int:
     for bucket in buckets:
         if count <= bucket:
             return bucket
-    raise InputError(f"{count} {what} exceed the largest bucket, {buckets[-1]}: shorten it, or pass larger buckets to optimize()")
+    raise InputError(
+        f"{count} {what} exceed the largest bucket, {buckets[-1]}: ask for fewer, or optimize() with larger buckets"
+    )
 
 
 def _check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
     values = tuple(buckets)
-    if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values) or list(values) != sorted(set(values)):
+    counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+    if not values or not counts or list(values) != sorted(set(values)):
         raise InputError(f"text_buckets={values}: pass ascending positive numbers of text tokens")
     return values
 

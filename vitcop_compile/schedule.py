@@ -197,9 +197,7 @@ def _budgets(config: ViTCoPConfig, shape: ModelShape, shallow: int, deep: int) -
     if retention > 1:
         raise ConfigError(f"mean_tokens={config.mean_tokens} exceeds the {shape.patches} patches of an image")
     name, value = ("mean_tokens", config.mean_tokens) if config.mean_tokens is not None else ("retention", retention)
-    merged, kept = published_budgets(
-        retention, config.vision_ratio, shallow, deep, shape.layers, tokens, config.deep_divisor
-    )
+    merged, kept = published_budgets(retention, config.vision_ratio, shallow, deep, shape.layers, tokens, config.deep_divisor)
     if kept < 1:
         raise ConfigError(
             f"{name}={value} leaves {merged} tokens after layer {shallow} and {kept} after layer {deep}, below 1: raise "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from ..errors import UnsupportedError
 from ..schedule import ModelShape
@@ -12,7 +14,7 @@ from .registry import Call, Family, register
 _VISION_MODEL = "clip_vision_model"
 
 
-def shape(config: LlavaConfig) -> ModelShape:
+def shape(config: Any) -> ModelShape:
     """The numbers of a LLaVA model. Raises UnsupportedError for variants that are not captured."""
     vision, text = config.vision_config, config.text_config
     if vision.model_type != _VISION_MODEL:
@@ -53,7 +55,8 @@ def shape(config: LlavaConfig) -> ModelShape:
 
 def parts(model: LlavaForConditionalGeneration) -> Family:
     """The stock modules of `model`, none of them changed."""
-    vision, config = model.model.vision_tower, model.config
+    vision: Any = model.model.vision_tower
+    config: Any = model.config
     side = config.vision_config.image_size
     return Family(
         shape=shape(config),

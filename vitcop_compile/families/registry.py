@@ -55,9 +55,7 @@ def family_of(model: PreTrainedModel) -> Family:
     """The parts of `model`. Raises UnsupportedError, naming the supported classes, for any other model."""
     entry = FAMILIES.get(type(model).__name__)
     if entry is None:
-        raise UnsupportedError(
-            f"{type(model).__name__} is not a supported model: use one of {', '.join(sorted(FAMILIES))}"
-        )
+        raise UnsupportedError(f"{type(model).__name__} is not a supported model: use one of {', '.join(sorted(FAMILIES))}")
     return entry.parts(model)
 
 

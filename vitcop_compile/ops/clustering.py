@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def density_peaks(
-    features: Tensor, positions: Tensor | None, centres: int, dc: float = 8.0, k: float = 0.6
-) -> Tensor:
+def density_peaks(features: Tensor, positions: Tensor | None, centres: int, dc: float = 8.0, k: float = 0.6) -> Tensor:
     """Labels of a density-peaks clustering restricted to spatial neighbours (ViTCoP, vision stage).
 
     features: [B, n, d]; positions: [B, n, 2] in units of the image side, None for no spatial limit; centres: clusters, 1 to

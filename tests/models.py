@@ -1,0 +1,87 @@
+"""Tiny stock LLaVA models with seeded random weights, and prompts for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE, VOCAB, GRID, PATCHES, SIDE = 95, 96, 8, 64, 112
+
+
+def llava(layers: int = 6, kv_heads: int = 4, seed: int = 0, positions: int = 1024, **config) -> LlavaForConditionalGeneration:
+    """A float32 LLaVA in evaluation mode: CLIP of 4 layers on 8x8 patches, Llama of `layers` layers and 4 heads."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=SIDE // GRID,
+        projection_dim=16,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, tie_word_embeddings=False, **config)
+    ).eval()
+    randomize(model, seed)
+    return model
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights large enough that tokens differ: selections are decided by wide margins and greedy tokens vary."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name or "layrnorm" in name:
+                weight.copy_(noise * 0.1 + (0 if name.endswith("bias") else 1))
+            elif name.endswith("bias"):
+                weight.copy_(noise * 0.1)
+            elif "embed" in name and "patch" not in name:
+                weight.copy_(noise)
+            else:
+                weight.copy_(noise * 1.6 / weight[0].numel() ** 0.5)
+
+
+def pixels(batch: int = 1, seed: int = 0) -> Tensor:
+    """Random normalised images [batch, 3, 112, 112], a colour of its own for every patch."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    base = torch.randn(batch, 3, GRID, GRID, generator=generator)
+    noise = torch.randn(batch, 3, SIDE, SIDE, generator=generator)
+    return base.repeat_interleave(SIDE // GRID, 2).repeat_interleave(SIDE // GRID, 3) + 0.3 * noise
+
+
+def text(count: int, seed: int = 0) -> list[int]:
+    """`count` text token ids, neither special nor the image's."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    return torch.randint(3, IMAGE, (count,), generator=generator).tolist()
+
+
+def prompt(before: int = 5, after: int = 9, seed: int = 0, image_tokens: int = PATCHES) -> Tensor:
+    """ids [1, before + image_tokens + after]: text around the image's expanded placeholder."""
+    words = text(before + after, seed)
+    return torch.tensor([words[:before] + [IMAGE] * image_tokens + words[before:]])
+
+
+def pad(prompts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """(ids, mask) [B, longest] of prompts [1, T], padded on the given side."""
+    longest = max(ids.shape[1] for ids in prompts)
+    rows = []
+    for ids in prompts:
+        fill = ids.new_zeros(1, longest - ids.shape[1])
+        parts = [(fill, 0 * fill), (ids, torch.ones_like(ids))]
+        rows.append([torch.cat(p, 1) for p in zip(*(parts if side == "left" else parts[::-1]))])
+    return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])

@@ -1,0 +1,316 @@
+"""Every operation against its naive reference, at its edges, and as an exported graph."""
+
+import math
+
+import naive
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vitcop_compile import ops
+from vitcop_compile.ops.indexing import compact, put_rows, take_along, take_rows
+from vitcop_compile.ops.saliency import keep_highest
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SEEDS = st.integers(0, 2**32 - 1)
+# Multiples of 1/8 below 16: exact in every dtype used here, and so are their squared distances in fp64.
+STEP, BOUND = 0.125, 15.875
+
+
+def quantized(rng: np.random.Generator, *shape: int, scale: float = 3.0) -> np.ndarray:
+    return np.clip(np.round(rng.normal(0, scale, shape) / STEP) * STEP, -BOUND, BOUND).astype(np.float32)
+
+
+# Saliency
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 5), st.integers(1, 3))
+def test_cls_saliency(seed: int, batch: int, heads: int, patches: int, width: int, prefix: int) -> None:
+    rng = np.random.default_rng(seed)
+    query, key = rng.normal(0, 2, (2, batch, heads, prefix + patches, width)).astype(np.float32)
+    found = ops.cls_saliency(torch.from_numpy(query), torch.from_numpy(key), width**-0.5, prefix)
+    assert found.shape == (batch, patches) and found.dtype == torch.float32
+    expected = [naive.cls_saliency(query[b], key[b], width**-0.5, prefix) for b in range(batch)]
+    assert torch.allclose(found.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cls_saliency_is_computed_in_fp32(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(3)
+    query, key = quantized(rng, 2, 1, 2, 7, 4)
+    found = ops.cls_saliency(torch.from_numpy(query).to(dtype), torch.from_numpy(key).to(dtype), 0.5)
+    assert found.dtype == torch.float32
+    expected = torch.tensor(naive.cls_saliency(query[0], key[0], 0.5), dtype=torch.float64)
+    assert torch.allclose(found[0].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", [0, 4, 9])
+def test_cls_saliency_refuses_a_prefix_that_does_not_fit(prefix: int) -> None:
+    key = torch.zeros(1, 2, 4, 3)
+    with pytest.raises(ValueError, match=f"prefix={prefix} does not fit 4 tokens"):
+        ops.cls_saliency(key, key, 1.0, prefix)
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.integers(1, 5), st.sampled_from(DTYPES))
+def test_key_norm(seed: int, batch: int, heads: int, n: int, width: int, dtype: torch.dtype) -> None:
+    key = quantized(np.random.default_rng(seed), batch, heads, n, width)
+    found = ops.key_norm(torch.from_numpy(key).to(dtype))
+    assert found.shape == (batch, n) and found.dtype == torch.float32
+    expected = torch.tensor([naive.key_norm(key[b]) for b in range(batch)], dtype=torch.float64)
+    assert torch.allclose(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_key_norm_is_the_norm_of_the_mean_and_blind_to_rotation() -> None:
+    key = torch.randn(2, 4, 5, 6)
+    angle = torch.rand(5, 3) * 2 * math.pi
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    rotated = key * cos + torch.cat((-key[..., 3:], key[..., :3]), -1) * sin
+    assert torch.allclose(ops.key_norm(rotated), ops.key_norm(key), atol=1e-5)
+    assert not torch.allclose(key.norm(dim=-1).mean(1), ops.key_norm(key), atol=0.1)
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 12), st.integers(0, 2), st.data())
+def test_keep_highest(seed: int, batch: int, n: int, prefix: int, data: st.DataObject) -> None:
+    tokens = data.draw(st.integers(1, n))
+    saliency = np.random.default_rng(seed).integers(0, 4, (batch, n)).astype(np.float32)
+    index, keep = keep_highest(torch.from_numpy(saliency), tokens, prefix)
+    expected = [naive.keep_lowest(-row, tokens) for row in saliency]
+    assert index.tolist() == expected
+    assert keep.tolist() == [[*range(prefix), *(prefix + i for i in row)] for row in expected]
+
+
+# Clustering
+
+
+def features_with_duplicates(rng: np.random.Generator, n: int, distinct: int, width: int) -> np.ndarray:
+    rows = quantized(rng, distinct, width, scale=8 / math.sqrt(2 * width))
+    return rows[rng.integers(0, distinct, n)] if distinct < n else rows[:n]
+
+
+def grid_positions(rng: np.random.Generator, n: int) -> np.ndarray:
+    patches = np.sort(rng.choice(576, n, replace=False))
+    return (np.stack((patches // 24, patches % 24), -1) / 24).astype(np.float32)
+
+
+@given(
+    SEEDS, st.integers(1, 3), st.integers(1, 24), st.integers(1, 24), st.integers(2, 9), st.booleans(),
+    st.sampled_from([(8.0, 0.6), (4.0, 0.2), (2.5, 0.35)]), st.sampled_from(DTYPES), st.data(),
+)  # fmt: skip
+def test_density_peaks(seed, batch, n, distinct, width, planar, setting, dtype, data) -> None:
+    (dc, k), centres = setting, data.draw(st.integers(1, n))
+    rng = np.random.default_rng(seed)
+    features = np.stack([features_with_duplicates(rng, n, distinct, width) for _ in range(batch)])
+    positions = np.stack([grid_positions(rng, n) for _ in range(batch)]) if planar else None
+    expected = [
+        naive.density_peaks(features[b], None if positions is None else positions[b], centres, dc, k) for b in range(batch)
+    ]
+    # Values that differ by less than fp32 resolves are no specification of an order; equal ones are.
+    assume(min(sample.margin for sample in expected) > 1e-5)
+    found = ops.density_peaks(
+        torch.from_numpy(features).to(dtype), None if positions is None else torch.from_numpy(positions), centres, dc, k
+    )
+    assert found.dtype == torch.int64
+    assert found.tolist() == [sample.labels for sample in expected]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17])
+def test_density_peaks_of_equal_points_goes_by_index(n: int) -> None:
+    features = torch.full((2, n, 5), 1.375)
+    for centres in {1, (n + 1) // 2, n}:
+        # Centre 0 is everybody's nearest.
+        assert ops.density_peaks(features, None, centres).tolist() == [[*range(centres), *[0] * (n - centres)]] * 2
+
+
+@pytest.mark.parametrize("planar", [True, False])
+def test_density_peaks_leaves_cycles_and_what_hangs_from_them_unassigned(planar: bool) -> None:
+    # Pairs of twins far apart; the densest group takes the only centre, each other pair points at itself.
+    features = torch.tensor([0.0, 0, 0, 100, 100, 200, 200, 300]).reshape(1, 8, 1)
+    positions = torch.stack((torch.arange(8) / 8, torch.zeros(8)), -1)[None] if planar else None
+    expected = naive.density_peaks(
+        features[0].numpy(), None if positions is None else positions[0].numpy(), centres=1, dc=8, k=0.2
+    )
+    assert -1 in expected.labels
+    assert ops.density_peaks(features, positions, 1, k=0.2)[0].tolist() == expected.labels
+
+
+def test_density_peaks_follows_a_chain_of_any_length() -> None:
+    # Density falls along a line, so every point's nearest denser one is its left neighbour: one chain of n - 1 links.
+    n = 65
+    features = torch.cumsum(1 + torch.arange(n) / 64, 0).reshape(1, n, 1)
+    expected = naive.density_peaks(features[0].numpy(), None, 1, dc=200, k=1)
+    chain, links = expected.labels.index(0), 0
+    for start in range(n):
+        at, steps = start, 0
+        while at != chain and steps < n:
+            at, steps = expected.nearest[at], steps + 1
+        links = max(links, steps)
+    assert links > 32 and set(expected.labels) == {0}
+    assert ops.density_peaks(features, None, 1, dc=200)[0].tolist() == expected.labels
+
+
+@pytest.mark.parametrize("centres", [0, -1, 5])
+def test_density_peaks_refuses_centres_out_of_range(centres: int) -> None:
+    with pytest.raises(ValueError, match=f"centres={centres} is out of range for 4 tokens: choose 1 to 4"):
+        ops.density_peaks(torch.zeros(1, 4, 2), None, centres)
+
+
+# Reduction
+
+LABELS = st.sampled_from([-1, 0, 1, 2, 3, 17, -(2**40), 2**62])
+
+
+@st.composite
+def merges(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[list[int]], int]:
+    batch, n, width = draw(st.integers(1, 3)), draw(st.integers(1, 24)), draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(SEEDS))
+    labels = st.lists(LABELS, min_size=n, max_size=n) | st.permutations(range(n))  # few clusters, or only singletons
+    # Whole numbers: sums are exact in any order, and ties abound.
+    saliency = rng.integers(0, draw(st.integers(1, 40)), (batch, n)).astype(np.float32)
+    budget = draw(st.sampled_from([1, n]) | st.integers(1, n))
+    return quantized(rng, batch, n, width), saliency, [list(draw(labels)) for _ in range(batch)], budget
+
+
+@given(merges(), st.sampled_from(DTYPES))
+def test_merge_by_cluster(case: tuple, dtype: torch.dtype) -> None:
+    hidden, saliency, labels, budget = case
+    rows, index = ops.merge_by_cluster(
+        torch.from_numpy(hidden).to(dtype), torch.from_numpy(saliency).to(dtype), torch.tensor(labels), budget
+    )
+    assert rows.dtype == dtype and index.dtype == torch.int64
+    assert rows.shape == (*hidden.shape[:1], budget, hidden.shape[2])
+    for b in range(len(labels)):
+        expected_rows, expected_index = naive.merge_by_cluster(hidden[b], saliency[b], labels[b], budget)
+        assert index[b].tolist() == expected_index
+        # Computed in fp32 and rounded once: within half a unit in the last place of the input's type.
+        expected = torch.from_numpy(expected_rows)
+        assert torch.allclose(rows[b].double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "labels", "budget", "index"),
+    [
+        (6, [0, 0, 0, 1, 1, 1], 1, [3]),  # more clusters than budget: all in one token, at the middle member
+        (6, [4, 4, 9, 9, 7, 7], 2, [1, 4]),  # sums tie: the cluster that starts first is merged alone
+        (4, [0, 1, 2, 3], 4, [0, 1, 2, 3]),  # singletons: nothing to share out
+        (5, [-1, -1, 3, -1, 3], 2, [1, 4]),  # -1 is a cluster like any other
+        (4, [5, 5, 5, 5], 3, [0, 1, 3]),  # tokens tie: the lowest indices are kept
+    ],
+)
+def test_merge_by_cluster_by_hand(n: int, labels: list[int], budget: int, index: list[int]) -> None:
+    hidden = torch.arange(1.0, n + 1).reshape(1, n, 1)
+    rows, found = ops.merge_by_cluster(hidden, torch.ones(1, n), torch.tensor([labels]), budget)
+    assert found.tolist() == [index]
+    by_hand = {
+        (6, 1): [4 + 3.5],
+        (6, 2): [2 + 1.5, 5 + 4.5],
+        (4, 4): [2, 4, 6, 8],
+        (5, 2): [2 + 7 / 3, 5 + 4],
+        (4, 3): [1, 2, 4 + 3.5],
+    }
+    assert torch.allclose(rows.flatten(), torch.tensor(by_hand[n, budget]))
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 16), st.sampled_from(DTYPES), st.data())
+def test_keep_lowest(seed: int, batch: int, n: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    budget = data.draw(st.sampled_from([1, n]) | st.integers(1, n))
+    rng = np.random.default_rng(seed)
+    hidden, saliency = quantized(rng, batch, n, 3), rng.integers(0, 5, (batch, n)).astype(np.float32)
+    rows, index = ops.keep_lowest(torch.from_numpy(hidden).to(dtype), torch.from_numpy(saliency).to(dtype), budget)
+    assert rows.dtype == dtype and index.dtype == torch.int64
+    assert index.tolist() == [naive.keep_lowest(row, budget) for row in saliency]
+    assert rows.tolist() == [[hidden[b, i].tolist() for i in index[b]] for b in range(batch)]
+
+
+@pytest.mark.parametrize("budget", [0, -3, 6])
+def test_reductions_refuse_a_budget_out_of_range(budget: int) -> None:
+    hidden, saliency, labels = torch.zeros(1, 5, 2), torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.int64)
+    message = f"budget={budget} is out of range for 5 tokens: choose 1 to 5"
+    with pytest.raises(ValueError, match=message):
+        ops.keep_lowest(hidden, saliency, budget)
+    with pytest.raises(ValueError, match=message):
+        ops.merge_by_cluster(hidden, saliency, labels, budget)
+
+
+# Indexing
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 10), st.data())
+def test_compaction_and_rows(seed: int, batch: int, n: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, n))
+    rng = np.random.default_rng(seed)
+    chosen = np.stack([np.sort(rng.choice(n, count, replace=False)) for _ in range(batch)])
+    mask = np.zeros((batch, n), dtype=bool)
+    np.put_along_axis(mask, chosen, True, 1)
+    index, slot = compact(torch.from_numpy(mask), count)
+    assert index.tolist() == chosen.tolist()
+    assert slot.gather(1, index).tolist() == [list(range(count))] * batch
+
+    rows = rng.normal(size=(batch, n, 2))
+    assert take_rows(torch.from_numpy(rows), index).tolist() == [[rows[b][i].tolist() for i in chosen[b]] for b in range(batch)]
+    put = put_rows(torch.from_numpy(rows), index, torch.zeros(batch, count, 2))
+    assert np.array_equal(put.numpy(), np.where(mask[..., None], 0, rows))
+    # A single sample stands for the batch, whatever the dimension.
+    shared = rng.normal(size=(1, 2, n, 3))
+    taken = take_along(torch.from_numpy(shared), index, 2)
+    assert np.array_equal(taken.numpy(), np.stack([shared[0][:, chosen[b]] for b in range(batch)]))
+
+
+# Export
+
+
+class Operation(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor):
+        return self.function(*inputs)
+
+
+B, N, D = 2, 32, 48
+EXPORTS = {
+    "cls_saliency": (lambda q, k: ops.cls_saliency(q, k, 0.5), (torch.randn(B, 3, N, 4), torch.randn(B, 3, N, 4))),
+    "key_norm": (ops.key_norm, (torch.randn(B, 3, N, 4),)),
+    "density_peaks": (lambda x, p: ops.density_peaks(x, p, 5), (torch.randn(B, N, D), torch.rand(B, N, 2))),
+    "merge_by_cluster": (
+        lambda h, s, c: ops.merge_by_cluster(h, s, c, 9),
+        (torch.randn(B, N, D), torch.rand(B, N), torch.arange(N).remainder(7).repeat(B, 1)),
+    ),
+    "keep_lowest": (lambda h, s: ops.keep_lowest(h, s, 9), (torch.randn(B, N, D), torch.rand(B, N))),
+    "keep_highest": (lambda s: keep_highest(s, 9, 1), (torch.rand(B, N),)),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_export_is_static_and_reads_no_data(name: str) -> None:
+    function, inputs = EXPORTS[name]
+    program = torch.export.export(Operation(function), inputs, strict=False).run_decompositions()
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    values = [value for node in calls for value in torch.utils._pytree.tree_leaves(node.meta.get("val"))]
+    assert calls and values
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    assert len(tensors) == len(values), "a size became a symbol"
+    assert all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
+    data_dependent = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    for node in calls:
+        assert not data_dependent.intersection(getattr(node.target, "tags", ())), node.target
+        assert not any(word in str(node.target) for word in ("_local_scalar_dense", "nonzero", "_assert", "sym_")), node.target
+    found, expected = program.module()(*inputs), function(*inputs)
+    for a, b in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected)):
+        assert torch.equal(a, b)
+
+
+def test_density_peaks_never_holds_all_differences() -> None:
+    function, inputs = EXPORTS["density_peaks"]
+    program = torch.export.export(Operation(function), inputs, strict=False).run_decompositions()
+    sizes = [
+        value.numel()
+        for node in program.graph.nodes
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(value, Tensor)
+    ]
+    assert max(sizes) == B * N * max(N, D)
+    assert max(sizes) < B * N * N * D

@@ -1,0 +1,307 @@
+"""The demo: one photograph through a dense and a pruned compiled model, measured there and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from . import picture, toy
+from .backends import backend_of
+from .cache import PrunedCache, Selection
+from .config import ViTCoPConfig
+from .errors import ConfigError, InputError, UnsupportedError
+from .explain import table
+from .pipeline import optimize
+from .runtime import OptimizedModel
+
+# Sizes of the stand-in for LLaVA-1.5: the image and its 576 patches are the real ones.
+SMALL: dict[str, int] = {"vision_hidden": 256, "vision_layers": 6, "hidden": 512, "layers": 12, "vocab": 2048}
+NOTE = "random weights: tokens mean nothing, times and shapes are real"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ROUNDS = 5
+_TEXT = "USER: <image>\n{} ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `vitcop-compile demo` was asked for. image None: a sample photograph; model None: random weights.
+
+    dtype None: float32 on the CPU, float16 on CUDA. max_new_tokens >= 1; rounds >= 1.
+    """
+
+    image: Path | None = None
+    model: str | None = None
+    preset: str = "1/9"
+    backend: str = "inductor"
+    prompt: str = "Who is this, and what is the person wearing?"
+    max_new_tokens: int = 32
+    output: Path = Path("vitcop-demo.png")
+    seed: int = 0
+    dtype: str | None = None
+    rounds: int = ROUNDS
+
+
+@dataclass
+class Subject:
+    """A model and a request for it. photo: as the model sees it; read: ids to text, None where text means nothing."""
+
+    model: PreTrainedModel
+    inputs: dict[str, Tensor]
+    photo: picture.Picture
+    read: Callable[[list[int]], str] | None = None
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the prompt that are not image placeholders."""
+        return int((self.inputs["input_ids"] != self.model.config.image_token_id).sum())
+
+
+@dataclass
+class Arm:
+    """One compiled model and what was measured on it. Times in seconds, one per round; kv_bytes: as allocated."""
+
+    name: str
+    model: OptimizedModel
+    ttft: list[float] = field(default_factory=list)
+    tpot: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    kv_bytes: int = 0
+    selection: Selection = field(default_factory=Selection)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the demo found."""
+
+    dense: Arm
+    pruned: Arm
+    peak_bytes: int
+    picture: Path
+
+
+class Steps:
+    """Progress: a spinner with the seconds while a step runs, a line with its time when it is done."""
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    @contextmanager
+    def step(self, text: str, detail: Callable[[], str] = lambda: "") -> Iterator[None]:
+        """Runs a step named `text`; `detail` is asked again and again for what it is at."""
+        start = time.perf_counter()
+        with self._console.status(_Running(text, detail, start)):
+            yield
+        seconds = time.perf_counter() - start
+        self._console.print(Text.assemble(("  done ", "green"), text, (f"  {seconds:.1f} s", "dim")))
+
+
+@dataclass
+class _Running:
+    text: str
+    detail: Callable[[], str]
+    start: float
+
+    def __rich__(self) -> Text:
+        seconds = time.perf_counter() - self.start
+        return Text.assemble(self.text, " ", (self.detail(), "cyan"), (f"  {seconds:.0f} s", "dim"))
+
+
+class Clock(BaseStreamer):
+    """The time of every token: `generate` hands each over on the host, so the device has finished it."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.stamps: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Called with the prompt first, then with every token."""
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+    @property
+    def times(self) -> tuple[float, float | None]:
+        """Seconds to the first token, and per token after it (None if there is none)."""
+        first, *later = self.stamps[1:]
+        return first - self.start, (later[-1] - first) / len(later) if later else None
+
+
+def run(options: Options, console: Console) -> Report:
+    """The whole demo, printed to `console`. Raises VitcopError for options that cannot work, before anything slow."""
+    config = ViTCoPConfig.preset(options.preset)
+    backend_of(options.backend)
+    _check(options)
+    image = load_image(options.image)
+    steps = Steps(console)
+    if options.model is None:
+        console.print(Text(f"A LLaVA-1.5 architecture at small size. {NOTE}.", style="bold yellow"))
+    with steps.step("loading the model" if options.model else "building the model"):
+        subject = _pretrained(options, image) if options.model else _random(options, image)
+    with steps.step("capturing and rewriting the graphs, dense and pruned"):
+        settings = {"dense": ViTCoPConfig.dense(), "pruned": config}
+        arms = [Arm(name, optimize(subject.model, value, backend=options.backend)) for name, value in settings.items()]
+    console.print(table(config.schedule(arms[1].model.schedule.shape, text_tokens=subject.text_tokens)))
+    for arm in arms:
+        _compile(arm, subject, options.max_new_tokens, steps)
+    measure(arms, subject, options, steps)
+    report = Report(*arms, _peak_bytes(subject.model.device), options.output)
+    console.print(_results(report, options, subject.model))
+    _print_tokens(report, subject, console)
+    with steps.step("drawing"):
+        title = f"ViTCoP, preset {options.preset}" + ("" if options.model else ", random weights")
+        grid = report.pruned.model.schedule.shape.grid
+        picture.save(picture.figure(subject.photo, report.pruned.selection, grid, title), options.output)
+    console.print(f"picture: {options.output}", soft_wrap=True, markup=False)
+    return report
+
+
+def load_image(path: Path | None) -> Image.Image:
+    """The image at `path` in RGB; None: the photograph that comes with matplotlib. Raises InputError if unreadable."""
+    if path is None:
+        picture.require_matplotlib()
+        from matplotlib.cbook import get_sample_data
+
+        path = Path(str(get_sample_data("grace_hopper.jpg", asfileobj=False)))
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that Pillow can read: pass a JPEG or PNG file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def measure(arms: list[Arm], subject: Subject, options: Options, steps: Steps) -> None:
+    """Fills in the arms. They take turns, so that a slow spell of the machine meets both; a first round is not counted."""
+    at = 0
+    with steps.step(f"measuring {options.rounds} rounds", lambda: f"round {at} of {options.rounds}"):
+        for at in range(options.rounds + 1):
+            for arm in arms if at % 2 else arms[::-1]:
+                clock = Clock()
+                arguments: dict[str, Any] = subject.inputs | {"streamer": clock, "max_new_tokens": options.max_new_tokens}
+                out = arm.model.generate(**arguments, do_sample=False, return_dict_in_generate=True)
+                if at == 0:
+                    continue
+                first, later = clock.times
+                arm.ttft.append(first)
+                arm.tpot += [later] if later is not None else []
+                arm.tokens = out.sequences[0, subject.inputs["input_ids"].shape[1] :].tolist()
+                arm.kv_bytes = sum(buffer.nbytes for buffer in out.past_key_values.buffers)
+                arm.selection = out.past_key_values.selection
+
+
+def _check(options: Options) -> None:
+    picture.require_matplotlib()
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise ConfigError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    for name in ("max_new_tokens", "rounds"):
+        if getattr(options, name) < 1:
+            raise InputError(f"{name}={getattr(options, name)} is below 1")
+    if not options.output.absolute().parent.is_dir():
+        raise InputError(f"{options.output} cannot be written: there is no folder {options.output.absolute().parent}")
+
+
+def _place(options: Options) -> tuple[torch.device, torch.dtype]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, DTYPES[options.dtype or ("float16" if device.type == "cuda" else "float32")]
+
+
+def _random(options: Options, image: Image.Image) -> Subject:
+    device, dtype = _place(options)
+    model = toy.small_llava(**SMALL, seed=options.seed, dtype=dtype).to(device)  # type: ignore[arg-type]
+    ids, pixels = toy.encode(_TEXT.format(options.prompt), model.config), toy.pixels(image, model.config)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    processor = toy.processor(model.config)
+    photo = picture.photograph(pixels[0], processor.image_mean, processor.image_std)
+    return Subject(model, {name: value.to(device) for name, value in inputs.items()}, photo)
+
+
+def _pretrained(options: Options, image: Image.Image) -> Subject:
+    device, dtype = _place(options)
+    try:
+        processor = AutoProcessor.from_pretrained(options.model)
+        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(device).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise UnsupportedError(f"{options.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    text = _TEXT.format(options.prompt)
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": options.prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    batch = processor(images=image, text=text, return_tensors="pt").to(device)
+    names = ("input_ids", "attention_mask", "pixel_values")
+    how = processor.image_processor
+    photo = picture.photograph(batch["pixel_values"][0], how.image_mean, how.image_std)
+    return Subject(model, {name: batch[name] for name in names}, photo, processor.decode)
+
+
+def _compile(arm: Arm, subject: Subject, new_tokens: int, steps: Steps) -> None:
+    """Makes the programs that `generate` will ask for, by the same two calls."""
+    made = lambda: f"({', '.join(key[0] for key in arm.model.compiled) or 'none'} exported)"  # noqa: E731
+    ids = subject.inputs["input_ids"]
+    with steps.step(f"{arm.name}: exporting and compiling vision and prefill", made):
+        out = arm.model(**subject.inputs, past_key_values=PrunedCache(max_length=ids.shape[1] + new_tokens))
+    if new_tokens > 1:
+        with steps.step(f"{arm.name}: exporting and compiling decode", made):
+            arm.model(input_ids=ids[:, :1], past_key_values=out.past_key_values)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # no such thing on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _results(report: Report, options: Options, model: PreTrainedModel) -> Table:
+    on = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    title = f"measured on {on}: {options.backend}, {str(model.dtype)[6:]}, medians of {options.rounds} rounds (min to max)"
+    out = Table(title=title)
+    out.add_column("")
+    for name in ("dense", "pruned", "dense / pruned"):
+        out.add_column(name, justify="right")
+    arms = (report.dense, report.pruned)
+    visual = [arm.model.schedule.mean_visual_tokens() for arm in arms]
+    out.add_row("visual tokens, mean over layers", *(f"{v:.1f}" for v in visual), f"{visual[0] / visual[1]:.2f}")
+    for text, times in (
+        ("time to first token: vision + prefill", [arm.ttft for arm in arms]),
+        ("time per token: decode", [arm.tpot for arm in arms]),
+    ):
+        if all(times):
+            out.add_row(text, *map(_milliseconds, times), f"{median(times[0]) / median(times[1]):.2f}")
+    kv = [arm.kv_bytes for arm in arms]
+    out.add_row("KV cache, as allocated", *(f"{v / 2**20:.2f} MiB" for v in kv), f"{kv[0] / kv[1]:.2f}")
+    out.caption = f"peak memory of the whole run, both arms: {report.peak_bytes / 2**20:,.0f} MiB"
+    return out
+
+
+def _milliseconds(times: list[float]) -> str:
+    return f"{median(times) * 1e3:.1f} ms ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f})"
+
+
+def _print_tokens(report: Report, subject: Subject, console: Console) -> None:
+    for arm in (report.dense, report.pruned):
+        console.print(Text(f"{arm.name} tokens: {arm.tokens}"))
+        if subject.read:
+            console.print(Text(f"{arm.name} text: {subject.read(arm.tokens)}"))
+    if subject.read is None:
+        console.print(Text(f"({NOTE})", style="dim"))
