@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, settings
 
 # Same examples in every run; a deadline would measure the machine, not the code.
 settings.register_profile(
-    "suite", derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    "suite", derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
 torch.set_num_threads(2)

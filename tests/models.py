@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+from unittest import mock
+
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import vitcop_compile
+from vitcop_compile.capture import Capture, capture
+from vitcop_compile.families import family_of
 
 IMAGE, VOCAB, GRID, PATCHES, SIDE = 95, 96, 8, 64, 112
 
@@ -38,6 +45,28 @@ def llava(layers: int = 6, kv_heads: int = 4, seed: int = 0, positions: int = 10
     ).eval()
     randomize(model, seed)
     return model
+
+
+@cache
+def shared(layers: int = 6, kv_heads: int = 4) -> LlavaForConditionalGeneration:
+    """One `llava` for all tests, which leave it as it is."""
+    return llava(layers, kv_heads)
+
+
+_captures: dict[int, tuple[object, Capture]] = {}
+
+
+def captured(model: LlavaForConditionalGeneration) -> Capture:
+    """The capture of `model`, traced once."""
+    if id(model) not in _captures:
+        _captures[id(model)] = model, capture(family_of(model), model)
+    return _captures[id(model)][1]
+
+
+def optimize(model: LlavaForConditionalGeneration, config=None, backend: str = "eager", **settings):
+    """`vitcop_compile.optimize`, but a model is traced once for all configurations."""
+    with mock.patch("vitcop_compile.pipeline.capture", lambda family, model: captured(model)):
+        return vitcop_compile.optimize(model, config, backend=backend, **settings)
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:

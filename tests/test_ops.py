@@ -116,6 +116,20 @@ def test_density_peaks(seed, batch, n, distinct, width, planar, setting, dtype, 
     assert found.tolist() == [sample.labels for sample in expected]
 
 
+@pytest.mark.xfail(strict=True, reason="distances of equal rows are not equal: the Gram form leaves their rounding error")
+@pytest.mark.parametrize("width", [64, 1024])
+def test_density_peaks_of_equal_rows_of_any_value(width: int) -> None:
+    rng = np.random.default_rng(0)
+    wrong = []
+    for trial in range(10):
+        features = rng.normal(0, 1, (12, width)).astype(np.float32)[rng.integers(0, 12, 40)]
+        expected = naive.density_peaks(features, None, 10, dc=width**0.5, k=0.6)
+        assert expected.margin > 1e-5
+        if ops.density_peaks(torch.from_numpy(features)[None], None, 10, dc=width**0.5)[0].tolist() != expected.labels:
+            wrong.append(trial)
+    assert not wrong
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 17])
 def test_density_peaks_of_equal_points_goes_by_index(n: int) -> None:
     features = torch.full((2, n, 5), 1.375)
@@ -190,27 +204,21 @@ def test_merge_by_cluster(case: tuple, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "labels", "budget", "index"),
+    ("labels", "budget", "expected"),
     [
-        (6, [0, 0, 0, 1, 1, 1], 1, [3]),  # more clusters than budget: all in one token, at the middle member
-        (6, [4, 4, 9, 9, 7, 7], 2, [1, 4]),  # sums tie: the cluster that starts first is merged alone
-        (4, [0, 1, 2, 3], 4, [0, 1, 2, 3]),  # singletons: nothing to share out
-        (5, [-1, -1, 3, -1, 3], 2, [1, 4]),  # -1 is a cluster like any other
-        (4, [5, 5, 5, 5], 3, [0, 1, 3]),  # tokens tie: the lowest indices are kept
+        pytest.param([0, 0, 0, 1, 1, 1], 1, {3: 4 + 3.5}, id="all in one, at the middle member"),
+        pytest.param([4, 4, 9, 9, 7, 7], 2, {1: 2 + 1.5, 4: 5 + 4.5}, id="sums tie: the first cluster goes alone"),
+        pytest.param([0, 1, 2, 3], 4, {0: 2, 1: 4, 2: 6, 3: 8}, id="singletons are doubled"),
+        pytest.param([-1, -1, 3, -1, 3], 2, {1: 2 + 7 / 3, 4: 5 + 4}, id="-1 is a cluster"),
+        pytest.param([5, 5, 5, 5], 3, {0: 1, 1: 2, 3: 4 + 3.5}, id="tokens tie: the lowest indices are kept"),
     ],
 )
-def test_merge_by_cluster_by_hand(n: int, labels: list[int], budget: int, index: list[int]) -> None:
+def test_merge_by_cluster_by_hand(labels: list[int], budget: int, expected: dict[int, float]) -> None:
+    n = len(labels)
     hidden = torch.arange(1.0, n + 1).reshape(1, n, 1)
-    rows, found = ops.merge_by_cluster(hidden, torch.ones(1, n), torch.tensor([labels]), budget)
-    assert found.tolist() == [index]
-    by_hand = {
-        (6, 1): [4 + 3.5],
-        (6, 2): [2 + 1.5, 5 + 4.5],
-        (4, 4): [2, 4, 6, 8],
-        (5, 2): [2 + 7 / 3, 5 + 4],
-        (4, 3): [1, 2, 4 + 3.5],
-    }
-    assert torch.allclose(rows.flatten(), torch.tensor(by_hand[n, budget]))
+    rows, index = ops.merge_by_cluster(hidden, torch.ones(1, n), torch.tensor([labels]), budget)
+    assert index.tolist() == [list(expected)]
+    assert torch.allclose(rows.flatten(), torch.tensor(list(expected.values()), dtype=torch.float32))
 
 
 @given(SEEDS, st.integers(1, 3), st.integers(1, 16), st.sampled_from(DTYPES), st.data())

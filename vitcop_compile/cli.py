@@ -33,9 +33,9 @@ _PRESETS = ", ".join(PRESETS)
 @app.command("explain")
 def explain_command(
     model: Annotated[
-        str | None, typer.Option(help="A folder with config.json, or a model on the hub. [default: LLaVA-1.5-7B's shape]")
+        str | None, typer.Option(help="A folder with config.json, or a model on the hub; default: LLaVA-1.5-7B's shape.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"A published setting: {_PRESETS}. [default: {DEFAULT_PRESET}]")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"A published setting: {_PRESETS}; default: {DEFAULT_PRESET}.")] = None,
     retention: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, mean over layers.")] = None,
     mean_tokens: Annotated[float | None, typer.Option(help="Visual tokens to keep, mean over layers.")] = None,
     config: Annotated[Path | None, typer.Option(help="A file written by ViTCoPConfig.save.")] = None,
@@ -53,9 +53,9 @@ def explain_command(
 
 @app.command("demo")
 def demo_command(
-    image: Annotated[Path | None, typer.Option(help="A photograph. [default: one that comes with matplotlib]")] = None,
+    image: Annotated[Path | None, typer.Option(help="A photograph; default: one that comes with matplotlib.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="A LLaVA-1.5 folder or model on the hub. [default: a small one, random weights]")
+        str | None, typer.Option(help="A LLaVA-1.5 folder or model on the hub; default: a small one, random weights.")
     ] = None,
     preset: Annotated[str, typer.Option(help=f"A published setting: {_PRESETS}.")] = DEFAULT_PRESET,
     backend: Annotated[str, typer.Option(help="What the programs compile with: inductor, eager.")] = "inductor",
@@ -64,7 +64,7 @@ def demo_command(
     output: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("vitcop-demo.png"),
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16. [default: float32 on CPU, float16 on CUDA]")
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: float32 on CPU, float16 on CUDA.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
 ) -> None:
@@ -95,9 +95,7 @@ def console() -> Console:
     return out if out.is_terminal else Console(width=max(out.width, TABLE_WIDTH))
 
 
-def _settings(
-    preset: str | None, retention: float | None, mean_tokens: float | None, path: Path | None
-) -> ViTCoPConfig:
+def _settings(preset: str | None, retention: float | None, mean_tokens: float | None, path: Path | None) -> ViTCoPConfig:
     options = {"--preset": preset, "--retention": retention, "--mean-tokens": mean_tokens, "--config": path}
     given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:

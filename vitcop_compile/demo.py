@@ -152,7 +152,7 @@ def run(options: Options, console: Console) -> Report:
     if options.model is None:
         console.print(Text(f"A LLaVA-1.5 architecture at small size. {NOTE}.", style="bold yellow"))
     with steps.step("loading the model" if options.model else "building the model"):
-        subject = _pretrained(options, image) if options.model else _random(options, image)
+        subject = _pretrained(options, options.model, image) if options.model else _random(options, image)
     with steps.step("capturing and rewriting the graphs, dense and pruned"):
         settings = {"dense": ViTCoPConfig.dense(), "pruned": config}
         arms = [Arm(name, optimize(subject.model, value, backend=options.backend)) for name, value in settings.items()]
@@ -160,7 +160,7 @@ def run(options: Options, console: Console) -> Report:
     for arm in arms:
         _compile(arm, subject, options.max_new_tokens, steps)
     measure(arms, subject, options, steps)
-    report = Report(*arms, _peak_bytes(subject.model.device), options.output)
+    report = Report(arms[0], arms[1], _peak_bytes(subject.model.device), options.output)
     console.print(_results(report, options, subject.model))
     _print_tokens(report, subject, console)
     with steps.step("drawing"):
@@ -195,7 +195,9 @@ def measure(arms: list[Arm], subject: Subject, options: Options, steps: Steps) -
             for arm in arms if at % 2 else arms[::-1]:
                 clock = Clock()
                 arguments: dict[str, Any] = subject.inputs | {"streamer": clock, "max_new_tokens": options.max_new_tokens}
-                out = arm.model.generate(**arguments, do_sample=False, return_dict_in_generate=True)
+                out: Any = arm.model.generate(  # type: ignore[misc]
+                    **arguments, do_sample=False, return_dict_in_generate=True
+                )
                 if at == 0:
                     continue
                 first, later = clock.times
@@ -232,13 +234,13 @@ def _random(options: Options, image: Image.Image) -> Subject:
     return Subject(model, {name: value.to(device) for name, value in inputs.items()}, photo)
 
 
-def _pretrained(options: Options, image: Image.Image) -> Subject:
+def _pretrained(options: Options, name: str, image: Image.Image) -> Subject:
     device, dtype = _place(options)
     try:
-        processor = AutoProcessor.from_pretrained(options.model)
-        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(device).eval()
+        processor = AutoProcessor.from_pretrained(name)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
-        raise UnsupportedError(f"{options.model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UnsupportedError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
     text = _TEXT.format(options.prompt)
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": options.prompt}]
@@ -247,12 +249,15 @@ def _pretrained(options: Options, image: Image.Image) -> Subject:
     names = ("input_ids", "attention_mask", "pixel_values")
     how = processor.image_processor
     photo = picture.photograph(batch["pixel_values"][0], how.image_mean, how.image_std)
-    return Subject(model, {name: batch[name] for name in names}, photo, processor.decode)
+    return Subject(model.to(device).eval(), {name: batch[name] for name in names}, photo, processor.decode)
 
 
 def _compile(arm: Arm, subject: Subject, new_tokens: int, steps: Steps) -> None:
     """Makes the programs that `generate` will ask for, by the same two calls."""
-    made = lambda: f"({', '.join(key[0] for key in arm.model.compiled) or 'none'} exported)"  # noqa: E731
+
+    def made() -> str:
+        return f"({', '.join(key[0] for key in arm.model.compiled) or 'none'} exported so far)"
+
     ids = subject.inputs["input_ids"]
     with steps.step(f"{arm.name}: exporting and compiling vision and prefill", made):
         out = arm.model(**subject.inputs, past_key_values=PrunedCache(max_length=ids.shape[1] + new_tokens))

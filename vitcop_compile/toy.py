@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -69,13 +71,13 @@ def small_llava(
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE_TOKEN,
+        image_token_index=IMAGE_TOKEN,
         image_seq_length=(image_size // patch_size) ** 2,
         dtype=dtype,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlavaForConditionalGeneration(config).to(dtype).eval()
+        return LlavaForConditionalGeneration(config).to(dtype).eval()  # type: ignore[arg-type]
 
 
 def encode(prompt: str, config: LlavaConfig) -> Tensor:
@@ -86,7 +88,8 @@ def encode(prompt: str, config: LlavaConfig) -> Tensor:
     before, found, after = prompt.partition(PLACEHOLDER)
     if not found:
         before, after = "", prompt
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    vision: Any = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
     ids = [BOS, *_bytes(before), *[config.image_token_id] * patches, *_bytes(after)]
     return torch.tensor([ids], dtype=torch.int64)
 
@@ -98,7 +101,8 @@ def decode(ids: list[int]) -> str:
 
 def processor(config: LlavaConfig) -> CLIPImageProcessorPil:
     """CLIP's preprocessing at the model's image size."""
-    side = config.vision_config.image_size
+    vision: Any = config.vision_config
+    side = vision.image_size
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 

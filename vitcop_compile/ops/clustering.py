@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .indexing import rank
+
 
 def density_peaks(features: Tensor, positions: Tensor | None, centres: int, dc: float = 8.0, k: float = 0.6) -> Tensor:
     """Labels of a density-peaks clustering restricted to spatial neighbours (ViTCoP, vision stage).
@@ -14,7 +16,7 @@ def density_peaks(features: Tensor, positions: Tensor | None, centres: int, dc: 
     Returns int64 [B, n]: 0 to centres - 1, by descending delta * rho of the centre, or -1 for a point whose chain of nearest
     denser neighbours ends in a cycle. Raises ValueError for centres out of range. Computed in fp32 whatever the input.
     """
-    batch, n, _ = features.shape
+    n = features.shape[1]
     if not 1 <= centres <= n:
         raise ValueError(f"centres={centres} is out of range for {n} tokens: choose 1 to {n}")
     distance = _distances(features)
@@ -30,9 +32,8 @@ def density_peaks(features: Tensor, positions: Tensor | None, centres: int, dc: 
     nearest = torch.where(reach == delta.unsqueeze(-1), order, n).amin(-1)
     nearest = torch.where(torch.isinf(delta), 0, nearest)
 
-    peak = (delta * rho).argsort(dim=1, descending=True, stable=True)[:, :centres]
-    label = torch.full((batch, n), -1, dtype=torch.int64, device=features.device)
-    label = label.scatter(1, peak, torch.arange(centres, device=features.device).expand(batch, centres))
+    peak = rank(-(delta * rho))
+    label = torch.where(peak < centres, peak, -1)
     # A centre is its own parent; after ceil(log2 n) doublings every pointer has reached the end of its chain.
     parent = torch.where(label >= 0, order, nearest)
     for _ in range(max(1, (n - 1).bit_length())):
@@ -43,10 +44,11 @@ def density_peaks(features: Tensor, positions: Tensor | None, centres: int, dc: 
 def _distances(features: Tensor) -> Tensor:
     """sqrt(|xi - xj|^2 + 1e-8) as fp32 [B, n, n] with a zero diagonal.
 
-    The Gram form costs one matmul where differences cost [n, n, d]. It cancels, so it is carried in fp64: equal rows then
-    come out equal after rounding to fp32, which the ties of the method depend on.
+    The Gram form costs one matmul where differences cost [n, n, d]. It cancels, so it is centred and carried in fp64: equal
+    rows then come out equal after rounding to fp32, which the ties of the method depend on.
     """
-    wide = features.double()
+    centred = features.float() - features.float().mean(1, keepdim=True)
+    wide = centred.double()
     gram = wide @ wide.transpose(-1, -2)
     square = gram.diagonal(dim1=-2, dim2=-1)
     squared = (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram).clamp_min(0).float()

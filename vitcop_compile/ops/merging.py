@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .indexing import compact, lowest, take_rows
+from .indexing import compact, earlier, lowest, take_rows
 
 
 def keep_lowest(hidden: Tensor, saliency: Tensor, budget: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def merge_by_cluster(hidden: Tensor, saliency: Tensor, labels: Tensor, budget: i
     keep, group = _assign(saliency.float(), labels, budget)
     together = (group.unsqueeze(2) == group.unsqueeze(1)) & ~keep.unsqueeze(2) & ~keep.unsqueeze(1)
     size = together.sum(-1)
-    member = (together & _earlier(n, hidden.device)).sum(-1)
+    member = (together & earlier(n, hidden.device)).sum(-1)
     index, _ = compact(keep | (member == size // 2), budget)
     weight = take_rows(together.float(), index) / size.gather(1, index).clamp_min(1).unsqueeze(-1)
     merged = take_rows(hidden, index).float() + weight @ hidden.float()
@@ -46,9 +46,8 @@ def _assign(saliency: Tensor, labels: Tensor, budget: int) -> tuple[Tensor, Tens
     """
     n = saliency.shape[1]
     same = labels.unsqueeze(2) == labels.unsqueeze(1)  # [b, i, j]
-    earlier = _earlier(n, saliency.device)
-    first = ~(same & earlier).any(-1)
     order = torch.arange(n, device=saliency.device)
+    first = ~(same & earlier(n, saliency.device)).any(-1)
     speaker = torch.where(same, order, n).amin(-1)
     # Summed once per cluster and handed to its members, so that they agree to the last bit.
     total = torch.where(same, saliency.unsqueeze(1), 0.0).sum(-1).gather(1, speaker)
@@ -78,12 +77,6 @@ def _precedes(value: Tensor, tie: Tensor) -> Tensor:
     """bool [B, n, n]: j comes before i by (value, tie), both [B, n]."""
     of_i, of_j = value.unsqueeze(2), value.unsqueeze(1)
     return (of_j < of_i) | ((of_j == of_i) & (tie.unsqueeze(1) < tie.unsqueeze(2)))
-
-
-def _earlier(n: int, device: torch.device) -> Tensor:
-    """bool [n, n]: j < i."""
-    order = torch.arange(n, device=device)
-    return order.unsqueeze(0) < order.unsqueeze(1)
 
 
 def _check(budget: int, n: int) -> None:
