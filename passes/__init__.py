@@ -55,11 +55,17 @@ def rewrite_prefill(captured: fx.GraphModule, schedule: Schedule, attention: str
     return lower_attention(module, attention)
 
 
-def rewrite_decode(captured: fx.GraphModule, schedule: Schedule, attention: str = "sdpa") -> fx.GraphModule:
-    """(embeddings [B, 1, D], positions [B, 1], length [B], key_0, value_0, ...) -> (hidden [B, 1, D],)."""
+def rewrite_decode(
+    captured: fx.GraphModule, schedule: Schedule, attention: str = "sdpa", in_place: bool = True
+) -> fx.GraphModule:
+    """(embeddings [B, 1, D], positions [B, 1], length [B], offsets, key_0, value_0, ...) -> (hidden [B, 1, D],).
+
+    Not `in_place`, the new rows k0, v0, k1, v1, ... [B, kv_heads, 1, hd] follow the hidden state, and attention stays
+    spelled out.
+    """
     module = clean(_copy(captured))
-    module = decode_cache(module, schedule.deltas())
-    return lower_attention(module, attention)
+    module = decode_cache(module, schedule.deltas(), in_place)
+    return lower_attention(module, attention) if in_place else module
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:

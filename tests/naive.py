@@ -5,6 +5,7 @@ Arrays in, lists and floats out, float64 except where the rounding of fp32 is pa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,8 +29,7 @@ def key_norm(key: np.ndarray) -> list[float]:
     """key [kv_heads, n, head_dim] -> norm of the mean over heads."""
     heads, n, width = key.shape
     return [
-        math.sqrt(sum((sum(float(key[h, i, c]) for h in range(heads)) / heads) ** 2 for c in range(width)))
-        for i in range(n)
+        math.sqrt(sum((sum(float(key[h, i, c]) for h in range(heads)) / heads) ** 2 for c in range(width))) for i in range(n)
     ]
 
 
@@ -83,7 +83,7 @@ def density_peaks(features: np.ndarray, positions: np.ndarray | None, centres: i
 
 def _gap(values: Sequence[float]) -> float:
     ranked = sorted({value for value in values if math.isfinite(value)})
-    return min(((b - a) / b for a, b in zip(ranked, ranked[1:])), default=math.inf)
+    return min(((b - a) / b for a, b in itertools.pairwise(ranked)), default=math.inf)
 
 
 class Clusters(NamedTuple):

@@ -19,7 +19,6 @@ import vitcop_compile
 from vitcop_compile import ViTCoPConfig, backends
 
 STEPS = 6
-# Keyword arguments for (ViTCoPConfig, Settings), for explicit budgets of (vision, shallow, deep, centres).
 
 
 @dataclass
@@ -61,7 +60,7 @@ CASES = {
     "gqa-middle-scores": explicit((44, 30, 12, 6), 1, 3, vision=1, kv_heads=2),
     "adjacent-stages": explicit((40, 24, 8, 9), 2, 3, vision=1),
     "more-clusters-than-budget": explicit((33, 6, 3, 14), 2, 5),
-    "unassigned-points": explicit((48, 25, 9, 7), 1, 5, dc=5.0, k=0.15),
+    "unassigned-points": explicit((48, 25, 9, 2), 1, 5, dc=5.0, k=0.26),
     "whole-image": explicit((64, 40, 39, 8), 1, 2, positions="original", layers=3),
     "least": explicit((8, 1, 1, 1), 1, 2, layers=3),
     "nothing-removed": explicit((20, 20, 20, 5), 1, 2, layers=3),

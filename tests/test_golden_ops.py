@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import golden
@@ -9,13 +10,13 @@ import naive
 import pytest
 import torch
 from golden import TOLERANCE, largest_error, of_case, partition
+from vitcop_compile.passes import rewrite_encoder
+from vitcop_compile.passes.prune_encoder import patch_positions
 
 from vitcop_compile import Budgets, ConfigError, ModelShape, ViTCoPConfig, ops
 from vitcop_compile.capture import Capture, capture
 from vitcop_compile.families import Family, family_of
-from vitcop_compile.passes import rewrite_encoder
-from vitcop_compile.passes.prune_encoder import patch_positions
-from vitcop_compile.schedule import Schedule
+from vitcop_compile.schedule import Schedule, published_budgets
 
 # vic
 
@@ -26,14 +27,18 @@ def clustering_inputs(case: dict[str, Any]) -> tuple[dict, torch.Tensor, torch.T
     return data, data["X"][None], positions
 
 
+def decided(case: dict[str, Any]) -> bool:
+    """Whether the rules decide a case. Else the order of a sum did, or fp16, or features that are not finite."""
+    return bool(case["order_robust"]) and bool(of_case("vic", case["name"])["X"].isfinite().all())
+
+
 @pytest.mark.parametrize("case", golden.params(golden.cases("vic")))
 def test_clustering(case: dict[str, Any]) -> None:
     data, features, positions = clustering_inputs(case)
     labels = ops.density_peaks(features, positions, case["n_centers"], case["dc"], case["k"])[0]
     # Holds whatever the rounding: every centre heads a cluster, and there is nothing but them and -1.
     assert set(labels.tolist()) - {-1} == set(range(case["n_centers"]))
-    if not case["order_robust"]:
-        # fp16, or an outcome that the order of a sum decides.
+    if not decided(case):
         return
     if case["compare"].startswith("labels"):
         assert labels.tolist() == data["labels"].tolist()
@@ -41,7 +46,7 @@ def test_clustering(case: dict[str, Any]) -> None:
         assert partition(labels) == partition(data["labels"])
 
 
-@pytest.mark.parametrize("case", golden.params(c for c in golden.cases("vic") if c["order_robust"]))
+@pytest.mark.parametrize("case", golden.params(filter(decided, golden.cases("vic"))))
 def test_naive_clustering(case: dict[str, Any]) -> None:
     data, features, positions = clustering_inputs(case)
     found = naive.density_peaks(
@@ -64,7 +69,7 @@ def ragged(data: dict[str, torch.Tensor], start: int) -> tuple[list[int], list[l
     """(kept tokens, merged groups, where each merged token sits), counted from the first visual token."""
     bounds = data["merged_groups_offsets"].tolist()
     flat = (data["merged_groups_flat"] - start).tolist()
-    groups = [flat[a:b] for a, b in zip(bounds, bounds[1:])]
+    groups = [flat[a:b] for a, b in itertools.pairwise(bounds)]
     return (data["selected_abs"] - start).tolist(), groups, (data["merged_positions"] - start).tolist()
 
 
@@ -104,11 +109,22 @@ needs_budget = pytest.mark.skipif(not golden.has("budget", "budget.safetensors")
 
 @needs_budget
 def test_budgets() -> None:
-    names = ("vision_ratio", "pruned_ratio", "shallow_layer", "deep_layer", "v_token_num", "shallow_token_num", "deep_token_num")
+    names = (
+        "vision_ratio",
+        "pruned_ratio",
+        "shallow_layer",
+        "deep_layer",
+        "v_token_num",
+        "shallow_token_num",
+        "deep_token_num",
+    )
     data = golden.load("budget", "budget.safetensors")
-    refused = 0
+    resolved = refused = 0
     for v, r, s, d, n, merged, kept in zip(*(data[name].tolist() for name in names)):
-        assert naive.budgets(r, v, s, d, 32, n) == (merged, kept)
+        assert published_budgets(r, v, s, d, 32, n) == naive.budgets(r, v, s, d, 32, n) == (merged, kept)
+        if n != int(v * 576):
+            # The pooled tokens of several images.
+            continue
         possible = 1 <= s < d < 32 and kept >= 1 and merged <= n
         try:
             schedule = ViTCoPConfig(v, 0.1, r, shallow_layer=s, deep_layer=d, scale_layers=False).schedule()
@@ -119,7 +135,8 @@ def test_budgets() -> None:
         assert possible
         assert (schedule.image_tokens, *(stage.tokens for stage in schedule.stages)) == (n, merged, kept)
         assert tuple(stage.layer for stage in schedule.stages) == (s, d)
-    assert refused < len(data["v_token_num"])
+        resolved += 1
+    assert resolved and refused
 
 
 @needs_budget
@@ -132,7 +149,7 @@ def test_truncation() -> None:
     for i, p in enumerate(data["trunc/percentage"].tolist()):
         for j, n in enumerate(data["trunc/n"].tolist()):
             vision = ViTCoPConfig(centre_ratio=p, budgets=Budgets(n, 1, 1)).schedule(ModelShape(grid=(1, n))).vision
-            assert vision is not None and vision.centres in (expected[i][j], expected[j][i])
+            assert vision is not None and vision.centres == expected[i][j]
 
 
 @pytest.mark.parametrize("name", golden.index("budget").get("official", {}))

@@ -2,8 +2,8 @@
 
 from .config import Budgets, ViTCoPConfig
 from .errors import ConfigError, InputError, RewriteError, UnsupportedError, VitcopError
+from .optimized import OptimizedModel
 from .pipeline import optimize
-from .runtime import OptimizedModel
 from .schedule import ModelShape, Schedule
 
 __version__ = "0.1.0"

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from .backends import backend_of
 from .config import ViTCoPConfig
+from .optimized import OptimizedModel
 from .passes.prune_decoder import prune_tokens
 from .passes.prune_encoder import cluster_patches, prune_patches
 from .pipeline import optimize
 from .programs import Programs
-from .runtime import OptimizedModel
 from .schedule import Schedule
 from .toy import small_llava
 
@@ -231,13 +231,13 @@ def _arms(optimized: OptimizedModel, case: Case) -> dict[str, Arm]:
     ids, last, _, visual, *_ = programs.prefill_inputs(case.batch, rows)
     prompt = (ids, last, features, visual, *selection[1:])
     decode = compile_with(programs.export_decode(case.batch, rows + case.new_tokens))
-    shapes = programs.cache_shapes(case.batch, rows + case.new_tokens)
+    shapes = programs.schedule.cache_shapes(case.batch, rows + case.new_tokens)
     caches = [torch.randn(shape, device=optimized.device).to(optimized.dtype) for shape in shapes for _ in "kv"]
-    token, length = ids[:, :1].contiguous(), torch.full_like(last, rows)
+    token, length, offsets = ids[:, :1].contiguous(), torch.full_like(last, rows), programs.offsets()
     return {
         "vision": lambda: vision(pixels),
         "prefill": lambda: prefill(*prompt),
-        "decode": lambda: decode(token, length, *caches),
+        "decode": lambda: decode(token, length, offsets, *caches),
     }
 
 

@@ -39,21 +39,36 @@ class PrunedCache(Cache):
         self.length = torch.empty(0, dtype=torch.int64)
         self.token = torch.empty(0, dtype=torch.int64)
         self.selection = Selection()
-        self.key: tuple = ()
+        self.offsets = torch.empty(0, dtype=torch.int64)
+        self.rows = 0
         self._seen = 0
         self._room = 0
 
-    def fill(self, key: tuple, rows: Tensor, caches: list[Tensor], shapes: list, seen: int, new_tokens: int) -> None:
-        """Takes prefill's keys and values into buffers of `shapes`; `rows` int64 [B] is each prompt's length."""
-        self.key, self._seen, self._room = key, seen, new_tokens
-        self.length = rows.clone()
-        self.token = rows.new_zeros(rows.shape[0], 1)
+    def fill(
+        self,
+        *,
+        shapes: list[tuple[int, ...]],
+        caches: list[Tensor],
+        length: Tensor,
+        offsets: Tensor,
+        seen: int,
+        room: int,
+        rows: int,
+    ) -> None:
+        """Takes prefill's keys and values into buffers of `shapes`, one per layer.
+
+        length: int64 [B], each prompt's rows; offsets: decode's input of that name; seen: tokens of `input_ids`; room: new
+        tokens that fit; rows: rows of layer 0's buffers.
+        """
+        self._seen, self._room, self.rows, self.offsets = seen, room, rows, offsets
+        self.length = length.clone()
+        self.token = length.new_zeros(length.shape[0], 1)
         for i, cache in enumerate(caches):
             buffer = cache.new_zeros(shapes[i // 2])
             buffer[:, :, : cache.shape[2]] = cache
             self.buffers.append(buffer)
         if self.buffers[0].is_cuda:
-            for tensor in (*self.buffers, self.length, self.token):
+            for tensor in (*self.buffers, self.length, self.token, self.offsets):
                 torch._dynamo.mark_static_address(tensor)
 
     def advance(self) -> None:
@@ -93,9 +108,9 @@ class PrunedCache(Cache):
         for tensor in (*self.buffers, self.length):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
-    def rows(self) -> list[int]:
+    def layer_rows(self) -> list[int]:
         """Rows of each layer's buffers."""
         return [buffer.shape[2] for buffer in self.buffers[::2]]
 
     def __repr__(self) -> str:
-        return f"PrunedCache(seen={self._seen}, room={self._room}, rows={self.rows()})"
+        return f"PrunedCache(seen={self._seen}, room={self._room}, rows={self.layer_rows()})"

@@ -12,12 +12,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.text import Text
+from transformers import AutoConfig
 
 from .config import PRESETS, ViTCoPConfig
+from .demo import Options, run
 from .errors import ConfigError, UnsupportedError, VitcopError
+from .explain import table
+from .families.registry import shape_of
 from .schedule import ModelShape
 
-DEFAULT_PRESET = "1/9"
+DEFAULT_PRESET = Options.preset
 TABLE_WIDTH = 120
 
 app = typer.Typer(
@@ -44,8 +48,6 @@ def explain_command(
 ) -> None:
     """Print the schedule: tokens, KV rows and FLOPs of every layer. No model is loaded."""
     with errors_as_lines():
-        from .explain import table
-
         settings = _settings(preset, retention, mean_tokens, config)
         shape = _shape(model, layers)
         console().print(table(settings.schedule(shape, text_tokens=text_tokens)))
@@ -58,20 +60,20 @@ def demo_command(
         str | None, typer.Option(help="A LLaVA-1.5 folder or model on the hub; default: a small one, random weights.")
     ] = None,
     preset: Annotated[str, typer.Option(help=f"A published setting: {_PRESETS}.")] = DEFAULT_PRESET,
-    backend: Annotated[str, typer.Option(help="What the programs compile with: inductor, eager.")] = "inductor",
-    prompt: Annotated[str, typer.Option(help="The question.")] = "Who is this, and what is the person wearing?",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
-    output: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("vitcop-demo.png"),
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    backend: Annotated[str, typer.Option(help="What the programs compile with: inductor, eager.")] = Options.backend,
+    prompt: Annotated[str, typer.Option(help="The question.")] = Options.prompt,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = Options.max_new_tokens,
+    output: Annotated[Path, typer.Option(help="Where to write the picture.")] = Options.output,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = Options.seed,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: float32 on CPU, float16 on CUDA.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = Options.rounds,
 ) -> None:
     """Compile a dense and a pruned model, measure both on a photograph and draw what was pruned."""
     with errors_as_lines():
-        from .demo import Options, run
-
+        if model is not None:
+            _shape_of(model)  # before gigabytes of weights are loaded for nothing
         options = Options(image, model, preset, backend, prompt, max_new_tokens, output, seed, dtype, rounds)
         with warnings.catch_warnings():
             # Torch's compiler warns about its own internals; nothing a user of the demo could act on.
@@ -119,17 +121,16 @@ def _shape(model: str | None, layers: int | None) -> ModelShape:
     if layers is None:
         return shape
     if layers < 1:
-        raise ConfigError(f"--layers {layers} is below 1")
+        raise ConfigError(f"--layers {layers} is below 1: give a number of decoder layers")
     return dataclasses.replace(shape, layers=layers)
 
 
 def _shape_of(model: str) -> ModelShape:
-    from transformers import AutoConfig
-
-    from .families.registry import shape_of
-
+    """The shape of the model in a folder or on the hub, from its configuration alone."""
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise UnsupportedError(f"--model {model} is not a folder: give one with config.json, or a name on the hub")
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UnsupportedError(f"--model {model} has no configuration to read: {str(error).splitlines()[0]}") from None
+        raise UnsupportedError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}") from None
     return shape_of(config)

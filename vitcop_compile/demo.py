@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from . import picture, toy
 from .backends import backend_of
@@ -33,7 +34,6 @@ from .runtime import OptimizedModel
 SMALL: dict[str, int] = {"vision_hidden": 256, "vision_layers": 6, "hidden": 512, "layers": 12, "vocab": 2048}
 NOTE = "random weights: tokens mean nothing, times and shapes are real"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ROUNDS = 5
 _TEXT = "USER: <image>\n{} ASSISTANT:"
 
 
@@ -53,7 +53,7 @@ class Options:
     output: Path = Path("vitcop-demo.png")
     seed: int = 0
     dtype: str | None = None
-    rounds: int = ROUNDS
+    rounds: int = 5
 
 
 @dataclass
@@ -106,8 +106,19 @@ class Steps:
         start = time.perf_counter()
         with self._console.status(_Running(text, detail, start)):
             yield
-        seconds = time.perf_counter() - start
-        self._console.print(Text.assemble(("  done ", "green"), text, (f"  {seconds:.1f} s", "dim")))
+        self._done(text, start)
+
+    @contextmanager
+    def bar(self, text: str, total: int) -> Iterator[Callable[[], None]]:
+        """A step in `total` parts; call what it gives after each. It draws only then: a spinner would disturb timings."""
+        start = time.perf_counter()
+        with Progress(console=self._console, auto_refresh=False, transient=True) as progress:
+            task = progress.add_task(text, total=total)
+            yield lambda: progress.update(task, advance=1, refresh=True)
+        self._done(text, start)
+
+    def _done(self, text: str, start: float) -> None:
+        self._console.print(Text.assemble(("  done ", "green"), text, f"  {time.perf_counter() - start:.1f} s"))
 
 
 @dataclass
@@ -117,29 +128,7 @@ class _Running:
     start: float
 
     def __rich__(self) -> Text:
-        seconds = time.perf_counter() - self.start
-        return Text.assemble(self.text, " ", (self.detail(), "cyan"), (f"  {seconds:.0f} s", "dim"))
-
-
-class Clock(BaseStreamer):
-    """The time of every token: `generate` hands each over on the host, so the device has finished it."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.stamps: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Called with the prompt first, then with every token."""
-        self.stamps.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-    @property
-    def times(self) -> tuple[float, float | None]:
-        """Seconds to the first token, and per token after it (None if there is none)."""
-        first, *later = self.stamps[1:]
-        return first - self.start, (later[-1] - first) / len(later) if later else None
+        return Text.assemble(self.text, " ", (self.detail(), "cyan"), f"  {time.perf_counter() - self.start:.0f} s")
 
 
 def run(options: Options, console: Console) -> Report:
@@ -147,10 +136,10 @@ def run(options: Options, console: Console) -> Report:
     config = ViTCoPConfig.preset(options.preset)
     backend_of(options.backend)
     _check(options)
-    image = load_image(options.image)
+    image = picture.load_image(options.image)
     steps = Steps(console)
     if options.model is None:
-        console.print(Text(f"A LLaVA-1.5 architecture at small size. {NOTE}.", style="bold yellow"))
+        console.print(Text(f"A LLaVA-1.5 architecture at small size, {NOTE}.", style="bold yellow"))
     with steps.step("loading the model" if options.model else "building the model"):
         subject = _pretrained(options, options.model, image) if options.model else _random(options, image)
     with steps.step("capturing and rewriting the graphs, dense and pruned"):
@@ -171,41 +160,30 @@ def run(options: Options, console: Console) -> Report:
     return report
 
 
-def load_image(path: Path | None) -> Image.Image:
-    """The image at `path` in RGB; None: the photograph that comes with matplotlib. Raises InputError if unreadable."""
-    if path is None:
-        picture.require_matplotlib()
-        from matplotlib.cbook import get_sample_data
-
-        path = Path(str(get_sample_data("grace_hopper.jpg", asfileobj=False)))
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is not an image that Pillow can read: pass a JPEG or PNG file") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
 def measure(arms: list[Arm], subject: Subject, options: Options, steps: Steps) -> None:
     """Fills in the arms. They take turns, so that a slow spell of the machine meets both; a first round is not counted."""
-    at = 0
-    with steps.step(f"measuring {options.rounds} rounds", lambda: f"round {at} of {options.rounds}"):
-        for at in range(options.rounds + 1):
+    rounds = options.rounds + 1
+    with steps.bar(f"measuring {options.rounds} rounds", rounds * len(arms)) as advance:
+        for at in range(rounds):
             for arm in arms if at % 2 else arms[::-1]:
-                clock = Clock()
-                arguments: dict[str, Any] = subject.inputs | {"streamer": clock, "max_new_tokens": options.max_new_tokens}
-                out: Any = arm.model.generate(  # type: ignore[misc]
-                    **arguments, do_sample=False, return_dict_in_generate=True
-                )
-                if at == 0:
-                    continue
-                first, later = clock.times
-                arm.ttft.append(first)
-                arm.tpot += [later] if later is not None else []
-                arm.tokens = out.sequences[0, subject.inputs["input_ids"].shape[1] :].tolist()
-                arm.kv_bytes = sum(buffer.nbytes for buffer in out.past_key_values.buffers)
-                arm.selection = out.past_key_values.selection
+                _measure_once(arm, subject, options.max_new_tokens, counts=at > 0)
+                advance()
+
+
+def _measure_once(arm: Arm, subject: Subject, new_tokens: int, counts: bool) -> None:
+    # The prompt comes first, then every token, each on the host: the device has finished it.
+    stamps = [time.perf_counter()]
+    clock = SimpleNamespace(put=lambda _: stamps.append(time.perf_counter()), end=lambda: None)
+    arguments: dict[str, Any] = subject.inputs | {"streamer": clock, "max_new_tokens": new_tokens, "do_sample": False}
+    out: Any = arm.model.generate(**arguments, return_dict_in_generate=True)  # type: ignore[misc]
+    if not counts:
+        return
+    start, _, first, *later = stamps
+    arm.ttft.append(first - start)
+    arm.tpot += [(later[-1] - first) / len(later)] if later else []
+    arm.tokens = out.sequences[0, subject.inputs["input_ids"].shape[1] :].tolist()
+    arm.kv_bytes = sum(buffer.nbytes for buffer in out.past_key_values.buffers)
+    arm.selection = out.past_key_values.selection
 
 
 def _check(options: Options) -> None:
@@ -214,9 +192,10 @@ def _check(options: Options) -> None:
         raise ConfigError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     for name in ("max_new_tokens", "rounds"):
         if getattr(options, name) < 1:
-            raise InputError(f"{name}={getattr(options, name)} is below 1")
-    if not options.output.absolute().parent.is_dir():
-        raise InputError(f"{options.output} cannot be written: there is no folder {options.output.absolute().parent}")
+            raise InputError(f"{name}={getattr(options, name)} is below 1: ask for 1 or more")
+    folder = options.output.absolute().parent
+    if not folder.is_dir() or options.output.is_dir():
+        raise InputError(f"{options.output} cannot be written: name a file in an existing folder")
 
 
 def _place(options: Options) -> tuple[torch.device, torch.dtype]:
@@ -227,10 +206,9 @@ def _place(options: Options) -> tuple[torch.device, torch.dtype]:
 def _random(options: Options, image: Image.Image) -> Subject:
     device, dtype = _place(options)
     model = toy.small_llava(**SMALL, seed=options.seed, dtype=dtype).to(device)  # type: ignore[arg-type]
-    ids, pixels = toy.encode(_TEXT.format(options.prompt), model.config), toy.pixels(image, model.config)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    inputs = toy.request(_TEXT.format(options.prompt), image, model.config)
     processor = toy.processor(model.config)
-    photo = picture.photograph(pixels[0], processor.image_mean, processor.image_std)
+    photo = picture.photograph(inputs["pixel_values"][0], processor.image_mean, processor.image_std)
     return Subject(model, {name: value.to(device) for name, value in inputs.items()}, photo)
 
 
@@ -256,13 +234,13 @@ def _compile(arm: Arm, subject: Subject, new_tokens: int, steps: Steps) -> None:
     """Makes the programs that `generate` will ask for, by the same two calls."""
 
     def made() -> str:
-        return f"({', '.join(key[0] for key in arm.model.compiled) or 'none'} exported so far)"
+        return f"[{', '.join(key[0] for key in arm.model.compiled) or 'nothing'} exported]"
 
     ids = subject.inputs["input_ids"]
-    with steps.step(f"{arm.name}: exporting and compiling vision and prefill", made):
+    with steps.step(f"{arm.name}: compiling vision, prefill", made):
         out = arm.model(**subject.inputs, past_key_values=PrunedCache(max_length=ids.shape[1] + new_tokens))
     if new_tokens > 1:
-        with steps.step(f"{arm.name}: exporting and compiling decode", made):
+        with steps.step(f"{arm.name}: compiling decode", made):
             arm.model(input_ids=ids[:, :1], past_key_values=out.past_key_values)
 
 
@@ -279,28 +257,33 @@ def _peak_bytes(device: torch.device) -> int:
 
 def _results(report: Report, options: Options, model: PreTrainedModel) -> Table:
     on = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"measured on {on}: {options.backend}, {str(model.dtype)[6:]}, medians of {options.rounds} rounds (min to max)"
+    title = f"measured on {on}: {options.backend}, {str(model.dtype)[6:]}"
     out = Table(title=title)
     out.add_column("")
-    for name in ("dense", "pruned", "dense / pruned"):
+    for name in ("dense", "pruned", "ratio"):
         out.add_column(name, justify="right")
     arms = (report.dense, report.pruned)
     visual = [arm.model.schedule.mean_visual_tokens() for arm in arms]
-    out.add_row("visual tokens, mean over layers", *(f"{v:.1f}" for v in visual), f"{visual[0] / visual[1]:.2f}")
+    out.add_row("visual tokens / layer", *(f"{v:.1f}" for v in visual), f"{visual[0] / visual[1]:.2f}")
     for text, times in (
-        ("time to first token: vision + prefill", [arm.ttft for arm in arms]),
-        ("time per token: decode", [arm.tpot for arm in arms]),
+        ("TTFT: vision + prefill", [arm.ttft for arm in arms]),
+        ("TPOT: decode", [arm.tpot for arm in arms]),
     ):
         if all(times):
             out.add_row(text, *map(_milliseconds, times), f"{median(times[0]) / median(times[1]):.2f}")
     kv = [arm.kv_bytes for arm in arms]
-    out.add_row("KV cache, as allocated", *(f"{v / 2**20:.2f} MiB" for v in kv), f"{kv[0] / kv[1]:.2f}")
-    out.caption = f"peak memory of the whole run, both arms: {report.peak_bytes / 2**20:,.0f} MiB"
+    out.add_row("KV cache, allocated", *(f"{v / 2**20:.2f} MiB" for v in kv), f"{kv[0] / kv[1]:.2f}")
+    out.caption = (
+        f"TTFT: time to first token; TPOT: time per token after it; median of {options.rounds} rounds (min-max). "
+        f"Peak memory of the whole run, both arms: {report.peak_bytes / 2**20:,.0f} MiB"
+    )
     return out
 
 
 def _milliseconds(times: list[float]) -> str:
-    return f"{median(times) * 1e3:.1f} ms ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f})"
+    middle, least, most = (1e3 * value for value in (median(times), min(times), max(times)))
+    digits = 0 if middle >= 100 else 1
+    return f"{middle:.{digits}f} ms ({least:.{digits}f}-{most:.{digits}f})"
 
 
 def _print_tokens(report: Report, subject: Subject, console: Console) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .cache import Selection
@@ -36,6 +37,22 @@ def require_matplotlib() -> Any:
     except ImportError:
         raise UnsupportedError("drawing needs matplotlib, which is missing: pip install 'vitcop-compile[plot]'") from None
     return matplotlib
+
+
+def load_image(path: Path | None) -> Image.Image:
+    """The image at `path` in RGB; None: the photograph that comes with matplotlib. Raises InputError if unreadable."""
+    if path is None:
+        require_matplotlib()
+        from matplotlib.cbook import get_sample_data
+
+        path = Path(str(get_sample_data("grace_hopper.jpg", asfileobj=False)))
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not an image that Pillow can read: pass a JPEG or PNG file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def photograph(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Picture:

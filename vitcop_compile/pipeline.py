@@ -13,8 +13,8 @@ from .capture import capture
 from .config import ViTCoPConfig
 from .errors import UnsupportedError
 from .families import family_of
+from .optimized import TEXT_BUCKETS, CompiledOnDemand, OptimizedModel
 from .programs import Programs
-from .runtime import TEXT_BUCKETS, OptimizedModel
 
 
 def optimize(
@@ -45,7 +45,7 @@ def optimize(
     captured = capture(family, model)
     programs = Programs(family, captured, schedule, attention)
     text_programs = Programs(family, captured, text_schedule, attention)
-    return OptimizedModel(model, programs, text_programs, backend, text_buckets)
+    return OptimizedModel(model, CompiledOnDemand(programs, text_programs, backend, text_buckets), backend)
 
 
 def _check_weights(model: PreTrainedModel) -> None:

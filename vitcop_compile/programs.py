@@ -17,6 +17,7 @@ from .errors import RewriteError
 from .families import Family
 from .ops.indexing import put_rows, take_rows
 from .passes import rewrite_decode, rewrite_encoder, rewrite_prefill
+from .passes.decode_cache import offset_groups
 from .schedule import Schedule
 
 
@@ -62,15 +63,18 @@ class Prefill(nn.Module):
 
 
 class Decode(nn.Module):
-    """(token int64 [B, 1], length int64 [B], key_0, value_0, ...) -> logits [B, 1, vocab]; caches are updated in place."""
+    """(token int64 [B, 1], length int64 [B], offsets int64 [groups], key_0, value_0, ...) -> (logits [B, 1, vocab],).
+
+    Caches are updated in place; a decoder rewritten otherwise returns its new rows behind the logits.
+    """
 
     def __init__(self, family: Family, decoder: fx.GraphModule):
         super().__init__()
         self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
 
-    def forward(self, token: Tensor, length: Tensor, *caches: Tensor) -> Tensor:
-        (hidden,) = self.decoder(self.embedding(token), length.unsqueeze(1), length, *caches)
-        return self.head(hidden)
+    def forward(self, token: Tensor, length: Tensor, offsets: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        hidden, *rows = self.decoder(self.embedding(token), length.unsqueeze(1), length, offsets, *caches)
+        return self.head(hidden), *rows
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,6 @@ class Programs:
         """Rows that the decoder stages take out of a prompt."""
         return self.schedule.deltas()[-1]
 
-    def cache_shapes(self, batch: int, rows: int) -> list[tuple[int, int, int, int]]:
-        """Shape of each layer's key (and value) cache for `rows` rows in layer 0."""
-        shape = self.schedule.shape
-        return [(batch, shape.kv_heads, rows - delta, shape.head_dim) for delta in self.schedule.deltas()]
-
     def export_vision(self, batch: int) -> ExportedProgram:
         """The vision program for `batch` images."""
         encoder = rewrite_encoder(self.captured.encoder, self.schedule, self.attention)
@@ -107,18 +106,27 @@ class Programs:
         """
         program = _export(self.prefill_module(), self.prefill_inputs(batch, tokens, image))
         caches = _shapes(program)[1 + len(self.schedule.stages) :]
-        for layer, expected in enumerate(self.cache_shapes(batch, tokens)):
+        for layer, expected in enumerate(self.schedule.cache_shapes(batch, tokens)):
             _expect(f"key cache of layer {layer}", caches[2 * layer], expected)
             _expect(f"value cache of layer {layer}", caches[2 * layer + 1], expected)
         return program
 
-    def export_decode(self, batch: int, rows: int) -> ExportedProgram:
+    def export_decode(self, batch: int, rows: int, in_place: bool = True) -> ExportedProgram:
         """The decode program for `batch` sequences with `rows` cache rows in layer 0 (prompt and new tokens)."""
-        decoder = rewrite_decode(self.captured.decoder, self.schedule, self.attention)
+        decoder = rewrite_decode(self.captured.decoder, self.schedule, self.attention, in_place)
+        return _export(Decode(self.family, decoder), self.decode_inputs(batch, rows))
+
+    def decode_inputs(self, batch: int, rows: int) -> tuple[Tensor, ...]:
+        """Example inputs of the decode program, at its last row."""
         token = torch.zeros(batch, 1, dtype=torch.int64, device=self._device())
         length = torch.full((batch,), rows - 1, dtype=torch.int64, device=self._device())
-        caches = [self._zeros(*shape) for shape in self.cache_shapes(batch, rows) for _ in "kv"]
-        return _export(Decode(self.family, decoder), (token, length, *caches))
+        caches = [self._zeros(*shape) for shape in self.schedule.cache_shapes(batch, rows) for _ in "kv"]
+        return token, length, self.offsets(), *caches
+
+    def offsets(self, image: bool = True) -> Tensor:
+        """The `offsets` input of decode: rows missing from each group of layers; zeros for prompts without an image."""
+        groups = offset_groups(self.schedule.deltas())
+        return torch.tensor(groups if image else [0] * len(groups), dtype=torch.int64, device=self._device())
 
     def prefill_module(self, all_logits: bool = False) -> Prefill:
         """The prefill program before export."""

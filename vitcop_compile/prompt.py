@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .families import Family
 from .ops.indexing import compact
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """How a prompt refers to an image: the placeholder's id, the shape of one image's pixels, its patches."""
+
+    token_id: int
+    pixel_shape: tuple[int, ...]
+    patches: int
 
 
 @dataclass(frozen=True)
@@ -62,16 +70,14 @@ def check_mask(mask: object, ids: Tensor) -> Tensor:
     return mask != 0
 
 
-def check_pixels(pixels: object, family: Family, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def check_pixels(pixels: object, image: ImageInput, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """pixel_values as [B, channels, height, width] in the model's dtype, or an InputError."""
     if not isinstance(pixels, Tensor):
         raise InputError(f"pixel_values is a {type(pixels).__name__}: pass the processor's tensor")
     if not pixels.is_floating_point():
         raise InputError(f"pixel_values has dtype {pixels.dtype}: pass normalised floating-point pixels")
-    if pixels.dim() != 4 or tuple(pixels.shape[1:]) != family.pixel_shape:
-        raise InputError(
-            f"pixel_values has shape {tuple(pixels.shape)}: this model takes [images, *{family.pixel_shape}]"
-        )
+    if pixels.dim() != 4 or tuple(pixels.shape[1:]) != image.pixel_shape:
+        raise InputError(f"pixel_values has shape {tuple(pixels.shape)}: this model takes [images, *{image.pixel_shape}]")
     if pixels.shape[0] != batch:
         raise InputError(
             f"{pixels.shape[0]} images for {batch} prompts: exactly one image per prompt is supported; split the request"
@@ -80,13 +86,13 @@ def check_pixels(pixels: object, family: Family, batch: int, device: torch.devic
     return pixels.to(dtype)
 
 
-def check_values(ids: Tensor, mask: Tensor, pixels: Tensor | None, family: Family, vocab: int) -> None:
+def check_values(ids: Tensor, mask: Tensor, pixels: Tensor | None, image: ImageInput, vocab: int) -> None:
     """Checks what only the data can tell, with a single read from the device. Raises InputError.
 
     Token ids in the vocabulary; no empty prompt; one contiguous run of placeholders per prompt if there are pixels and none
     otherwise; finite pixels.
     """
-    placeholder = (ids == family.image_token_id) & mask
+    placeholder = (ids == image.token_id) & mask
     count = placeholder.sum(1)
     rank = placeholder.cumsum(1)
     first = ((rank == 0) & ~placeholder).sum(1)
@@ -96,7 +102,7 @@ def check_values(ids: Tensor, mask: Tensor, pixels: Tensor | None, family: Famil
     finite = torch.isfinite(pixels).all().long() if pixels is not None else gaps.new_ones(())
     facts = torch.stack([count.min(), count.max(), gaps, outside.sum(), mask.sum(1).min(), finite])
     least, most, gaps_, outside_, shortest, finite_ = facts.tolist()
-    patches = family.shape.patches
+    patches = image.patches
     if shortest == 0:
         raise InputError("attention_mask leaves a prompt without tokens: every prompt needs at least one")
     if outside_:

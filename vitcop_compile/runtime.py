@@ -1,85 +1,89 @@
-"""The compiled model: transformers' generation loop over three programs."""
+"""The runtime: transformers' generation loop over three compiled programs, wherever they come from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .backends import backend_of
 from .cache import PrunedCache, Selection
 from .errors import InputError
 from .explain import explain
-from .programs import Programs
-from .prompt import Prompt, align, check_ids, check_mask, check_pixels, check_values
+from .prompt import ImageInput, Prompt, align, check_ids, check_mask, check_pixels, check_values
 from .schedule import Schedule
 
-TEXT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-NEW_TOKEN_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
-class OptimizedModel(GenerationMixin):
+class Plan(NamedTuple):
+    """rows: prompt rows of the prefill program (images at their pruned length); cache_rows: rows of layer 0's KV cache; room:
+    new tokens that fit into it."""
+
+    rows: int
+    cache_rows: int
+    room: int
+
+
+class Provider(Protocol):
+    """Where programs come from: compiled on demand, or loaded from a folder of engines.
+
+    vision(pixels) -> (features, kept, labels) or (features,); prefill(ids, last[, features, visual[, labels]]) -> (logits,
+    index per stage..., k0, v0, ...); decode(token, length, offsets, k0, v0, ...) -> (logits,), caches updated in place.
+    """
+
+    schedule: Schedule
+    image: ImageInput
+    device: torch.device
+    dtype: torch.dtype
+
+    def plan(self, batch: int, text: int, new_tokens: int, image: bool) -> Plan: ...
+
+    def vision(self, batch: int) -> Callable[..., Any]: ...
+
+    def prefill(self, batch: int, rows: int, image: bool) -> Callable[..., Any]: ...
+
+    def decode(self, batch: int, cache_rows: int) -> Callable[..., Any]: ...
+
+    def default_new_tokens(self) -> int: ...
+
+
+class CompiledModel(GenerationMixin):
     """A pruned, compiled model with transformers' `generate()`.
 
-    Programs are exported and compiled when a batch size and a bucket of prompt lengths are first seen, and kept; `compiled`
-    lists them, and `warmup` makes them ahead of time. One image per prompt, or none in the whole batch; prompts may be of
-    different lengths, padded on either side. Weights are the model's own, shared by all programs.
+    One image per prompt, or none in the whole batch; prompts may be of different lengths, padded on either side.
     """
 
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _is_stateful = False
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        programs: Programs,
-        text_programs: Programs,
-        backend: str,
-        text_buckets: Sequence[int] = TEXT_BUCKETS,
-    ):
-        self._model, self._programs, self._text_programs = model, programs, text_programs
-        self._backend = backend_of(backend)
-        self._text_buckets = _check_buckets(text_buckets)
-        self._compiled: dict[tuple, Callable[..., Any]] = {}
-        self.backend = backend
-        self.generation_config = model.generation_config
-
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        return self._model.config
+    def __init__(self, provider: Provider, config: Any, generation_config: GenerationConfig):
+        self._provider = provider
+        self.config = config
+        self.generation_config = generation_config
+        deltas = provider.schedule.deltas()
+        groups = tuple(dict.fromkeys(deltas))
+        self._offsets = torch.tensor(groups, dtype=torch.int64, device=provider.device)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._model.device
+        """Where the programs run."""
+        return self._provider.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' type."""
-        return self._model.dtype
+        """The programs' floating-point type."""
+        return self._provider.dtype
 
     @property
     def schedule(self) -> Schedule:
         """What the programs meet exactly."""
-        return self._programs.schedule
-
-    @property
-    def programs(self) -> Programs:
-        """Where the vision, prefill and decode programs are exported: what `vitcop_compile.export` and benchmarks build on."""
-        return self._programs
-
-    @property
-    def compiled(self) -> tuple[tuple, ...]:
-        """Keys of the programs made so far: ("vision", batch), ("prefill" | "decode", batch, rows, image)."""
-        return tuple(self._compiled)
+        return self._provider.schedule
 
     def explain(self) -> str:
         """The schedule as a table: tokens, KV rows and FLOPs per group of layers."""
@@ -92,20 +96,6 @@ class OptimizedModel(GenerationMixin):
     def get_experts_implementation(self) -> dict:
         """Part of transformers' loop; there are no experts here."""
         return {}
-
-    def warmup(self, batch: int = 1, text_tokens: int = 64, max_new_tokens: int = 64, image: bool = True) -> None:
-        """Exports, compiles and runs once every program that such a request needs."""
-        shape = self.schedule.shape
-        ids = torch.ones(batch, text_tokens, dtype=torch.int64, device=self.device)
-        ids[ids == self._programs.family.image_token_id] = 0
-        pixels = None
-        if image:
-            run = torch.full((batch, shape.patches), self._programs.family.image_token_id, device=self.device)
-            ids = torch.cat((ids[:, :1], run, ids[:, 1:]), 1)
-            pixels = torch.zeros(batch, *self._programs.family.pixel_shape, dtype=self.dtype, device=self.device)
-        cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)
-        self.forward(input_ids=ids, pixel_values=pixels, past_key_values=cache)
-        self.forward(input_ids=ids[:, :1], past_key_values=cache)
 
     def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         return self.forward(*args, **kwargs)
@@ -190,33 +180,37 @@ class OptimizedModel(GenerationMixin):
 
     def _prefill_prompt(self, ids: Tensor, pixels: object, mask: object, cache: PrunedCache) -> CausalLMOutputWithPast:
         batch, length = ids.shape
-        family, image = self._programs.family, pixels is not None
-        programs = self._programs if image else self._text_programs
+        provider, schedule, image = self._provider, self.schedule, pixels is not None
         real = check_mask(mask, ids)
-        images = check_pixels(pixels, family, batch, self.device, self.dtype) if image else None
-        check_values(ids, real, images, family, programs.schedule.shape.vocab)
-        kept = programs.schedule.image_tokens if image else 0
-        text = length - (programs.schedule.shape.patches if image else 0)
-        new_tokens = max(1, cache.max_length - length) if cache.max_length else NEW_TOKEN_BUCKETS[0]
+        images = check_pixels(pixels, provider.image, batch, self.device, self.dtype) if image else None
+        check_values(ids, real, images, provider.image, schedule.shape.vocab)
+        kept = schedule.image_tokens if image else 0
+        text = length - (schedule.shape.patches if image else 0)
+        new_tokens = max(1, cache.max_length - length) if cache.max_length else provider.default_new_tokens()
         self._check_length(text + kept, new_tokens)
-        rows = _bucket(text, self._text_buckets, "text tokens in a prompt") + kept
-        room = _bucket(new_tokens, NEW_TOKEN_BUCKETS, "new tokens")
+        plan = provider.plan(batch, text, new_tokens, image)
 
-        prompt = align(ids, real, family.image_token_id, kept, rows, image)
+        prompt = align(ids, real, provider.image.token_id, kept, plan.rows, image)
         inputs, selection = self._see(prompt, images)
-        prefill = self._program(("prefill", batch, rows, image))
-        logits, *rest = prefill(prompt.ids, prompt.last, *inputs)
-        stages, caches = rest[: len(programs.schedule.stages)], rest[len(programs.schedule.stages) :]
+        logits, *rest = provider.prefill(batch, plan.rows, image)(prompt.ids, prompt.last, *inputs)
+        stages = rest[: len(rest) - 2 * schedule.shape.layers]
         cache.selection = _raster(selection, stages)
-        shapes = programs.cache_shapes(batch, rows + room)
-        cache.fill(("decode", batch, rows + room, image), prompt.last + 1, caches, shapes, length, room)
+        cache.fill(
+            shapes=schedule.cache_shapes(batch, plan.cache_rows),
+            caches=rest[len(stages) :],
+            length=prompt.last + 1,
+            offsets=self._offsets if image else torch.zeros_like(self._offsets),
+            seen=length,
+            room=plan.room,
+            rows=plan.cache_rows,
+        )
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _see(self, prompt: Prompt, images: Tensor | None) -> tuple[tuple[Tensor, ...], Selection]:
         """What prefill takes beside the ids: (features, visual rows, labels)."""
         if images is None or prompt.visual is None:
             return (), Selection()
-        features, *selection = self._program(("vision", images.shape[0]))(images)
+        features, *selection = self._provider.vision(images.shape[0])(images)
         if not selection:
             return (features, prompt.visual), Selection()
         kept, labels = selection
@@ -232,24 +226,10 @@ class OptimizedModel(GenerationMixin):
             raise InputError(f"{ids.shape[0]} tokens for a cache of {cache.length.shape[0]} sequences: pass one each")
         cache.check_room()
         cache.token.copy_(ids)
-        (logits,) = _as_tuple(self._program(cache.key)(cache.token, cache.length, *cache.buffers))
+        decode = self._provider.decode(ids.shape[0], cache.rows)
+        logits, *_ = decode(cache.token, cache.length, cache.offsets, *cache.buffers)
         cache.advance()
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-    def _program(self, key: tuple) -> Callable[..., Any]:
-        if key not in self._compiled:
-            kind, batch, *rest = key
-            if kind == "vision":
-                program = self._programs.export_vision(batch)
-            else:
-                rows, image = rest
-                programs = self._programs if image else self._text_programs
-                if kind == "prefill":
-                    program = programs.export_prefill(batch, rows, image)
-                else:
-                    program = programs.export_decode(batch, rows)
-            self._compiled[key] = self._backend(program)
-        return self._compiled[key]
 
     def _check_length(self, prompt: int, new_tokens: int) -> None:
         limit = self.schedule.shape.max_positions
@@ -271,22 +251,9 @@ def _raster(selection: Selection, stages: list[Tensor]) -> Selection:
     return Selection(selection.kept, selection.labels, tuple(found))
 
 
-def _bucket(count: int, buckets: Sequence[int], what: str) -> int:
-    for bucket in buckets:
-        if count <= bucket:
-            return bucket
-    raise InputError(
-        f"{count} {what} exceed the largest bucket, {buckets[-1]}: ask for fewer, or optimize() with larger buckets"
-    )
-
-
-def _check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
-    values = tuple(buckets)
-    counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
-    if not values or not counts or list(values) != sorted(set(values)):
-        raise InputError(f"text_buckets={values}: pass ascending positive numbers of text tokens")
-    return values
-
-
-def _as_tuple(result: Any) -> tuple:
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
+def bucket(count: int, buckets: Sequence[int], what: str) -> int:
+    """The least of `buckets` that holds `count`. Raises InputError beyond the largest."""
+    for size in buckets:
+        if count <= size:
+            return size
+    raise InputError(f"{count} {what} exceed the largest bucket, {buckets[-1]}: ask for fewer, or build with larger buckets")

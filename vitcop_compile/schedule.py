@@ -100,6 +100,10 @@ class Schedule:
         """Rows of each layer's KV cache after the prompt and `new_tokens` generated tokens."""
         return tuple(self.prompt_tokens - delta + new_tokens for delta in self.deltas())
 
+    def cache_shapes(self, batch: int, rows: int) -> list[tuple[int, ...]]:
+        """Shape [batch, kv_heads, rows_l, head_dim] of each layer's key, and value, cache for `rows` rows in layer 0."""
+        return [(batch, self.shape.kv_heads, rows - delta, self.shape.head_dim) for delta in self.deltas()]
+
     def mean_visual_tokens(self) -> float:
         """Visual tokens, mean over the decoder layers: the field's measure of a budget."""
         return sum(self.visual_tokens()) / self.shape.layers

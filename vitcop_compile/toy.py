@@ -111,5 +111,11 @@ def pixels(image: Image, config: LlavaConfig) -> Tensor:
     return processor(config)(image.convert("RGB"), return_tensors="pt")["pixel_values"]
 
 
+def request(prompt: str, image: Image, config: LlavaConfig) -> dict[str, Tensor]:
+    """What `generate` takes for one prompt and one image: input_ids, attention_mask, pixel_values."""
+    ids = encode(prompt, config)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels(image, config)}
+
+
 def _bytes(text: str) -> list[int]:
     return [FIRST_BYTE + byte for byte in text.encode()]

@@ -34,9 +34,9 @@ def compact(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     slot = mask.to(torch.int64).cumsum(1) - 1
     batch, n = mask.shape
     order = torch.arange(n, device=mask.device).expand(batch, n)
-    # False entries all land in one spare slot behind the end.
-    target = torch.where(mask, slot, count)
-    index = torch.zeros(batch, count + 1, dtype=torch.int64, device=mask.device).scatter(1, target, order)
+    # False entries all land in one spare slot behind the end. (TensorRT wants the target no shorter than the source.)
+    target = torch.where(mask, slot, n)
+    index = torch.zeros(batch, n + 1, dtype=torch.int64, device=mask.device).scatter(1, target, order)
     return index[:, :count], slot
 
 

@@ -1,0 +1,452 @@
+"""Configurations and the schedules they resolve to. No tensor is made here."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import naive
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from vitcop_compile import Budgets, ConfigError, ModelShape, ViTCoPConfig, VitcopError
+from vitcop_compile.config import PRESETS
+from vitcop_compile.schedule import Schedule
+
+# The published table: name -> (n, centres, R, RD, visual tokens, mean over layers).
+TABLE = {"1/3": (288, 51, 253, 51, 192.1), "2/9": (230, 34, 165, 33, 127.8), "1/9": (172, 20, 77, 15, 63.6)}
+SMALL = ModelShape(
+    layers=6,
+    hidden=8,
+    intermediate=12,
+    heads=4,
+    kv_heads=2,
+    head_dim=3,
+    vocab=11,
+    grid=(3, 4),
+    vision_layers=5,
+    feature_layer=3,
+    vision_hidden=7,
+    vision_intermediate=9,
+    patch_features=5,
+    element_bytes=4,
+)
+
+
+def stages(schedule: Schedule) -> list[tuple[int, int]]:
+    return [(stage.layer, stage.tokens) for stage in schedule.stages]
+
+
+# The published settings
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_presets_are_the_published_settings(name: str) -> None:
+    n, centres, merged, kept, mean = TABLE[name]
+    schedule = ViTCoPConfig.preset(name).schedule()
+    assert schedule.vision is not None
+    assert (schedule.vision.layer, schedule.vision.tokens, schedule.vision.centres) == (22, n, centres)
+    assert (schedule.vision.dc, schedule.vision.k) == (8, 0.6)
+    assert stages(schedule) == [(2, merged), (22, kept)]
+    assert [(stage.policy, stage.positions) for stage in schedule.stages] == [
+        ("merge_by_cluster", "kept"),
+        ("keep_lowest", "index"),
+    ]
+    assert round(schedule.mean_visual_tokens(), 1) == mean
+    assert schedule.visual_tokens() == (n,) * 2 + (merged,) * 20 + (kept,) * 10
+    rows = 64 + n
+    assert schedule.kv_rows() == (rows,) * 2 + (rows - n + merged,) * 20 + (rows - n + kept,) * 10
+    assert schedule.kv_rows(7) == tuple(count + 7 for count in schedule.kv_rows())
+
+
+def test_every_preset_is_in_the_table() -> None:
+    assert set(PRESETS) == set(TABLE)
+
+
+def test_positions_of_the_deep_stage() -> None:
+    assert ViTCoPConfig.preset("1/9", positions="original").schedule().stages[1].positions == "kept"
+
+
+def test_preset_overrides() -> None:
+    config = ViTCoPConfig.preset("1/9", dc=4.0, retention=0.15)
+    assert config == ViTCoPConfig(0.3, 0.12, 0.15, dc=4.0)
+    assert ViTCoPConfig.preset("1/9", mean_tokens=80) == ViTCoPConfig(0.3, 0.12, mean_tokens=80)
+    assert ViTCoPConfig.preset("1/9", budgets=(10, 5, 1)).budgets == Budgets(10, 5, 1)
+
+
+@given(st.floats(0.05, 1), st.floats(0.01, 1), st.integers(1, 30), st.data(), st.floats(1, 20))
+def test_budgets_follow_the_formula(vision: float, retention: float, shallow: int, data: st.DataObject, divisor: float):
+    layers = data.draw(st.integers(shallow + 2, 48))
+    deep = data.draw(st.integers(shallow + 1, layers - 1))
+    config = ViTCoPConfig(
+        vision, 0.25, retention, shallow_layer=shallow, deep_layer=deep, deep_divisor=divisor, scale_layers=False
+    )
+    n = int(vision * 576)
+    merged, kept = naive.budgets(retention, vision, shallow, deep, layers, n, divisor)
+    shape = ModelShape(layers=layers)
+    if kept >= 1 and merged <= n:
+        schedule = config.schedule(shape)
+        assert schedule.vision is not None
+        assert (schedule.vision.tokens, schedule.vision.centres) == (n, max(1, int(0.25 * n)))
+        assert stages(schedule) == [(shallow, merged), (deep, kept)]
+    else:
+        with pytest.raises(ConfigError, match=f"retention={retention}.*{merged} tokens after layer {shallow}"):
+            config.schedule(shape)
+
+
+# Targets
+
+
+@pytest.mark.parametrize(("target", "ratios"), [(192, (0.5, 0.18)), (128, (0.4, 0.15)), (64, (0.3, 0.12)), (100, (0.4, 0.15))])
+def test_tokens_takes_the_ratios_of_the_nearest_preset(target: int, ratios: tuple[float, float]) -> None:
+    assert ViTCoPConfig.tokens(target) == ViTCoPConfig(*ratios, mean_tokens=target)
+
+
+@given(st.floats(10, 300), st.floats(0.1, 1), st.integers(3, 48))
+def test_mean_tokens_is_met_to_a_token_or_two(target: float, vision: float, layers: int) -> None:
+    try:
+        schedule = ViTCoPConfig(vision, mean_tokens=target).schedule(ModelShape(layers=layers))
+    except ConfigError:
+        assume(False)
+    # Rounding R and RD moves every layer by at most 0.6; truncating n moves the mean by target / n.
+    assert abs(schedule.mean_visual_tokens() - target) <= 0.6 + target / (vision * 576)
+
+
+def test_mean_tokens_is_retention_by_another_unit() -> None:
+    by_count = ViTCoPConfig(0.3, 0.12, mean_tokens=0.1111 * 576).schedule()
+    assert stages(by_count) == stages(ViTCoPConfig.preset("1/9").schedule())
+
+
+def test_explicit_budgets_are_taken_as_they_are() -> None:
+    config = ViTCoPConfig(budgets=Budgets(9, 7, 3, centres=4), shallow_layer=2, deep_layer=3, scale_layers=False)
+    schedule = config.schedule(SMALL)
+    assert schedule.vision is not None and (schedule.vision.tokens, schedule.vision.centres) == (9, 4)
+    assert stages(schedule) == [(2, 7), (3, 3)]
+    assert ViTCoPConfig(budgets=(9, 7, 3)) == ViTCoPConfig(budgets=[9, 7, 3]) == ViTCoPConfig(budgets=Budgets(9, 7, 3))
+    unset = ViTCoPConfig(centre_ratio=0.3, budgets=(9, 7, 3)).schedule(SMALL).vision
+    assert unset is not None and unset.centres == 2
+    least = ViTCoPConfig(centre_ratio=0.01, budgets=(9, 7, 3)).schedule(SMALL).vision
+    assert least is not None and least.centres == 1
+
+
+def test_dense_keeps_everything() -> None:
+    schedule = ViTCoPConfig.dense().schedule(SMALL, text_tokens=5)
+    assert schedule.vision is None and schedule.stages == () and schedule.deltas() == (0,) * 6
+    assert schedule.visual_tokens() == (12,) * 6 and schedule.kv_rows() == (17,) * 6
+    assert schedule.flop_ratio() == 1
+    assert schedule.prefill_flops() == schedule.dense_prefill_flops()
+    assert schedule.kv_bytes(3) == schedule.dense_kv_bytes(3)
+    assert schedule.vision_flops() == schedule.dense_vision_flops()
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(32, (2, 22)), (12, (1, 8)), (24, (2, 16)), (40, (2, 28)), (8, (1, 6)), (3, (1, 2)), (4, (1, 3))]
+)
+def test_default_layers_scale_with_the_depth(layers: int, expected: tuple[int, int]) -> None:
+    assert ViTCoPConfig.preset("1/3").layers(layers) == expected
+
+
+@pytest.mark.parametrize("layers", [12, 24, 32, 40])
+def test_chosen_layers_are_taken_as_they_are(layers: int) -> None:
+    assert ViTCoPConfig.preset("1/3", shallow_layer=3, deep_layer=9).layers(layers) == (3, 9)
+
+
+def test_scaling_can_be_forced_or_forbidden() -> None:
+    assert ViTCoPConfig.preset("1/3", shallow_layer=8, deep_layer=16, scale_layers=True).layers(16) == (4, 8)
+    assert ViTCoPConfig.preset("1/3", scale_layers=True).layers(24) == (2, 16)
+    assert ViTCoPConfig.preset("1/3", scale_layers=False).layers(40) == (2, 22)
+    with pytest.raises(ConfigError, match=r"deep_layer=22 is out of range for 12 decoder layers: choose at most 11"):
+        ViTCoPConfig.preset("1/3", scale_layers=False).layers(12)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(3, 90))
+def test_scaled_layers_always_fit(shallow: int, deep: int, layers: int) -> None:
+    assume(shallow < deep < 32)
+    config = ViTCoPConfig.preset("1/3", shallow_layer=shallow, deep_layer=deep, scale_layers=True)
+    first, second = config.layers(layers)
+    assert 1 <= first < second < layers
+
+
+@pytest.mark.parametrize(("chosen", "resolved"), [(-2, 3), (-5, 0), (0, 0), (2, 2), (3, 3)])
+def test_vision_layer_counts_from_either_end(chosen: int, resolved: int) -> None:
+    vision = ViTCoPConfig(budgets=(9, 7, 3), vision_layer=chosen).schedule(SMALL).vision
+    assert vision is not None and vision.layer == resolved
+
+
+# Errors: every message names the value and the bound.
+
+TWO = {"budgets": (9, 7, 3), "scale_layers": False}
+INVALID: list[tuple[dict[str, Any], str]] = [
+    ({}, "exactly one target is needed, got none: set one of retention, mean_tokens, budgets"),
+    ({"retention": 0.3, "mean_tokens": 64}, "exactly one target is needed, got ['retention', 'mean_tokens']"),
+    ({"retention": 0.3, "budgets": (3, 2, 1)}, "exactly one target is needed, got ['retention', 'budgets']"),
+    ({"retention": 0}, "retention=0 is out of range: choose a ratio in (0, 1]"),
+    ({"retention": 1.01}, "retention=1.01 is out of range: choose a ratio in (0, 1]"),
+    ({"retention": math.nan}, "retention=nan is not a finite number"),
+    ({"retention": "0.3"}, "retention='0.3' is not a finite number"),
+    ({"retention": True}, "retention=True is not a finite number"),
+    ({"retention": 0.3, "vision_ratio": -0.5}, "vision_ratio=-0.5 is out of range: choose a ratio in (0, 1]"),
+    ({"retention": 0.3, "vision_ratio": math.inf}, "vision_ratio=inf is not a finite number"),
+    ({"retention": 0.3, "centre_ratio": 0.0}, "centre_ratio=0.0 is out of range: choose a ratio in (0, 1]"),
+    ({"retention": 0.3, "centre_ratio": 2}, "centre_ratio=2 is out of range: choose a ratio in (0, 1]"),
+    ({"mean_tokens": 0}, "mean_tokens=0 is not positive"),
+    ({"mean_tokens": math.inf}, "mean_tokens=inf is not a finite number"),
+    ({"retention": 0.3, "dc": 0}, "dc=0 is not positive"),
+    ({"retention": 0.3, "k": -0.1}, "k=-0.1 is not positive"),
+    ({"retention": 0.3, "deep_divisor": -5}, "deep_divisor=-5 is not positive"),
+    ({"retention": 0.3, "deep_divisor": 0.9}, "deep_divisor=0.9 is below 1"),
+    ({"retention": 0.3, "vision_layer": 1.5}, "vision_layer=1.5 is not an integer"),
+    ({"retention": 0.3, "shallow_layer": True}, "shallow_layer=True is not an integer"),
+    ({"retention": 0.3, "deep_layer": "22"}, "deep_layer='22' is not an integer"),
+    ({"retention": 0.3, "shallow_layer": 0}, "shallow_layer=0 is below 1"),
+    ({"retention": 0.3, "shallow_layer": 22}, "shallow_layer=22 is not before deep_layer=22: choose shallow < deep"),
+    ({"retention": 0.3, "positions": "kept"}, "positions='kept' is unknown: use 'published' or 'original'"),
+    ({"budgets": (3, 0, 0)}, "budgets.shallow=0 is below 1"),
+    ({"budgets": (3.0, 2, 1)}, "budgets.vision=3.0 is not an integer"),
+    ({"budgets": (3, 2, True)}, "budgets.deep=True is not an integer"),
+    ({"budgets": (3, 4, 1)}, "budgets 3, 4, 1 grow: no stage can keep more tokens than it receives"),
+    ({"budgets": (3, 2, 3)}, "budgets 3, 2, 3 grow"),
+    ({"budgets": (3, 2, 1, 4)}, "budgets.centres=4 is out of range: choose 1 to 3"),
+    ({"budgets": (3, 2, 1, 0)}, "budgets.centres=0 is out of range: choose 1 to 3"),
+    ({"budgets": (3, 2, 1, 1.0)}, "budgets.centres=1.0 is not an integer"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), INVALID)
+def test_invalid_values_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        ViTCoPConfig(**values)
+    assert isinstance(caught.value, VitcopError)
+
+
+@pytest.mark.xfail(strict=True, reason="raises TypeError, AttributeError or OverflowError, or is not checked at all")
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"budgets": (3, 2)},
+        {"budgets": (3, 2, 1, 1, 1)},
+        {"budgets": 3},
+        {"mean_tokens": 10**400},
+        {"retention": 0.3, "scale_layers": "no"},
+        {"retention": 0.3, "prune": "no"},
+    ],
+)
+def test_values_of_another_kind_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ViTCoPConfig(**values)
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], ModelShape, str]] = [
+    ({"retention": 0.9, "vision_ratio": 0.5}, ModelShape(), "retention=0.9 asks for 728 tokens after layer 2, but the vision"),
+    ({"mean_tokens": 500}, ModelShape(), "mean_tokens=500 asks for 701 tokens after layer 2, but the vision stage keeps 288"),
+    ({"mean_tokens": 600}, ModelShape(), "mean_tokens=600 exceeds the 576 patches of an image"),
+    ({"retention": 0.01}, ModelShape(), "retention=0.01 leaves -18 tokens after layer 2 and -4 after layer 22, below 1"),
+    (
+        {"retention": 0.5, "vision_ratio": 0.01},
+        SMALL,
+        "vision_ratio=0.01 keeps none of the 12 patches: choose at least 0.08333",
+    ),
+    ({"budgets": (13, 2, 1)}, SMALL, "budgets.vision=13 exceeds the 12 patches of an image"),
+    ({"budgets": (9, 7, 3), "vision_layer": 4}, SMALL, "vision_layer=4 is layer 4 of 5"),
+    ({"budgets": (9, 7, 3), "vision_layer": -1}, SMALL, "features after layer 3: choose -5 to -2, or 0 to 3"),
+    ({"budgets": (9, 7, 3), "vision_layer": -6}, SMALL, "vision_layer=-6 is layer -1 of 5"),
+    (
+        {**TWO, "shallow_layer": 1, "deep_layer": 6},
+        SMALL,
+        "deep_layer=6 is out of range for 6 decoder layers: choose at most 5",
+    ),
+    ({"budgets": (9, 7, 3)}, dataclasses.replace(SMALL, layers=2), "a decoder of 2 layers has no room for two stages: 3 are"),
+]
+
+
+@pytest.mark.parametrize(("values", "shape", "message"), IMPOSSIBLE)
+def test_what_a_model_cannot_meet_is_refused(values: dict[str, Any], shape: ModelShape, message: str) -> None:
+    config = ViTCoPConfig(**values)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.schedule(shape)
+
+
+@pytest.mark.parametrize("count", [-1, 1.0, True, "64"])
+def test_text_tokens_is_a_count(count: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"text_tokens={count!r} is not a count of tokens")):
+        ViTCoPConfig.dense().schedule(text_tokens=count)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ConfigError, match="preset '1/2' is unknown: use one of 1/3, 2/9, 1/9"):
+        ViTCoPConfig.preset("1/2")
+
+
+def test_tokens_refuses_what_is_no_target() -> None:
+    with pytest.raises(ConfigError, match="mean_tokens=-5 is not positive"):
+        ViTCoPConfig.tokens(-5)
+
+
+# Text form
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ViTCoPConfig:
+    ratio = st.floats(1e-3, 1)
+    shallow = draw(st.integers(1, 12))
+    vision = draw(st.integers(1, 300))
+    target = draw(st.sampled_from(["retention", "mean_tokens", "budgets", "preset", "dense"]))
+    if target == "dense":
+        return ViTCoPConfig.dense()
+    merged = draw(st.integers(1, vision))
+    kept = draw(st.integers(1, merged))
+    values: dict[str, Any] = {
+        "retention": {"retention": draw(ratio)},
+        "mean_tokens": {"mean_tokens": draw(st.floats(1, 400) | st.integers(1, 400))},
+        "budgets": {"budgets": Budgets(vision, merged, kept, draw(st.none() | st.integers(1, vision)))},
+        "preset": {"retention": draw(st.sampled_from([preset[2] for preset in PRESETS.values()]))},
+    }[target]
+    return ViTCoPConfig(
+        vision_ratio=draw(ratio),
+        centre_ratio=draw(ratio),
+        vision_layer=draw(st.integers(-6, 4)),
+        shallow_layer=shallow,
+        deep_layer=draw(st.integers(shallow + 1, 30)),
+        deep_divisor=draw(st.floats(1, 10)),
+        positions=draw(st.sampled_from(["published", "original"])),
+        dc=draw(st.floats(0.1, 100)),
+        k=draw(st.floats(0.01, 2)),
+        scale_layers=draw(st.sampled_from([None, True, False])),
+        **values,
+    )
+
+
+@given(configs())
+def test_json_round_trip(config: ViTCoPConfig) -> None:
+    text = config.to_json()
+    assert json.loads(text)["version"] == 1
+    assert ViTCoPConfig.from_json(text) == config
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    config, path = ViTCoPConfig.preset("2/9", dc=7.5), tmp_path / "config.json"
+    path.write_text("an older file")
+    config.save(path)
+    assert ViTCoPConfig.load(path) == config
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    config.save(str(path))
+    assert ViTCoPConfig.load(str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "config version 2 cannot be read: this package reads 1"),
+        ({"version": None}, "config version None cannot be read"),
+        ({"colour": 1, "aim": 2}, "unknown config fields ['aim', 'colour']: remove them or upgrade vitcop-compile"),
+        ({"retention": 3}, "retention=3 is out of range: choose a ratio in (0, 1]"),
+        ({"retention": None, "budgets": {"vision": 3}}, "budgets: "),
+        ({"retention": None, "budgets": {"vision": 3, "shallow": 2, "deep": 1, "last": 0}}, "budgets: "),
+        ({"retention": None, "budgets": {"vision": 3, "shallow": 5, "deep": 1}}, "budgets 3, 5, 1 grow"),
+    ],
+)
+def test_texts_that_are_no_config_are_refused(change: dict[str, Any], message: str) -> None:
+    values = json.loads(ViTCoPConfig.preset("1/3").to_json()) | change
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ViTCoPConfig.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not a JSON text"), ("[1]", "a config is a JSON object, got list"), ("{}", "config version None cannot be read")],
+)
+def test_malformed_texts_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ViTCoPConfig.from_json(text)
+
+
+def test_a_config_is_a_value() -> None:
+    assert hash(ViTCoPConfig.preset("1/3")) == hash(ViTCoPConfig(retention=0.3333))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ViTCoPConfig.preset("1/3").dc = 1  # type: ignore[misc]
+
+
+# Schedules
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ModelShape:
+    vision_layers = draw(st.integers(1, 12))
+    return dataclasses.replace(
+        SMALL,
+        layers=draw(st.integers(3, 48)),
+        grid=(draw(st.integers(1, 24)), draw(st.integers(1, 24))),
+        vision_layers=vision_layers,
+        feature_layer=draw(st.integers(0, vision_layers - 1)),
+        kv_heads=draw(st.sampled_from([1, 2, 4])),
+    )
+
+
+@given(configs(), shapes(), st.integers(0, 40))
+def test_whatever_resolves_only_shrinks(config: ViTCoPConfig, shape: ModelShape, text: int) -> None:
+    try:
+        schedule = config.schedule(shape, text_tokens=text)
+    except ConfigError:
+        assume(False)
+    if not config.prune:
+        assert schedule.image_tokens == shape.patches
+        return
+    assert schedule.vision is not None
+    (shallow, merged), (deep, kept) = stages(schedule)
+    assert shape.patches >= schedule.vision.tokens >= merged >= kept >= 1
+    assert 1 <= schedule.vision.centres <= schedule.vision.tokens
+    assert 0 <= schedule.vision.layer <= shape.feature_layer
+    assert 1 <= shallow < deep < shape.layers
+    rows, visual = schedule.kv_rows(), schedule.visual_tokens()
+    assert len(rows) == len(visual) == shape.layers
+    assert all(a >= b for a, b in itertools.pairwise(rows))
+    assert all(row == text + count for row, count in zip(rows, visual))
+    assert rows[0] == schedule.prompt_tokens == text + schedule.image_tokens
+    assert set(visual[:shallow]) == {schedule.image_tokens}
+    assert set(visual[shallow:deep]) == {merged} and set(visual[deep:]) == {kept}
+    assert schedule.mean_visual_tokens() == sum(visual) / shape.layers
+    assert schedule.flop_ratio() >= 1
+    assert schedule.kv_bytes() <= schedule.dense_kv_bytes()
+    assert schedule.vision_flops() <= schedule.dense_vision_flops()
+
+
+def test_flops_are_those_counted_one_by_one() -> None:
+    config = ViTCoPConfig(budgets=(7, 5, 2), vision_layer=1, shallow_layer=2, deep_layer=4)
+    schedule = config.schedule(SMALL, text_tokens=3)
+    widths = (SMALL.hidden, SMALL.heads, SMALL.kv_heads, SMALL.head_dim, SMALL.intermediate)
+    pruned = [naive.decoder_layer_flops(3 + visual, *widths) for visual in (7, 7, 5, 5, 2, 2)]
+    dense = [naive.decoder_layer_flops(3 + 12, *widths)] * 6
+    head = 2 * SMALL.hidden * SMALL.vocab
+    assert list(schedule.prefill_flops()) == pruned
+    assert list(schedule.dense_prefill_flops()) == dense
+    assert schedule.head_flops() == head
+    assert schedule.flop_ratio() == (sum(dense) + head) / (sum(pruned) + head)
+
+    def vision(tokens: list[int], projected: int) -> int:
+        embedding = 2 * 12 * SMALL.patch_features * SMALL.vision_hidden
+        projector = 2 * projected * (SMALL.vision_hidden * SMALL.hidden + SMALL.hidden * SMALL.hidden)
+        return (
+            embedding
+            + projector
+            + sum(naive.encoder_layer_flops(t, SMALL.vision_hidden, SMALL.vision_intermediate) for t in tokens)
+        )
+
+    # The scoring layer still sees every patch; layers behind the feature layer do not run.
+    assert schedule.vision_flops() == vision([13, 13, 8, 8], 7)
+    assert schedule.dense_vision_flops() == vision([13] * 4, 12)
+
+
+def test_kv_bytes() -> None:
+    schedule = ViTCoPConfig(budgets=(7, 5, 2), shallow_layer=2, deep_layer=4).schedule(SMALL, text_tokens=3)
+    rows = 2 * (3 + 7) + 2 * (3 + 5) + 2 * (3 + 2)
+    row = 2 * SMALL.kv_heads * SMALL.head_dim * SMALL.element_bytes
+    assert schedule.kv_bytes() == rows * row
+    assert schedule.kv_bytes(4) == (rows + 4 * 6) * row
+    assert schedule.dense_kv_bytes(4) == 6 * (3 + 12 + 4) * row

@@ -1,0 +1,115 @@
+"""The model that `optimize` returns: programs exported and compiled on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from transformers import PreTrainedModel
+
+from .backends import backend_of
+from .cache import PrunedCache
+from .errors import InputError
+from .programs import Programs
+from .prompt import ImageInput
+from .runtime import CompiledModel, Plan, bucket
+
+TEXT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+NEW_TOKEN_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class CompiledOnDemand:
+    """Provides programs through a backend, one for every batch size and bucket that comes up. `compiled` holds them by key.
+
+    Keys: ("vision", batch), ("prefill", batch, rows, image), ("decode", batch, cache rows).
+    """
+
+    def __init__(self, programs: Programs, text_programs: Programs, backend: str, text_buckets: Sequence[int]):
+        self.programs, self._text_programs = programs, text_programs
+        self._compile = backend_of(backend)
+        self._text_buckets = _check_buckets(text_buckets)
+        self.compiled: dict[tuple, Callable[..., Any]] = {}
+        family, parameter = programs.family, next(programs.family.head.parameters())
+        self.schedule = programs.schedule
+        self.image = ImageInput(family.image_token_id, family.pixel_shape, family.shape.patches)
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    def plan(self, batch: int, text: int, new_tokens: int, image: bool) -> Plan:
+        """Both lengths in their buckets.
+
+        A cache has rows for an image whether there is one or not, so that both kinds of prompt share a decode program.
+        """
+        text_rows = bucket(text, self._text_buckets, "text tokens in a prompt")
+        room = bucket(new_tokens, NEW_TOKEN_BUCKETS, "new tokens")
+        pruned = self.schedule.image_tokens
+        return Plan(text_rows + (pruned if image else 0), text_rows + pruned + room, room)
+
+    def default_new_tokens(self) -> int:
+        """Room of a cache made by `forward`."""
+        return NEW_TOKEN_BUCKETS[0]
+
+    def vision(self, batch: int) -> Callable[..., Any]:
+        """The vision program for `batch` images."""
+        return self._get(("vision", batch), lambda: self.programs.export_vision(batch))
+
+    def prefill(self, batch: int, rows: int, image: bool) -> Callable[..., Any]:
+        """The prefill program for `batch` prompts of `rows` rows."""
+        programs = self.programs if image else self._text_programs
+        return self._get(("prefill", batch, rows, image), lambda: programs.export_prefill(batch, rows, image))
+
+    def decode(self, batch: int, cache_rows: int) -> Callable[..., Any]:
+        """The decode program for `batch` sequences on caches of `cache_rows` rows in layer 0."""
+        return self._get(("decode", batch, cache_rows), lambda: self.programs.export_decode(batch, cache_rows))
+
+    def _get(self, key: tuple, export: Callable[[], ExportedProgram]) -> Callable[..., Any]:
+        if key not in self.compiled:
+            self.compiled[key] = self._compile(export())
+        return self.compiled[key]
+
+
+class OptimizedModel(CompiledModel):
+    """A pruned, compiled model with transformers' `generate()`, made by `optimize`.
+
+    Programs are exported and compiled when a batch size and a bucket of prompt lengths are first seen, and kept; `compiled`
+    lists them, and `warmup` makes them ahead of time. Weights are the model's own, shared by all programs.
+    """
+
+    def __init__(self, model: PreTrainedModel, provider: CompiledOnDemand, backend: str):
+        super().__init__(provider, model.config, model.generation_config)
+        self._on_demand = provider
+        self.model = model
+        self.backend = backend
+
+    @property
+    def programs(self) -> Programs:
+        """Where the vision, prefill and decode programs are exported: what `vitcop_compile.export` and benchmarks build on."""
+        return self._on_demand.programs
+
+    @property
+    def compiled(self) -> tuple[tuple, ...]:
+        """Keys of the programs made so far: ("vision", batch), ("prefill", batch, rows, image), ("decode", batch, rows)."""
+        return tuple(self._on_demand.compiled)
+
+    def warmup(self, batch: int = 1, text_tokens: int = 64, max_new_tokens: int = 64, image: bool = True) -> None:
+        """Exports, compiles and runs once every program that such a request needs."""
+        image_input = self._on_demand.image
+        ids = torch.ones(batch, text_tokens, dtype=torch.int64, device=self.device)
+        ids[ids == image_input.token_id] = 0
+        pixels = None
+        if image:
+            run = torch.full((batch, image_input.patches), image_input.token_id, device=self.device)
+            ids = torch.cat((ids[:, :1], run, ids[:, 1:]), 1)
+            pixels = torch.zeros(batch, *image_input.pixel_shape, dtype=self.dtype, device=self.device)
+        cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)
+        self.forward(input_ids=ids, pixel_values=pixels, past_key_values=cache)
+        self.forward(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def _check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
+    values = tuple(buckets)
+    counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
+    if not values or not counts or list(values) != sorted(set(values)):
+        raise InputError(f"text_buckets={values}: pass ascending positive numbers of text tokens")
+    return values
