@@ -38,12 +38,14 @@ __all__ = [
 ]
 
 
-def rewrite_encoder(captured: fx.GraphModule, schedule: Schedule, attention: str = "sdpa") -> fx.GraphModule:
+def rewrite_encoder(
+    captured: fx.GraphModule, schedule: Schedule, attention: str = "sdpa", exact: bool = True
+) -> fx.GraphModule:
     """hidden [B, prefix + patches, C] -> (patches [B, n, C], kept int64 [B, n], labels int64 [B, n])."""
     shape = schedule.shape
     module = clean(_copy(captured))
     module = truncate_encoder(module, shape.feature_layer)
-    module = prune_encoder(module, schedule.vision, shape.grid, shape.prefix_tokens)
+    module = prune_encoder(module, schedule.vision, shape.grid, shape.prefix_tokens, exact)
     return lower_attention(module, attention)
 
 

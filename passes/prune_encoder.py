@@ -28,11 +28,11 @@ def prune_patches(
 
 
 def cluster_patches(
-    key: Tensor, kept: Tensor, *, grid: tuple[int, int], prefix: int, centres: int, dc: float, k: float
+    key: Tensor, kept: Tensor, *, grid: tuple[int, int], prefix: int, centres: int, dc: float, k: float, exact: bool
 ) -> Tensor:
     """Labels int64 [B, n] of the kept patches [B, n], clustered by the keys [B, heads, t, hd] of the scoring layer."""
     features = take_along(key, kept + prefix, 2).transpose(1, 2).flatten(2)
-    return density_peaks(features, patch_positions(kept, grid), centres, dc, k)
+    return density_peaks(features, patch_positions(kept, grid), centres, dc, k, exact)
 
 
 def patch_positions(index: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -41,7 +41,9 @@ def patch_positions(index: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.stack((index // columns, index % columns), -1).float() / max(grid)
 
 
-def prune_encoder(module: fx.GraphModule, stage: VisionStage | None, grid: tuple[int, int], prefix: int) -> fx.GraphModule:
+def prune_encoder(
+    module: fx.GraphModule, stage: VisionStage | None, grid: tuple[int, int], prefix: int, exact: bool = True
+) -> fx.GraphModule:
     """Inserts `prune_patches` and `cluster_patches` after layer `stage.layer`; later layers run on kept tokens only.
 
     The graph then returns (hidden [B, n, C] without prefix, kept int64 [B, n], labels int64 [B, n]). Without a stage it
@@ -65,7 +67,14 @@ def prune_encoder(module: fx.GraphModule, stage: VisionStage | None, grid: tuple
     hidden.meta["val"] = cut.meta["val"]
     reroute(graph, cut, hidden, keep, renumber=False)
     with graph.inserting_before(output):
-        settings: Any = {"grid": grid, "prefix": prefix, "centres": stage.centres, "dc": stage.dc, "k": stage.k}
+        settings: Any = {
+            "grid": grid,
+            "prefix": prefix,
+            "centres": stage.centres,
+            "dc": stage.dc,
+            "k": stage.k,
+            "exact": exact,
+        }
         labels = graph.call_function(cluster_patches, (key, kept), settings)
     _drop_prefix(graph, output, prefix, (kept, labels))
     return finish(module)

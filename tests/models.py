@@ -16,8 +16,8 @@ from vitcop_compile.families import family_of
 IMAGE, VOCAB, GRID, PATCHES, SIDE = 95, 96, 8, 64, 112
 
 
-def llava(layers: int = 6, kv_heads: int = 4, seed: int = 0, positions: int = 1024, **config) -> LlavaForConditionalGeneration:
-    """A float32 LLaVA in evaluation mode: CLIP of 4 layers on 8x8 patches, Llama of `layers` layers and 4 heads."""
+def llava(layers: int = 6, kv_heads: int = 4, seed: int = 0, positions: int = 1024, **config):
+    """A float32 LlavaForConditionalGeneration in evaluation mode: CLIP of 4 layers on 8x8 patches, Llama of 4 heads."""
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=48,

@@ -64,7 +64,7 @@ def run(
     steps: int,
     pick: Callable[[Tensor, int], int] | None = None,
 ) -> Result:
-    """Prefill of ids [1, T] and `steps` tokens, each chosen by pick(logits [vocab], step): the greedy one by default."""
+    """Prefill of ids [1, T] and `steps` tokens, each chosen by pick(logits [vocab], step): greedy by default."""
     pick = pick or (lambda logits, step: int(logits.argmax()))
     result = Result()
     features = _see(model, pixels, settings, result)

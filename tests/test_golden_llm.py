@@ -130,7 +130,7 @@ def test_prefill_and_decode(case: dict[str, Any]) -> None:
     assert logits[0, -1].argmax() == tokens[0]
     for t, position in enumerate(positions):
         with torch.no_grad():
-            logits = step(torch.tensor([[tokens[t]]]), torch.tensor([position]), offsets, *buffers)
+            logits, *_ = step(torch.tensor([[tokens[t]]]), torch.tensor([position]), offsets, *buffers)
         assert largest_error(logits[:, 0], data["sdpa/decode/logits"][:, t]) < TOLERANCE
         assert logits.argmax() == tokens[t + 1]
     for layer in found:

@@ -57,7 +57,9 @@ class SelectionOnly(nn.Module):
         prefix = shape.prefix_tokens
         scale = query.shape[-1] ** -0.5
         kept_hidden, _, kept = prune_patches(patches, query, key, scale, tokens=vision.tokens, prefix=prefix)
-        labels = cluster_patches(key, kept, grid=shape.grid, prefix=prefix, centres=vision.centres, dc=vision.dc, k=vision.k)
+        labels = cluster_patches(
+            key, kept, grid=shape.grid, prefix=prefix, centres=vision.centres, dc=vision.dc, k=vision.k, exact=True
+        )
         shallow, deep = self.schedule.stages
         hidden, _, visual, index = prune_tokens(hidden, first, visual, labels, policy=shallow.policy, tokens=shallow.tokens)
         hidden, *_ = prune_tokens(hidden, second, visual, labels.gather(1, index), policy=deep.policy, tokens=deep.tokens)

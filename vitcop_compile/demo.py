@@ -27,8 +27,8 @@ from .cache import PrunedCache, Selection
 from .config import ViTCoPConfig
 from .errors import ConfigError, InputError, UnsupportedError
 from .explain import table
+from .optimized import OptimizedModel
 from .pipeline import optimize
-from .runtime import OptimizedModel
 
 # Sizes of the stand-in for LLaVA-1.5: the image and its 576 patches are the real ones.
 SMALL: dict[str, int] = {"vision_hidden": 256, "vision_layers": 6, "hidden": 512, "layers": 12, "vocab": 2048}
@@ -112,7 +112,9 @@ class Steps:
     def bar(self, text: str, total: int) -> Iterator[Callable[[], None]]:
         """A step in `total` parts; call what it gives after each. It draws only then: a spinner would disturb timings."""
         start = time.perf_counter()
-        with Progress(console=self._console, auto_refresh=False, transient=True) as progress:
+        with Progress(
+            console=self._console, auto_refresh=False, transient=True, disable=not self._console.is_terminal
+        ) as progress:
             task = progress.add_task(text, total=total)
             yield lambda: progress.update(task, advance=1, refresh=True)
         self._done(text, start)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .backends import backend_of
 from .cache import PrunedCache
+from .config import ViTCoPConfig
 from .errors import InputError
 from .programs import Programs
 from .prompt import ImageInput
@@ -27,7 +28,7 @@ class CompiledOnDemand:
     """
 
     def __init__(self, programs: Programs, text_programs: Programs, backend: str, text_buckets: Sequence[int]):
-        self.programs, self._text_programs = programs, text_programs
+        self.programs, self.text_programs = programs, text_programs
         self._compile = backend_of(backend)
         self._text_buckets = _check_buckets(text_buckets)
         self.compiled: dict[tuple, Callable[..., Any]] = {}
@@ -56,7 +57,7 @@ class CompiledOnDemand:
 
     def prefill(self, batch: int, rows: int, image: bool) -> Callable[..., Any]:
         """The prefill program for `batch` prompts of `rows` rows."""
-        programs = self.programs if image else self._text_programs
+        programs = self.programs if image else self.text_programs
         return self._get(("prefill", batch, rows, image), lambda: programs.export_prefill(batch, rows, image))
 
     def decode(self, batch: int, cache_rows: int) -> Callable[..., Any]:
@@ -76,16 +77,27 @@ class OptimizedModel(CompiledModel):
     lists them, and `warmup` makes them ahead of time. Weights are the model's own, shared by all programs.
     """
 
-    def __init__(self, model: PreTrainedModel, provider: CompiledOnDemand, backend: str):
+    def __init__(self, model: PreTrainedModel, provider: CompiledOnDemand, settings: ViTCoPConfig, backend: str):
         super().__init__(provider, model.config, model.generation_config)
         self._on_demand = provider
         self.model = model
+        self.settings = settings
         self.backend = backend
 
     @property
     def programs(self) -> Programs:
         """Where the vision, prefill and decode programs are exported: what `vitcop_compile.export` and benchmarks build on."""
         return self._on_demand.programs
+
+    @property
+    def text_programs(self) -> Programs:
+        """The same for prompts without an image, which nothing is pruned from."""
+        return self._on_demand.text_programs
+
+    @property
+    def image(self) -> ImageInput:
+        """How prompts refer to an image."""
+        return self._on_demand.image
 
     @property
     def compiled(self) -> tuple[tuple, ...]:

@@ -45,7 +45,7 @@ def optimize(
     captured = capture(family, model)
     programs = Programs(family, captured, schedule, attention)
     text_programs = Programs(family, captured, text_schedule, attention)
-    return OptimizedModel(model, CompiledOnDemand(programs, text_programs, backend, text_buckets), backend)
+    return OptimizedModel(model, CompiledOnDemand(programs, text_programs, backend, text_buckets), config, backend)
 
 
 def _check_weights(model: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 
 from .capture import Capture
 from .errors import RewriteError
@@ -91,20 +91,26 @@ class Programs:
         """Rows that the decoder stages take out of a prompt."""
         return self.schedule.deltas()[-1]
 
-    def export_vision(self, batch: int) -> ExportedProgram:
-        """The vision program for `batch` images."""
-        encoder = rewrite_encoder(self.captured.encoder, self.schedule, self.attention)
+    def export_vision(self, batch: int, exact: bool = True) -> ExportedProgram:
+        """The vision program for `batch` images; `exact` as in `ops.density_peaks`."""
+        encoder = rewrite_encoder(self.captured.encoder, self.schedule, self.attention, exact)
         pixels = self._zeros(batch, *self.family.pixel_shape)
         program = _export(Vision(self.family, encoder), (pixels,))
         _expect("vision features", _shapes(program)[0][:2], (batch, self.schedule.image_tokens))
         return program
 
-    def export_prefill(self, batch: int, tokens: int, image: bool = True) -> ExportedProgram:
+    def export_prefill(self, batch: int, tokens: int, image: bool = True, least_tokens: int | None = None) -> ExportedProgram:
         """The prefill program for `batch` prompts of `tokens` rows, images counted after the vision stage.
 
-        Without `image` the prompt is text alone, which only a dense schedule can take.
+        Without `image` the prompt is text alone, which only a dense schedule can take. With `least_tokens` the rows are a
+        dynamic axis from there to `tokens`; the visual budgets stay static.
         """
-        program = _export(self.prefill_module(), self.prefill_inputs(batch, tokens, image))
+        inputs = self.prefill_inputs(batch, tokens, image)
+        if least_tokens is not None:
+            axes: list[dict[int, Dim] | None] = [None] * len(inputs)
+            axes[0] = {1: Dim("rows", min=least_tokens, max=tokens)}
+            return _export(self.prefill_module(), inputs, _by_name(axes))
+        program = _export(self.prefill_module(), inputs)
         caches = _shapes(program)[1 + len(self.schedule.stages) :]
         for layer, expected in enumerate(self.schedule.cache_shapes(batch, tokens)):
             _expect(f"key cache of layer {layer}", caches[2 * layer], expected)
@@ -154,9 +160,14 @@ class Programs:
         return torch.zeros(shape, dtype=self._parameter().dtype, device=self._device())
 
 
-def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+def _export(module: nn.Module, inputs: tuple[Tensor, ...], axes: tuple | None = None) -> ExportedProgram:
     with torch.no_grad():
-        return torch.export.export(module.eval(), inputs, strict=False)
+        return torch.export.export(module.eval(), inputs, dynamic_shapes=axes, strict=False)
+
+
+def _by_name(axes: list) -> tuple:
+    """Axes of `Prefill.forward`'s inputs: ids, last, and the rest, which is variadic."""
+    return (axes[0], axes[1], *([tuple(axes[2:])] if len(axes) > 2 else []))
 
 
 def _shapes(program: ExportedProgram) -> list[tuple[int, ...]]:

@@ -8,18 +8,21 @@ from torch import Tensor
 from .indexing import rank
 
 
-def density_peaks(features: Tensor, positions: Tensor | None, centres: int, dc: float = 8.0, k: float = 0.6) -> Tensor:
+def density_peaks(
+    features: Tensor, positions: Tensor | None, centres: int, dc: float = 8.0, k: float = 0.6, exact: bool = True
+) -> Tensor:
     """Labels of a density-peaks clustering restricted to spatial neighbours (ViTCoP, vision stage).
 
     features: [B, n, d]; positions: [B, n, 2] in units of the image side, None for no spatial limit; centres: clusters, 1 to
     n; dc: width of the density kernel, in feature distance; k: reach of a neighbour, in units of the image side.
     Returns int64 [B, n]: 0 to centres - 1, by descending delta * rho of the centre, or -1 for a point whose chain of nearest
-    denser neighbours ends in a cycle. Raises ValueError for centres out of range. Computed in fp32 whatever the input.
+    denser neighbours ends in a cycle. Raises ValueError for centres out of range. Computed in fp32 whatever the input, but for
+    one matmul that `exact` carries in fp64; without it, for engines that have none, equal points may count as unequal.
     """
     n = features.shape[1]
     if not 1 <= centres <= n:
         raise ValueError(f"centres={centres} is out of range for {n} tokens: choose 1 to {n}")
-    distance = _distances(features)
+    distance = _distances(features, exact)
     rho = torch.exp(-((distance / dc) ** 2)).sum(-1)
     candidate = rho.unsqueeze(1) >= rho.unsqueeze(2)  # [b, i, j]: j is at least as dense as i
     if positions is not None:
@@ -41,14 +44,14 @@ def density_peaks(features: Tensor, positions: Tensor | None, centres: int, dc: 
     return label.gather(1, parent)
 
 
-def _distances(features: Tensor) -> Tensor:
+def _distances(features: Tensor, exact: bool) -> Tensor:
     """sqrt(|xi - xj|^2 + 1e-8) as fp32 [B, n, n] with a zero diagonal.
 
     The Gram form costs one matmul where differences cost [n, n, d]. It cancels, so it is centred and carried in fp64: equal
     rows then come out equal after rounding to fp32, which the ties of the method depend on.
     """
     centred = features.float() - features.float().mean(1, keepdim=True)
-    wide = centred.double()
+    wide = centred.double() if exact else centred
     gram = wide @ wide.transpose(-1, -2)
     square = gram.diagonal(dim1=-2, dim2=-1)
     squared = (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram).clamp_min(0).float()

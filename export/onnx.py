@@ -1,0 +1,152 @@
+"""ExportedProgram -> ONNX, with every weight stored once for all programs of a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from ..errors import UnsupportedError
+from .manifest import TensorSpec
+
+WEIGHTS = "weights.bin"
+# Smaller constants stay inside the graph file.
+_INLINE_BYTES = 1024
+# Offsets at which operating systems can map a file.
+_ALIGNMENT = 4096
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64"}
+OPSETS = range(18, 25)
+# What static budgets have no use for, and what engines cannot take.
+FORBIDDEN = ("NonZero", "Loop", "If", "Scan", "Unique", "Compress", "SequenceConstruct")
+
+
+@dataclass
+class WeightStore:
+    """One file of tensors, each content once. `add` returns where a tensor lies."""
+
+    path: Path
+    size: int = 0
+    _known: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, data: bytes | memoryview) -> tuple[int, int]:
+        """(offset, bytes) of `data` in the file, written if its content is new."""
+        key = hashlib.sha256(data).digest()
+        if key not in self._known:
+            start = -(-self.size // _ALIGNMENT) * _ALIGNMENT
+            with self.path.open("ab") as stream:
+                stream.write(b"\0" * (start - self.size))
+                stream.write(data)
+            self.size = start + len(data)
+            self._known[key] = (start, len(data))
+        return self._known[key]
+
+
+def write_onnx(
+    program: ExportedProgram, path: Path, store: WeightStore, inputs: list[str], outputs: list[str], opset: int
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Writes `program` to `path`, its weights to `store`, in the same folder. Returns the specs of inputs and outputs.
+
+    Standard operators only. Raises UnsupportedError for an opset out of range, a missing package, or an operator that static
+    budgets must not need.
+    """
+    onnx_ir = _require("onnx_ir")
+    if opset not in OPSETS:
+        raise UnsupportedError(f"opset={opset} is out of range: choose {OPSETS.start} to {OPSETS.stop - 1}")
+    with _quiet():
+        converted = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, verbose=False, input_names=inputs, output_names=outputs
+        )
+    assert converted is not None
+    model = converted.model
+    check_nodes(model, path.name)
+    for node in model.graph.all_nodes():
+        # Stack traces of the exporting machine: half the file, and nobody else's business.
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _INLINE_BYTES:
+            continue
+        offset, length = store.add(tensor.tobytes())
+        value.const_value = onnx_ir.ExternalTensor(
+            location=store.path.name,
+            offset=offset,
+            length=length,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            name=value.name,
+            base_dir=str(path.parent),
+        )
+    onnx_ir.save(model, path)
+    symbol = _row_symbol(model)
+    return _specs(model.graph.inputs, symbol), _specs(model.graph.outputs, symbol)
+
+
+def check_nodes(model: Any, name: str) -> None:
+    """Raises UnsupportedError, naming node and remedy, for operators outside the standard domain or with dynamic results."""
+    for node in model.graph.all_nodes():
+        if node.domain not in ("", "ai.onnx"):
+            raise UnsupportedError(f"{name}: node {node.name} is {node.domain}::{node.op_type}, not a standard operator")
+        reduction = node.attributes.get("reduction")
+        scatters = node.op_type in ("ScatterElements", "ScatterND") and reduction is not None and reduction.value != "none"
+        if node.op_type in FORBIDDEN or scatters:
+            raise UnsupportedError(
+                f"{name}: node {node.name} is {node.op_type}{' with a reduction' if scatters else ''}, whose size or order "
+                "depends on data: write the operation with static shapes"
+            )
+
+
+def op_counts(path: Path) -> Counter[str]:
+    """How often each operator occurs in an ONNX file."""
+    onnx_ir = _require("onnx_ir")
+    return Counter(node.op_type for node in onnx_ir.load(path).graph.all_nodes())
+
+
+def _specs(values: Any, symbol: str | None) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(value.name, _DTYPES[value.dtype.name], tuple(_dim(dim, symbol) for dim in value.shape)) for value in values
+    )
+
+
+def _dim(dim: Any, symbol: str | None) -> int | str:
+    """A static count, or an expression in "rows"."""
+    if isinstance(dim, int):
+        return dim
+    return str(dim.value).replace(str(symbol), "rows").replace(" ", "")
+
+
+def _row_symbol(model: Any) -> str | None:
+    """The exporter's name of the dynamic axis, if there is one."""
+    names = (dim.value for value in model.graph.inputs for dim in value.shape if not isinstance(dim, int))
+    return next(names, None)
+
+
+def _require(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise UnsupportedError(f"ONNX export needs {name} ({error}): pip install 'vitcop-compile[onnx]'") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its own progress and its own deprecations; neither is about the model."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,93 @@
+"""Runs ONNX programs in onnxruntime on torch CPU tensors, without a copy on the way in or out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedError
+from .manifest import FolderError, ProgramSpec
+
+_TORCH = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
+# onnx.TensorProto's element types.
+_ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}
+
+
+class OrtProgram:
+    """One program as a callable: torch tensors in, a list of new torch tensors out, bound by address."""
+
+    def __init__(self, path: Path, spec: ProgramSpec, threads: int | None = None):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UnsupportedError(
+                f"running an ONNX folder needs onnxruntime ({error}): pip install 'vitcop-compile[onnx]'"
+            ) from None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise FolderError(f"{path.name} cannot be loaded by onnxruntime {onnxruntime.__version__}: {error}") from None
+        self._spec = spec
+        found = [value.name for value in self._session.get_inputs()], [value.name for value in self._session.get_outputs()]
+        stated = [value.name for value in spec.inputs], [value.name for value in spec.outputs]
+        if found != stated:
+            raise FolderError(f"{path.name} takes and gives {found}, vitcop.json says {stated}")
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        rows = check_inputs(self._spec, inputs)
+        binding = self._session.io_binding()
+        held = []
+        for spec, tensor in zip(self._spec.inputs, inputs, strict=True):
+            tensor = tensor.contiguous()
+            held.append(tensor)
+            binding.bind_input(spec.name, "cpu", 0, _ELEMENT[spec.dtype], tuple(tensor.shape), tensor.data_ptr())
+        outputs = []
+        for spec in self._spec.outputs:
+            output = torch.empty(resolve(spec.shape, rows), dtype=_TORCH[spec.dtype])
+            outputs.append(output)
+            binding.bind_output(spec.name, "cpu", 0, _ELEMENT[spec.dtype], tuple(output.shape), output.data_ptr())
+        self._session.run_with_iobinding(binding)
+        return outputs
+
+
+def check_inputs(spec: ProgramSpec, inputs: tuple[Tensor, ...]) -> int | None:
+    """Checks count, types and shapes against a program's spec; returns the number of prompt rows. Raises InputError."""
+    if len(inputs) != len(spec.inputs):
+        raise InputError(f"{spec.kind} takes {len(spec.inputs)} inputs, got {len(inputs)}")
+    rows: int | None = spec.rows[1] if spec.rows else None
+    for expected, tensor in zip(spec.inputs, inputs, strict=True):
+        if tensor.dtype != _TORCH[expected.dtype]:
+            raise InputError(f"{spec.kind}: input {expected.name} is {tensor.dtype}, the engine takes {expected.dtype}")
+        if expected.name == "ids" and tensor.dim() == 2 and spec.rows is not None:
+            rows = tensor.shape[1]
+            if not spec.rows[0] <= rows <= spec.rows[1]:
+                raise InputError(f"{spec.kind}: {rows} prompt rows, the engine takes {spec.rows[0]} to {spec.rows[1]}")
+        if tuple(tensor.shape) != resolve(expected.shape, rows):
+            raise InputError(
+                f"{spec.kind}: input {expected.name} has shape {tuple(tensor.shape)}, the engine takes "
+                f"{resolve(expected.shape, rows)}"
+            )
+    return rows
+
+
+def resolve(shape: tuple[int | str, ...], rows: Any) -> tuple[int, ...]:
+    """The shape of a spec for `rows` prompt rows: "rows" and "rows-110" become counts."""
+    return tuple(dim if isinstance(dim, int) else _count(dim, rows) for dim in shape)
+
+
+def _count(expression: str, rows: int) -> int:
+    name, minus, offset = expression.partition("-")
+    if name != "rows" or (minus and not offset.isdigit()):
+        raise FolderError(f"vitcop.json: dimension {expression!r} is neither a count nor 'rows' less a count")
+    return rows - int(offset or 0)

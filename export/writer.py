@@ -1,0 +1,178 @@
+"""`export`: from an optimized model to an engine folder."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch.export import ExportedProgram
+
+from ..attention import LOWERINGS
+from ..errors import ConfigError, UnsupportedError
+from ..optimized import OptimizedModel
+from ..schedule import Schedule
+from .manifest import NAME, Manifest, ProgramSpec, file_digest
+from .onnx import WEIGHTS, WeightStore, write_onnx
+from .staging import staged
+
+FORMATS = ("onnx", "tensorrt")
+# Rows a dynamic prompt axis starts at, beside the image: torch.export treats a size of 1 as a constant.
+_LEAST_TEXT = 2
+
+
+def export(
+    model: OptimizedModel,
+    output_dir: str | Path,
+    *,
+    format: str = "onnx",
+    batch_size: int = 1,
+    max_text_len: int = 512,
+    max_new_tokens: int = 256,
+    text_buckets: Sequence[int] | None = None,
+    opset: int = 18,
+    processor: Any = None,
+    **build_options: Any,
+) -> Path:
+    """Writes `model` as a folder that deploys without its Python: "onnx", or "tensorrt" engines.
+
+    batch_size: sequences per call (prompts times beams); max_text_len: text tokens of the longest prompt; max_new_tokens:
+    rows for generated tokens; text_buckets: static prompt lengths, ending in max_text_len, in place of a dynamic text axis;
+    opset: 18 to 24; processor: saved beside the engines; build_options: of `tensorrt.build_folder`. Visual budgets are
+    static. Returns the folder, which appears whole or not at all.
+
+    Raises ConfigError for numbers that do not fit, UnsupportedError for a format or a missing package, before any work.
+    """
+    buckets = _check(model, format, batch_size, max_text_len, max_new_tokens, text_buckets)
+    target = Path(output_dir)
+    finish: Callable[[Path, Manifest, Progress], Manifest] | None = None
+    if format == "tensorrt":
+        from .tensorrt import finisher
+
+        finish = finisher(model.dtype, **build_options)
+    elif build_options:
+        raise ConfigError(f"{', '.join(build_options)} are options of format='tensorrt', not of {format!r}")
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with staged(target) as folder, Progress(*columns, transient=True) as progress:
+        store = WeightStore(folder / WEIGHTS)
+        specs = []
+        for kind, rows, make, inputs, outputs in _programs(model, batch_size, max_text_len, max_new_tokens, buckets):
+            task = progress.add_task(f"exporting {kind}{'' if rows is None else f' ({rows[1]} rows)'} to ONNX", total=None)
+            file = f"{kind}{'' if buckets is None or rows is None else f'_{rows[1]}'}.onnx"
+            taken, given = write_onnx(make(), folder / file, store, inputs, outputs, opset)
+            specs.append(ProgramSpec(kind, file, rows, taken, given))
+            progress.remove_task(task)
+        _save_configs(model, folder, processor)
+        schedule = model.programs.schedule
+        manifest = Manifest(
+            product="onnx",
+            architecture=type(model.model).__name__,
+            config=model.settings,
+            shape=schedule.shape,
+            image=model.image,
+            dtype=str(model.dtype).removeprefix("torch."),
+            batch_size=batch_size,
+            max_text_len=max_text_len,
+            text_buckets=buckets,
+            max_new_tokens=max_new_tokens,
+            opset=opset,
+            kv_rows=model.settings.schedule(schedule.shape, text_tokens=max_text_len).kv_rows(max_new_tokens),
+            programs=tuple(specs),
+            versions=_versions(),
+        )
+        if finish is not None:
+            manifest = finish(folder, manifest, progress)
+        _seal(folder, manifest)
+    return target
+
+
+def _programs(
+    model: OptimizedModel, batch: int, text: int, new: int, buckets: tuple[int, ...] | None
+) -> Iterator[tuple[str, tuple[int, int] | None, Callable[[], ExportedProgram], list[str], list[str]]]:
+    """(kind, prompt rows, export, input names, output names) of every program of a folder."""
+    programs, text_programs = model.programs, model.text_programs
+    schedule = programs.schedule
+    pruned = schedule.vision is not None
+    vision = ["features", "kept", "labels"] if pruned else ["features"]
+    yield "vision", None, lambda: programs.export_vision(batch, exact=False), ["pixels"], vision
+    caches = [f"{name}_{layer}" for layer in range(schedule.shape.layers) for name in ("key", "value")]
+    stages = [f"stage_{stage.layer}" for stage in schedule.stages]
+    image = ["features", "visual", *(["labels"] if schedule.stages else [])]
+    for most in buckets or (text,):
+        for kind, source, base, extra, found in (
+            ("prefill", programs, schedule.image_tokens, image, stages),
+            ("text", text_programs, 0, [], []),
+        ):
+            least = base + most if buckets else base + _LEAST_TEXT
+            dynamic = None if buckets else least
+
+            def make(
+                source: Any = source, rows: int = base + most, kind: str = kind, dynamic: Any = dynamic
+            ) -> ExportedProgram:
+                return source.export_prefill(batch, rows, kind == "prefill", dynamic)
+
+            yield kind, (least, base + most), make, ["ids", "last", *extra], ["logits", *found, *caches]
+    rows = schedule.image_tokens + text + new
+    new_rows = [f"new_{name}" for name in caches]
+    yield (
+        "decode",
+        None,
+        lambda: programs.export_decode(batch, rows, in_place=False),
+        ["token", "length", "offsets", *caches],
+        ["logits", *new_rows],
+    )
+
+
+def _check(
+    model: OptimizedModel, format: str, batch: int, text: int, new: int, buckets: Sequence[int] | None
+) -> tuple[int, ...] | None:
+    if format not in FORMATS:
+        raise UnsupportedError(f"format={format!r} is unknown: use one of {', '.join(FORMATS)}")
+    if model.programs.attention not in LOWERINGS or model.programs.attention != "sdpa":
+        raise UnsupportedError(f"attention={model.programs.attention!r} cannot leave torch: optimize() with attention='sdpa'")
+    for name, value, least in (("batch_size", batch, 1), ("max_text_len", text, _LEAST_TEXT), ("max_new_tokens", new, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r} is not a count of at least {least}")
+    schedule: Schedule = model.programs.schedule
+    total, limit = schedule.image_tokens + text + new, schedule.shape.max_positions
+    if total > limit:
+        raise ConfigError(
+            f"{schedule.image_tokens} image tokens, max_text_len={text} and max_new_tokens={new} need {total} positions, the "
+            f"model has {limit}: lower one of them"
+        )
+    if buckets is None:
+        return None
+    values = tuple(buckets)
+    if not values or list(values) != sorted(set(values)) or values[0] < 1 or values[-1] != text:
+        raise ConfigError(f"text_buckets={values}: pass ascending lengths that end in max_text_len={text}")
+    return values
+
+
+def _save_configs(model: OptimizedModel, folder: Path, processor: Any) -> None:
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def _seal(folder: Path, manifest: Manifest) -> None:
+    """Writes `vitcop.json` with the size and digest of every other file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): (file_digest(path), path.stat().st_size) for path in files}
+    manifest.files.update(digests)
+    (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    for name in ("vitcop-compile", "onnx", "onnx-ir", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
