@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -12,13 +13,23 @@ from ..errors import RewriteError
 from ..ops import keep_lowest, key_norm, merge_by_cluster
 from ..ops.indexing import compact, put_rows, take_along
 from ..schedule import Stage
-from .token_axis import anchors, finish, layer_exit, output_node, placeholder, reroute
+from .token_axis import anchors, content_beside, finish, layer_exit, output_node, placeholder, reroute
 
-# policy(hidden [B, n, D], saliency [B, n], labels [B, n], budget) -> (hidden [B, budget, D], index [B, budget])
-Policy = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-POLICIES: dict[str, Policy] = {
-    "merge_by_cluster": merge_by_cluster,
-    "keep_lowest": lambda hidden, saliency, labels, budget: keep_lowest(hidden, saliency, budget),
+
+@dataclass(frozen=True)
+class Policy:
+    """reduce(hidden [B, n, D], saliency [B, n], labels [B, n], budget) -> (hidden [B, budget, D], index [B, budget]).
+
+    merges: whether the rows it returns are more than a selection of those it gets.
+    """
+
+    reduce: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    merges: bool
+
+
+POLICIES = {
+    "merge_by_cluster": Policy(merge_by_cluster, merges=True),
+    "keep_lowest": Policy(lambda hidden, saliency, labels, budget: keep_lowest(hidden, saliency, budget), merges=False),
 }
 
 
@@ -33,7 +44,7 @@ def prune_tokens(
     """
     batch, length, _ = hidden.shape
     saliency = key_norm(take_along(key, visual, 2))
-    reduced, index = POLICIES[policy](take_along(hidden, visual, 1), saliency, labels, tokens)
+    reduced, index = POLICIES[policy].reduce(take_along(hidden, visual, 1), saliency, labels, tokens)
     chosen = visual.gather(1, index)
     mask = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
     mask = mask.scatter(1, visual, torch.zeros_like(visual, dtype=torch.bool))
@@ -65,9 +76,18 @@ def prune_decoder(module: fx.GraphModule, stages: tuple[Stage, ...]) -> fx.Graph
         return module
     visual = placeholder(graph, "visual")
     labels = placeholder(graph, "labels")
+    # Found and checked before anything is inserted: a pruned table depends on content.
+    cuts = [layer_exit(graph, stage.layer - 1) for stage in stages]
+    for stage, cut in zip(stages, cuts, strict=True):
+        beside = content_beside(graph, cut) if POLICIES[stage.policy].merges else []
+        if beside:
+            names = ", ".join(node.name for node in beside)
+            raise RewriteError(
+                f"layer {stage.layer - 1} has no single exit: {names} cross beside {cut.name}, and {stage.policy} merges "
+                "tokens of the hidden state only"
+            )
     selections = []
-    for stage in stages:
-        cut = layer_exit(graph, stage.layer - 1)
+    for stage, cut in zip(stages, cuts, strict=True):
         key = anchors(graph)[stage.layer - 1].args[1]
         with graph.inserting_after(cut):
             pruned = graph.call_function(

@@ -25,7 +25,7 @@ def output_node(graph: fx.Graph) -> fx.Node:
 
 
 def layer_exit(graph: fx.Graph, layer: int) -> fx.Node:
-    """The hidden state [B, t, width] that leaves `layer`: the last value all later computation goes through.
+    """The hidden state [B, t, width] that leaves `layer`: the last value all that the layer computes goes through.
 
     Precisely: the last post-dominator of attention[layer] that does not depend on attention[layer + 1], or, for the last
     layer, the graph's result. No module name is read. Raises RewriteError if there is no such single value.
@@ -37,21 +37,40 @@ def layer_exit(graph: fx.Graph, layer: int) -> fx.Node:
         result = output_node(graph).args[0]
         return result[0] if isinstance(result, tuple | list) else result  # type: ignore[return-value]
     order = {node: i for i, node in enumerate(nodes)}
-    start, stop = order[found[layer]], order[found[layer + 1]]
-    derived = {found[layer]}
-    live_until, best = 0, None
-    for node in nodes[start : stop + 1]:
-        if node is not found[layer]:
-            if not derived.intersection(node.all_input_nodes):
-                continue
-            derived.add(node)
+    anchor, behind = found[layer], found[layer + 1]
+    derived, best = {anchor}, None
+    live_until = max(order[user] for user in anchor.users)
+    for node in nodes[order[anchor] + 1 : order[behind]]:
+        if derived.isdisjoint(node.all_input_nodes):
+            continue
+        derived.add(node)
         # Every other derived value must have been used up for the last time by now.
-        if live_until <= order[node] and node is not found[layer] and node is not found[layer + 1]:
+        if live_until <= order[node]:
             best = node
         live_until = max([live_until, *(order[user] for user in node.users)])
     if best is None:
         raise RewriteError(f"layer {layer} has no single exit: its values reach layer {layer + 1} along several paths")
     return best
+
+
+def content_beside(graph: fx.Graph, cut: fx.Node) -> list[fx.Node]:
+    """Tensors with a token axis, computed from the graph's first input, that cross `cut` beside it.
+
+    Positions and their tables are not content. Selecting tokens gathers content like anything else; merging tokens is
+    defined for the hidden state alone, and must refuse a graph in which content takes another way.
+    """
+    nodes = list(graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    content = {next(node for node in nodes if node.op == "placeholder")}
+    for node in nodes:
+        if not content.isdisjoint(node.all_input_nodes) and not isinstance(node.meta.get("val"), torch.SymInt):
+            content.add(node)
+    symbol, at = token_symbol(cut), order[cut]
+    return [
+        node
+        for node in nodes[:at]
+        if node in content and any(order[user] > at and not _is_size(user) for user in node.users) and token_dims(node, symbol)
+    ]
 
 
 def token_symbol(hidden: fx.Node) -> torch.SymInt:
@@ -137,6 +156,10 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
         return graph.placeholder(name)
 
 
+def _is_size(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.sym_size.int
+
+
 def _mentions(size: torch.SymInt, symbol: torch.SymInt) -> bool:
     return bool(size.node.expr.free_symbols & symbol.node.expr.free_symbols)
 
@@ -159,7 +182,7 @@ def _is_table(node: fx.Node) -> bool:
         if current.op not in ("placeholder", "get_attr", "call_function"):
             return False
         # A size of a hidden state is not its content.
-        if current.target is not torch.ops.aten.sym_size.int:
+        if not _is_size(current):
             stack.extend(current.all_input_nodes)
     return True
 
@@ -168,7 +191,7 @@ def _resize(
     graph: fx.Graph, size: fx.Node, hidden: fx.Node, symbol: torch.SymInt, successor: Callable[[fx.Node], fx.Node]
 ) -> fx.Node:
     """The size expression `size`, rooted in the token axis of `hidden`."""
-    if size.target is torch.ops.aten.sym_size.int:
+    if _is_size(size):
         if size.meta["val"].node.expr != symbol.node.expr:
             raise RewriteError(f"{size.name} reads the size {size.meta['val']}, not the token axis {symbol}")
         new = graph.call_function(torch.ops.aten.sym_size.int, (hidden, 1))

@@ -224,7 +224,6 @@ def test_invalid_values_are_refused(values: dict[str, Any], message: str) -> Non
     assert isinstance(caught.value, VitcopError)
 
 
-@pytest.mark.xfail(strict=True, reason="raises TypeError, AttributeError or OverflowError, or is not checked at all")
 @pytest.mark.parametrize(
     "values",
     [

@@ -13,7 +13,7 @@ from models import IMAGE, PATCHES, SIDE, VOCAB, optimize, pixels, prompt, shared
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import vitcop_compile
-from vitcop_compile import Budgets, ConfigError, InputError, UnsupportedError, VitcopError, ViTCoPConfig, backends
+from vitcop_compile import Budgets, ConfigError, InputError, UnsupportedError, ViTCoPConfig, VitcopError, backends
 from vitcop_compile.cache import PrunedCache
 
 CONFIG = ViTCoPConfig(budgets=(12, 6, 3, 2), shallow_layer=1, deep_layer=2)

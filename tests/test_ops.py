@@ -116,7 +116,6 @@ def test_density_peaks(seed, batch, n, distinct, width, planar, setting, dtype, 
     assert found.tolist() == [sample.labels for sample in expected]
 
 
-@pytest.mark.xfail(strict=True, reason="distances of equal rows are not equal: the Gram form leaves their rounding error")
 @pytest.mark.parametrize("width", [64, 1024])
 def test_density_peaks_of_equal_rows_of_any_value(width: int) -> None:
     rng = np.random.default_rng(0)

@@ -11,11 +11,6 @@ from models import captured, shared
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.fx.node import map_arg
-
-from vitcop_compile import RewriteError, ViTCoPConfig, passes
-from vitcop_compile.attention import ANCHOR, sdpa, sdpa_decode
-from vitcop_compile.families import family_of
-from vitcop_compile.ops.indexing import take_along
 from vitcop_compile.passes.clean import clean
 from vitcop_compile.passes.decode_cache import attend, decode_cache, write_row
 from vitcop_compile.passes.lower_attention import lower_attention
@@ -24,6 +19,11 @@ from vitcop_compile.passes.prune_encoder import cluster_patches, prune_encoder, 
 from vitcop_compile.passes.return_kv import return_kv
 from vitcop_compile.passes.token_axis import layer_exit
 from vitcop_compile.passes.truncate_encoder import truncate_encoder
+
+from vitcop_compile import RewriteError, ViTCoPConfig, passes
+from vitcop_compile.attention import ANCHOR, sdpa, sdpa_decode
+from vitcop_compile.families import family_of
+from vitcop_compile.ops.indexing import take_along
 from vitcop_compile.schedule import Stage
 
 LAYERS = 6

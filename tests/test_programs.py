@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 
 import pytest
 import torch
-from models import captured, pixels, prompt, shared
+from models import captured, pixels, shared
 from torch.export import ExportedProgram
 
 from vitcop_compile import RewriteError, ViTCoPConfig
@@ -18,6 +19,7 @@ from vitcop_compile.programs import Programs
 LAYERS, BATCH, TOKENS, N, MERGED, KEPT, CENTRES, ROOM = 6, 3, 101, 43, 27, 11, 5, 22
 SHALLOW, DEEP, SCORED = 2, 4, 1
 LENGTHS = [TOKENS, TOKENS, TOKENS - N + MERGED, TOKENS - N + MERGED, TOKENS - N + KEPT, TOKENS - N + KEPT]
+FORBIDDEN = (".item", "local_scalar", "nonzero", "masked_select", "unique", "sym_", "_assert_scalar", "_assert_async")
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
@@ -76,18 +78,16 @@ def operators(program: ExportedProgram) -> collections.Counter:
 @pytest.mark.parametrize("name", ["vision", "prefill", "decode"])
 def test_static_and_free_of_data_dependence(name, request):
     program = request.getfixturevalue(name)
-    forbidden = ("item", "_local_scalar_dense", "nonzero", "masked_select", "unique", "sym_size", "sym_constrain", "_assert")
+    assert len(tensors(program)) > 50 and not program.range_constraints
     for node in program.graph.nodes:
-        assert not any(word in str(node.target) for word in forbidden), node.format_node()
-        assert "SymInt" not in repr([type(v) for v in torch.utils._pytree.tree_leaves(node.meta.get("val"))]), node
-    assert len(tensors(program)) > 50
+        assert not any(word in str(node.target) for word in FORBIDDEN), node.format_node()
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            assert not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool), node.format_node()
     for where, value in tensors(program):
         assert all(type(size) is int for size in value.shape), where
-    assert not program.range_constraints
-    # Core ATen all the way down: nothing of ours, and no higher-order operator, is left.
-    assert all(isinstance(node.target, torch._ops.OpOverload) or node.target is not None for node in nodes(program))
-    namespaces = {node.target.namespace for node in nodes(program) if isinstance(node.target, torch._ops.OpOverload)}
-    assert namespaces <= {"aten", "prim"}
+    # ATen all the way down: nothing of ours and no higher-order operator is left.
+    targets = {node.target for node in nodes(program)} - {operator.getitem}
+    assert {target.namespace for target in targets} == {"aten"}
 
 
 def test_prefill_holds_no_token_by_token_matrix(prefill):
@@ -97,7 +97,7 @@ def test_prefill_holds_no_token_by_token_matrix(prefill):
         assert not any(shape[-2] == shape[-1] == length for length in {*LENGTHS, TOKENS - N}), (where, shape)
         assert shape.count(TOKENS) <= 1, (where, shape)
     # The merging stage compares visual tokens with each other, and nothing else does.
-    assert {shape[-1] for _, shape in squares if shape[-1] == shape[-2] and shape[-1] in (N, MERGED, KEPT)} <= {N, MERGED}
+    assert N in {shape[-1] for _, shape in squares if shape[-1] == shape[-2]} <= {N, 64}
 
 
 def test_softmax_is_inside_attention(vision, prefill, decode):
@@ -126,7 +126,7 @@ def test_attention_masks(vision, prefill, decode):
 
 
 def test_vision_shapes(vision):
-    """Layers up to the scoring one see every patch, later ones only those kept; the layer behind the features is gone."""
+    """Layers up to the scoring one see every patch, later ones those kept; the layer behind the features is gone."""
     queries = [tuple(node.args[0].meta["val"].shape) for node in nodes(vision, SDPA)]
     assert queries == [(BATCH, 4, 1 + (64 if layer <= SCORED else N), 8) for layer in range(3)]
     assert outputs(vision) == [(BATCH, N, 64), (BATCH, N), (BATCH, N)]
@@ -140,9 +140,7 @@ def test_prefill_shapes(programs, prefill):
     assert list(schedule.kv_rows()) == LENGTHS
     assert [tuple(node.args[0].meta["val"].shape)[2] for node in nodes(prefill, SDPA)] == LENGTHS
     # The head sees one row per prompt.
-    assert [value.meta["val"].shape[1] for value in nodes(prefill)[-1:]] == [1] or found[0][1] == 1
-    wide = [tuple(v.shape) for _, v in tensors(prefill) if v.shape[-1:] == (96,) and v.dim() == 3]
-    assert (BATCH, 1, 96) in wide
+    assert tuple(nodes(prefill, torch.ops.aten.linear.default)[-1].args[0].meta["val"].shape) == (BATCH, 1, 64)
 
 
 def test_decode_shapes(programs, decode):
@@ -243,11 +241,14 @@ def test_tampered_kv_shape(programs, shape, found, said):
 
 @pytest.mark.parametrize("layers", [LAYERS - 1, LAYERS + 1])
 def test_tampered_layers(programs, layers):
-    wrong = tamper(programs, layers=layers)
     with pytest.raises(RewriteError, match=f"{layers} offsets .* {LAYERS} layers"):
-        wrong.export_decode(1, 80)
+        tamper(programs, layers=layers).export_decode(1, 80)
+
+
+@pytest.mark.parametrize("layers", [LAYERS - 1, LAYERS + 1])
+def test_tampered_layers_in_prefill(programs, layers):
     with pytest.raises(RewriteError):
-        wrong.export_prefill(1, 60)
+        tamper(programs, layers=layers).export_prefill(1, 60)
 
 
 def test_tampered_stage(programs):
@@ -268,4 +269,3 @@ def test_tampered_grid(programs):
 
 def test_an_honest_schedule_passes(programs):
     assert outputs(tamper(programs).export_prefill(1, 60))[0] == (1, 1, 96)
-    assert prompt().shape == (1, 78)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from .schedule import ModelShape, Schedule, resolve
 FORMAT_VERSION = 1
 REFERENCE_LAYERS = 32
 _REFERENCE_PAIR = (2, 22)
+_LARGEST = 2**53
 
 # ViTCoP, table of settings: name -> (vision_ratio, centre_ratio, retention).
 PRESETS: dict[str, tuple[float, float, float]] = {
@@ -77,7 +77,13 @@ class ViTCoPConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.budgets, tuple | list):
+            if not 3 <= len(self.budgets) <= 4:
+                raise ConfigError(f"budgets={self.budgets} is not (vision, shallow, deep) or (vision, shallow, deep, centres)")
             object.__setattr__(self, "budgets", Budgets(*self.budgets))
+        if not isinstance(self.budgets, Budgets | None):
+            raise ConfigError(f"budgets={self.budgets!r} is not a Budgets: pass (vision, shallow, deep)")
+        if not isinstance(self.prune, bool) or not isinstance(self.scale_layers, bool | None):
+            raise ConfigError(f"prune={self.prune!r} and scale_layers={self.scale_layers!r} are True or False (or None)")
         targets = [name for name in ("retention", "mean_tokens", "budgets") if getattr(self, name) is not None]
         if self.prune and len(targets) != 1:
             raise ConfigError(
@@ -194,7 +200,7 @@ class ViTCoPConfig:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise ConfigError(f"{name}={value!r} is not a finite number")
     return value
 

@@ -112,6 +112,7 @@ class Programs:
             return _export(self.prefill_module(), inputs, _by_name(axes))
         program = _export(self.prefill_module(), inputs)
         caches = _shapes(program)[1 + len(self.schedule.stages) :]
+        _expect("the list of keys and values", (len(caches),), (2 * self.schedule.shape.layers,))
         for layer, expected in enumerate(self.schedule.cache_shapes(batch, tokens)):
             _expect(f"key cache of layer {layer}", caches[2 * layer], expected)
             _expect(f"value cache of layer {layer}", caches[2 * layer + 1], expected)

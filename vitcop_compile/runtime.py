@@ -134,7 +134,16 @@ class CompiledModel(GenerationMixin):
         ids = check_ids(input_ids, self.device)
         if past_key_values is not None and past_key_values.filled:
             return self._decode(ids, pixel_values, past_key_values)
-        return self._prefill_prompt(ids, pixel_values, attention_mask, past_key_values or PrunedCache())
+        cache = PrunedCache() if past_key_values is None else past_key_values  # an empty Cache is falsy
+        return self._prefill_prompt(ids, pixel_values, attention_mask, cache)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with the prompt checked before its loop starts. Raises InputError as `forward` does."""
+        check_ids(kwargs.get("input_ids") if inputs is None else inputs, self.device)
+        given = [name for name in ("position_ids", "inputs_embeds") if kwargs.get(name) is not None]
+        if given:
+            raise InputError(f"{', '.join(given)} cannot be used with a compiled model: pass input_ids and pixel_values")
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,

@@ -47,14 +47,16 @@ def density_peaks(
 def _distances(features: Tensor, exact: bool) -> Tensor:
     """sqrt(|xi - xj|^2 + 1e-8) as fp32 [B, n, n] with a zero diagonal.
 
-    The Gram form costs one matmul where differences cost [n, n, d]. It cancels, so it is centred and carried in fp64: equal
-    rows then come out equal after rounding to fp32, which the ties of the method depend on.
+    The Gram form costs one matmul where differences cost [n, n, d]. It cancels, so it is centred and carried in fp64, and
+    what is left of a distance at the level of rounding is none: the ties of the method depend on equal rows being equal.
     """
     centred = features.float() - features.float().mean(1, keepdim=True)
     wide = centred.double() if exact else centred
     gram = wide @ wide.transpose(-1, -2)
     square = gram.diagonal(dim1=-2, dim2=-1)
-    squared = (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram).clamp_min(0).float()
+    both = square.unsqueeze(-1) + square.unsqueeze(-2)
+    squared = both - 2 * gram
+    squared = torch.where(squared < both * (1e-13 if exact else 2e-6), 0.0, squared).float()
     off = 1.0 - torch.eye(features.shape[1], device=features.device)
     return torch.sqrt(squared + 1e-8) * off
 
