@@ -203,9 +203,15 @@ UNEQUAL = [prompt(1, 4, seed=1), prompt(5, 9, seed=2), prompt(12, 0, seed=3), pr
 
 @pytest.fixture(scope="module")
 def alone(plain):
-    """Tokens and logits of each of the four prompts by itself."""
-    found = [generate(plain[0], ids, pixels(4)[i : i + 1]) for i, ids in enumerate(UNEQUAL)]
-    return torch.cat([tokens for _, tokens in found]), torch.cat([logits_of(out) for out, _ in found])
+    """Tokens and logits of each of the four prompts by itself, which are those of the reference."""
+    fast, model, settings = plain
+    found = [generate(fast, ids, pixels(4)[i : i + 1]) for i, ids in enumerate(UNEQUAL)]
+    tokens, logits = torch.cat([tokens for _, tokens in found]), torch.cat([logits_of(out) for out, _ in found])
+    for i, ids in enumerate(UNEQUAL):
+        told = reference.run(model, ids, pixels(4)[i : i + 1], settings, STEPS)
+        assert tokens[i].tolist() == told.tokens
+        torch.testing.assert_close(logits[i], torch.stack(told.logits), atol=1e-4, rtol=0)
+    return tokens, logits
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -119,14 +119,16 @@ def test_density_peaks(seed, batch, n, distinct, width, planar, setting, dtype, 
 @pytest.mark.parametrize("width", [64, 1024])
 def test_density_peaks_of_equal_rows_of_any_value(width: int) -> None:
     rng = np.random.default_rng(0)
-    wrong = []
-    for trial in range(10):
+    wrong, tried = [], 0
+    for trial in range(20):
         features = rng.normal(0, 1, (12, width)).astype(np.float32)[rng.integers(0, 12, 40)]
         expected = naive.density_peaks(features, None, 10, dc=width**0.5, k=0.6)
-        assert expected.margin > 1e-5
+        if expected.margin <= 1e-5:
+            continue  # closer than fp32 resolves
+        tried += 1
         if ops.density_peaks(torch.from_numpy(features)[None], None, 10, dc=width**0.5)[0].tolist() != expected.labels:
             wrong.append(trial)
-    assert not wrong
+    assert tried >= 10 and not wrong
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17])

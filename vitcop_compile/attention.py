@@ -53,22 +53,31 @@ AttentionInterface.register(ANCHOR_NAME, _interface)
 
 
 @contextlib.contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Within the context `module` and all in it are in evaluation mode; afterwards each is as it was."""
+    training = [child for child in module.modules() if child.training]
+    try:
+        for child in training:
+            child.training = False
+        yield
+    finally:
+        for child in training:
+            child.training = True
+
+
+@contextlib.contextmanager
 def anchored(model: PreTrainedModel) -> Iterator[None]:
     """Within the context `model` traces to anchors, in evaluation mode; afterwards it is as it was."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
     before = [(config, config._attn_implementation) for config in configs]
-    training = [module for module in model.modules() if module.training]
     try:
         for config in configs:
             config._attn_implementation = ANCHOR_NAME
-        for module in training:
-            module.training = False
-        yield
+        with evaluating(model):
+            yield
     finally:
         for config, name in before:
             config._attn_implementation = name
-        for module in training:
-            module.training = True
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .backends import backend_of
 from .config import ViTCoPConfig
+from .errors import ConfigError
 from .optimized import OptimizedModel
 from .passes.prune_decoder import prune_tokens
 from .passes.prune_encoder import cluster_patches, prune_patches
@@ -40,6 +41,26 @@ class Case:
     batch: int = 1
     text_tokens: int = 64
     new_tokens: int = 64
+
+
+def cases(backends: list[str], presets: list[str], batch: int, text_tokens: int, new_tokens: int) -> list[Case]:
+    """Every backend with every preset. Raises ConfigError or UnsupportedError for what is unknown or not positive."""
+    for name in backends:
+        backend_of(name)
+    for name in presets:
+        ViTCoPConfig.preset(name)
+    for what, value in (("batch", batch), ("text_tokens", text_tokens), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise ConfigError(f"{what}={value} is below 1")
+    return [Case(backend, preset, batch, text_tokens, new_tokens) for backend in backends for preset in presets]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The floating-point type `name`. Raises ConfigError for any other."""
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise ConfigError(f"dtype {name!r} is unknown: use one of {', '.join(known)}")
+    return known[name]
 
 
 class SelectionOnly(nn.Module):
@@ -144,8 +165,6 @@ def run(
     *,
     hidden: int = 1024,
     layers: int = 12,
-    intermediate: int = 2816,
-    heads: int = 16,
     vision_hidden: int = 1024,
     vision_layers: int = 8,
     rounds: int = 15,
@@ -159,8 +178,8 @@ def run(
         vision_heads=max(1, vision_hidden // 64),
         hidden=hidden,
         layers=layers,
-        heads=heads,
-        intermediate=intermediate,
+        heads=max(1, hidden // 64),
+        intermediate=_intermediate(hidden),
         seed=seed,
         dtype=dtype,
     )
@@ -170,7 +189,7 @@ def run(
     settings = {
         "hidden": hidden,
         "layers": layers,
-        "intermediate": intermediate,
+        "intermediate": _intermediate(hidden),
         "vision_hidden": vision_hidden,
         "vision_layers": vision_layers,
         "rounds": rounds,
@@ -263,6 +282,11 @@ def _row(case: Case, schedule: Schedule, times: dict[str, dict[str, list[float]]
     row["mean_visual_tokens"] = schedule.mean_visual_tokens()
     row["rounds"] = rounds
     return row
+
+
+def _intermediate(hidden: int) -> int:
+    """LLaMA's MLP width: 8/3 of the hidden size, in steps of 64."""
+    return -(-hidden * 8 // 3 // 64) * 64
 
 
 def _processor() -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from .attention import evaluating
 from .capture import Capture
 from .errors import RewriteError
 from .families import Family
@@ -162,8 +163,8 @@ class Programs:
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], axes: tuple | None = None) -> ExportedProgram:
-    with torch.no_grad():
-        return torch.export.export(module.eval(), inputs, dynamic_shapes=axes, strict=False)
+    with torch.no_grad(), evaluating(module):
+        return torch.export.export(module, inputs, dynamic_shapes=axes, strict=False)
 
 
 def _by_name(axes: list) -> tuple:

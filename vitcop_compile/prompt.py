@@ -83,7 +83,8 @@ def check_pixels(pixels: object, image: ImageInput, batch: int, device: torch.de
             f"{pixels.shape[0]} images for {batch} prompts: exactly one image per prompt is supported; split the request"
         )
     _on(device, "pixel_values", pixels)
-    return pixels.to(dtype)
+    # One layout for all: a compiled program would compile anew for another.
+    return pixels.detach().to(dtype).contiguous()
 
 
 def check_values(ids: Tensor, mask: Tensor, pixels: Tensor | None, image: ImageInput, vocab: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def parts(model: LlavaForConditionalGeneration) -> Family:
     config: Any = model.config
     side = config.vision_config.image_size
     return Family(
-        shape=shape(config),
+        shape=dataclasses.replace(shape(config), element_bytes=model.dtype.itemsize),
         image_token_id=config.image_token_id,
         pixel_shape=(config.vision_config.num_channels, side, side),
         patches=Call(lambda m, x: m.norm(m.embeddings(x)), embeddings=vision.embeddings, norm=vision.pre_layrnorm),
