@@ -75,7 +75,7 @@ class EngineFolder:
     def bytes_per_step(self) -> int:
         """Bytes of keys and values that a decode step hands to the host and the host writes into the caches."""
         outputs = self.manifest.program("decode").outputs[1:]
-        return sum(torch.Size(spec.shape).numel() for spec in outputs) * self.dtype.itemsize  # type: ignore[arg-type]
+        return sum(torch.Size(spec.shape).numel() for spec in outputs) * self.dtype.itemsize  # type: ignore[arg-type, misc]
 
     def _get(self, spec: ProgramSpec) -> Runner:
         if spec.file not in self._loaded:

@@ -496,9 +496,7 @@ def test_model_is_unchanged():
     assert {name: tensor.data_ptr() for name, tensor in after.items()} == pointers
     assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(
-        generate(model, prompt(), pixels())[1], generate(models.llava(3, seed=2), prompt(), pixels())[1]
-    )
+    assert torch.equal(generate(model, prompt(), pixels())[1], generate(models.llava(3, seed=2), prompt(), pixels())[1])
 
 
 def test_training_mode_is_kept():

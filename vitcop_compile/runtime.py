@@ -143,7 +143,7 @@ class CompiledModel(GenerationMixin):
         given = [name for name in ("position_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if given:
             raise InputError(f"{', '.join(given)} cannot be used with a compiled model: pass input_ids and pixel_values")
-        return super().generate(inputs, *args, **kwargs)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
