@@ -44,6 +44,11 @@ def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
     module = lower_linear(program.module(check_guards=False))
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
-    # Quotas are rounded in fp32: a division that is off by an ulp could move a token.
-    options: dict[str, Any] = {"triton.cudagraphs": True, "emulate_divison_rounding": True} if on_cuda else {}
+    options: dict[str, Any] = {"triton.cudagraphs": True} | _exact_division() if on_cuda else {}
     return torch.compile(module, fullgraph=True, dynamic=False, options=options or None)
+
+
+def _exact_division() -> dict[str, bool]:
+    """Quotas are rounded in fp32: a division that is off by an ulp could move a token. The option's name has changed."""
+    names = ("eager_numerics.division_rounding", "emulate_division_rounding")
+    return {name: True for name in names if name in torch._inductor.list_options()}
