@@ -11,9 +11,7 @@ from vitcop_compile.toy import encode, small_llava
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a CUDA device: CUDA graphs and flash-attn run nowhere else"
-    ),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CUDA graphs, flash-attn"),
 ]
 
 

@@ -130,6 +130,12 @@ def check_values(ids: Tensor, mask: Tensor, pixels: Tensor | None, image: ImageI
         raise InputError(f"the {patches} image tokens of a prompt are not contiguous: text cannot stand inside an image")
 
 
+def check_vocabulary(ids: Tensor, vocab: int) -> None:
+    """Raises InputError for token ids [B, 1] outside the vocabulary."""
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise InputError(f"input_ids holds ids outside the vocabulary of {vocab}: tokenize for this model")
+
+
 def _on(device: torch.device, name: str, tensor: Tensor) -> None:
     if tensor.device.type != device.type or (device.index is not None and tensor.device.index not in (None, device.index)):
         raise InputError(f"{name} is on {tensor.device}, the model on {device}: move it with .to('{device}')")

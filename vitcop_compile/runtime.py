@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache import PrunedCache, Selection
 from .errors import InputError
 from .explain import explain
-from .prompt import ImageInput, Prompt, align, check_ids, check_mask, check_pixels, check_values
+from .prompt import ImageInput, Prompt, align, check_ids, check_mask, check_pixels, check_values, check_vocabulary
 from .schedule import Schedule
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
@@ -176,6 +176,11 @@ class CompiledModel(GenerationMixin):
         for name in ("cache_implementation", "prefill_chunk_size"):
             if getattr(generation_config, name, None) is not None:
                 raise InputError(f"{name} cannot be chosen: a compiled model brings its own static cache and prefill")
+        if getattr(generation_config, "guidance_scale", None) not in (None, 1, 1.0):
+            raise InputError(
+                f"guidance_scale={generation_config.guidance_scale} is not supported: its second, unconditional pass would "
+                "need a prompt and a cache of its own; leave it out"
+            )
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(generation_config, name, None):
                 raise InputError(f"{name} is not available: a compiled model returns logits and its cache only")
@@ -234,6 +239,8 @@ class CompiledModel(GenerationMixin):
         if ids.shape[0] != cache.length.shape[0]:
             raise InputError(f"{ids.shape[0]} tokens for a cache of {cache.length.shape[0]} sequences: pass one each")
         cache.check_room()
+        if not ids.is_cuda:  # a read from a GPU, each step, would cost more than the check is worth
+            check_vocabulary(ids, self.schedule.shape.vocab)
         cache.token.copy_(ids)
         decode = self._provider.decode(ids.shape[0], cache.rows)
         logits, *_ = decode(cache.token, cache.length, cache.offsets, *cache.buffers)
