@@ -451,7 +451,8 @@ def test_warmup_makes_every_program_of_a_request():
 def recorder(monkeypatch):
     """A backend "record" that keeps the exported programs and runs them eagerly."""
     seen = []
-    monkeypatch.setitem(backends.BACKENDS, "record", lambda program: seen.append(program) or backends.eager(program))
+    record = backends.Backend(lambda program: seen.append(program) or backends.eager(program))
+    monkeypatch.setitem(backends.BACKENDS, "record", record)
     return seen
 
 
@@ -577,9 +578,8 @@ def test_schedule_counts_the_bytes_of_the_weights():
 def dynamo_only(monkeypatch, config: ViTCoPConfig, **settings):
     """A model compiled as the inductor backend does, without generating code."""
     compiler = {"fullgraph": True, "dynamic": False, "backend": "eager"}
-    monkeypatch.setitem(
-        backends.BACKENDS, "dynamo", lambda program: torch.compile(program.module(check_guards=False), **compiler)
-    )
+    dynamo = backends.Backend(lambda program: torch.compile(program.module(check_guards=False), **compiler))
+    monkeypatch.setitem(backends.BACKENDS, "dynamo", dynamo)
     return optimize(shared(3), config, backend="dynamo", **settings)
 
 

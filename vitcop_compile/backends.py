@@ -3,34 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from .errors import UnsupportedError
+from .passes.decode_cache import offset_groups, write_row
 from .passes.lower_linear import lower_linear
 
 Program = Callable[..., Any]
-Backend = Callable[[ExportedProgram], Program]
+Compile = Callable[[ExportedProgram], Program]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How programs compile.
+
+    in_place: whether a decode program may update its caches. Where not, it is exported with `in_place=False`, and
+    `writing_rows` updates them after it. check: raises UnsupportedError where the backend cannot work.
+    """
+
+    compile: Compile
+    in_place: bool = True
+    check: Callable[[], None] = lambda: None
+
+    def __call__(self, program: ExportedProgram) -> Program:
+        return self.compile(program)
+
+
 BACKENDS: dict[str, Backend] = {}
 
 
-def register(name: str) -> Callable[[Backend], Backend]:
-    """Adds a backend under `name`."""
+def register(name: str, in_place: bool = True, check: Callable[[], None] = lambda: None) -> Callable[[Compile], Compile]:
+    """Adds a backend under `name`; the arguments are those of `Backend`."""
 
-    def add(backend: Backend) -> Backend:
-        BACKENDS[name] = backend
-        return backend
+    def add(compile: Compile) -> Compile:
+        BACKENDS[name] = Backend(compile, in_place, check)
+        return compile
 
     return add
 
 
 def backend_of(name: str) -> Backend:
-    """The backend `name`. Raises UnsupportedError, listing the known ones."""
+    """The backend `name`. Raises UnsupportedError, listing the known ones, or naming what this one lacks here."""
     if name not in BACKENDS:
         raise UnsupportedError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
+    BACKENDS[name].check()
     return BACKENDS[name]
+
+
+def writing_rows(program: Program, deltas: tuple[int, ...]) -> Program:
+    """A decode program that returns its new keys and values, as one that updates its caches in place.
+
+    deltas: `Schedule.deltas()`, for the row of `offsets` that each layer goes by. The result returns (logits,).
+    """
+    distinct = offset_groups(deltas)
+    groups = [distinct.index(delta) for delta in deltas]
+
+    def step(token: Tensor, length: Tensor, offsets: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        logits, *rows = program(token, length, offsets, *caches)
+        slots = length.unsqueeze(0) - offsets.unsqueeze(1)
+        for i, (cache, row) in enumerate(zip(caches, rows, strict=True)):
+            write_row(cache, row, slots[groups[i // 2]])
+        return (logits,)
+
+    return step
 
 
 @register("eager")
@@ -46,6 +86,28 @@ def inductor(program: ExportedProgram) -> Program:
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     options: dict[str, Any] = {"triton.cudagraphs": True} | _exact_division() if on_cuda else {}
     return torch.compile(module, fullgraph=True, dynamic=False, options=options or None)
+
+
+def _check_tensorrt() -> None:
+    from .tensorrt_backend import check
+
+    check()
+
+
+@register("tensorrt", in_place=False, check=_check_tensorrt)
+def tensorrt(program: ExportedProgram) -> Program:
+    """One TensorRT engine per program through torch-tensorrt, without a fallback to PyTorch; needs CUDA."""
+    from .tensorrt_backend import compile_whole
+
+    return compile_whole(program)
+
+
+@register("onnxruntime", in_place=False)
+def onnxruntime(program: ExportedProgram) -> Program:
+    """The program as an ONNX file in a temporary folder, run by onnxruntime on the CPU; weights are held twice."""
+    from .export.ort_backend import load
+
+    return load(program)
 
 
 def _exact_division() -> dict[str, bool]:

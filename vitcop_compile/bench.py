@@ -25,7 +25,6 @@ from .optimized import OptimizedModel
 from .passes.prune_decoder import prune_tokens
 from .passes.prune_encoder import cluster_patches, prune_patches
 from .pipeline import optimize
-from .programs import Programs
 from .schedule import Schedule
 from .toy import small_llava
 
@@ -215,20 +214,30 @@ def environment() -> dict[str, Any]:
 def table(results: dict[str, Any]) -> Table:
     """The rows as a table, times in milliseconds."""
     out = Table(title="dense / pruned, ms (median of interleaved rounds)")
-    names = ("backend", "preset", "vision", "prefill", "ratio", "FLOP ratio", "realized/ideal", "selection", "decode step")
+    names = (
+        "backend",
+        "preset",
+        "batch",
+        "vision",
+        "prefill",
+        "ratio / FLOP ratio",
+        "selection",
+        "decode",
+        "ratio / bytes ratio",
+    )
     for name in names:
         out.add_column(name, justify="left" if name in names[:2] else "right")
     for row in results["rows"]:
         out.add_row(
             row["backend"],
             row["preset"],
+            str(row["batch"]),
             f"{row['dense_vision_ms']:.1f} / {row['pruned_vision_ms']:.1f}",
             f"{row['dense_prefill_ms']:.1f} / {row['pruned_prefill_ms']:.1f}",
-            f"{row['prefill_ratio']:.2f}",
-            f"{row['flop_ratio']:.2f}",
-            f"{row['realized_over_ideal']:.2f}",
+            f"{row['prefill_ratio']:.2f} / {row['flop_ratio']:.2f} = {row['realized_over_ideal']:.2f}",
             f"{row['selection_ms']:.2f} ({100 * row['selection_share']:.1f} %)",
             f"{row['dense_decode_ms']:.1f} / {row['pruned_decode_ms']:.1f}",
+            f"{row['decode_ratio']:.2f} / {row['decode_byte_ratio']:.2f} = {row['decode_realized_over_ideal']:.2f}",
         )
     return out
 
@@ -241,18 +250,18 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 
 def _arms(optimized: OptimizedModel, case: Case) -> dict[str, Arm]:
-    """The three programs of one arm, each bound to its inputs."""
-    programs: Programs = optimized.programs
-    compile_with = backend_of(case.backend)
-    rows = programs.schedule.image_tokens + case.text_tokens
+    """The three programs of one arm, each bound to its inputs, as `generate` calls them."""
+    provider, programs = optimized.on_demand, optimized.programs
+    schedule = programs.schedule
+    rows = schedule.image_tokens + case.text_tokens
     pixels = torch.randn(case.batch, *programs.family.pixel_shape, device=optimized.device).to(optimized.dtype)
-    vision = compile_with(programs.export_vision(case.batch))
+    vision = provider.vision(case.batch)
     features, *selection = vision(pixels)
-    prefill = compile_with(programs.export_prefill(case.batch, rows))
+    prefill = provider.prefill(case.batch, rows, True)
     ids, last, _, visual, *_ = programs.prefill_inputs(case.batch, rows)
     prompt = (ids, last, features, visual, *selection[1:])
-    decode = compile_with(programs.export_decode(case.batch, rows + case.new_tokens))
-    shapes = programs.schedule.cache_shapes(case.batch, rows + case.new_tokens)
+    decode = provider.decode(case.batch, rows + case.new_tokens)
+    shapes = schedule.cache_shapes(case.batch, rows + case.new_tokens)
     caches = [torch.randn(shape, device=optimized.device).to(optimized.dtype) for shape in shapes for _ in "kv"]
     token, length, offsets = ids[:, :1].contiguous(), torch.full_like(last, rows), programs.offsets()
     return {
@@ -274,6 +283,8 @@ def _row(case: Case, schedule: Schedule, times: dict[str, dict[str, list[float]]
     row["selection_share"] = row["selection_ms"] / row["pruned_prefill_ms"]
     row["flop_ratio"] = schedule.flop_ratio()
     row["realized_over_ideal"] = row["prefill_ratio"] / row["flop_ratio"]
+    row["decode_byte_ratio"] = schedule.decode_ratio(case.new_tokens, case.batch)
+    row["decode_realized_over_ideal"] = row["decode_ratio"] / row["decode_byte_ratio"]
     row["vision_flop_ratio"] = schedule.dense_vision_flops() / schedule.vision_flops()
     row["ttft_ratio"] = (row["dense_vision_ms"] + row["dense_prefill_ms"]) / (
         row["pruned_vision_ms"] + row["pruned_prefill_ms"]

@@ -9,7 +9,7 @@ import torch
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from .backends import backend_of
+from .backends import backend_of, writing_rows
 from .cache import PrunedCache
 from .config import ViTCoPConfig
 from .errors import InputError
@@ -62,7 +62,11 @@ class CompiledOnDemand:
 
     def decode(self, batch: int, cache_rows: int) -> Callable[..., Any]:
         """The decode program for `batch` sequences on caches of `cache_rows` rows in layer 0."""
-        return self._get(("decode", batch, cache_rows), lambda: self.programs.export_decode(batch, cache_rows))
+        key, in_place = ("decode", batch, cache_rows), self._compile.in_place
+        if key not in self.compiled:
+            program = self._compile(self.programs.export_decode(batch, cache_rows, in_place))
+            self.compiled[key] = program if in_place else writing_rows(program, self.schedule.deltas())
+        return self.compiled[key]
 
     def _get(self, key: tuple, export: Callable[[], ExportedProgram]) -> Callable[..., Any]:
         if key not in self.compiled:
@@ -83,6 +87,11 @@ class OptimizedModel(CompiledModel):
         self.model = model
         self.settings = settings
         self.backend = backend
+
+    @property
+    def on_demand(self) -> CompiledOnDemand:
+        """The programs themselves, as `generate` calls them."""
+        return self._on_demand
 
     @property
     def programs(self) -> Programs:

@@ -116,6 +116,17 @@ class Schedule:
         """Bytes of the unpruned KV cache of one prompt."""
         return self._row_bytes() * self.shape.layers * (self.text_tokens + self.shape.patches + new_tokens)
 
+    def weight_bytes(self) -> int:
+        """Bytes of the decoder's matrices and the head: what every decode step reads whatever was pruned."""
+        shape = self.shape
+        return shape.element_bytes * (shape.layers * _projection_weights(shape) + shape.hidden * shape.vocab)
+
+    def decode_ratio(self, new_tokens: int = 0, batch: int = 1) -> float:
+        """Dense over pruned bytes that a decode step must read, weights and KV caches: its ideal speed-up."""
+        weights = self.weight_bytes()
+        dense, pruned = self.dense_kv_bytes(new_tokens), self.kv_bytes(new_tokens)
+        return (weights + batch * dense) / (weights + batch * pruned)
+
     def prefill_flops(self) -> tuple[int, ...]:
         """FLOPs of each decoder layer in prefill."""
         return tuple(_decoder_flops(self.shape, rows) for rows in self.kv_rows())
@@ -226,12 +237,15 @@ def _vision_layer(config: ViTCoPConfig, shape: ModelShape) -> int:
     return layer
 
 
-def _decoder_flops(shape: ModelShape, tokens: int) -> int:
+def _projection_weights(shape: ModelShape) -> int:
     attention_width = shape.heads * shape.head_dim
     kv_width = shape.kv_heads * shape.head_dim
-    projections = shape.hidden * (2 * attention_width + 2 * kv_width) + 3 * shape.hidden * shape.intermediate
+    return shape.hidden * (2 * attention_width + 2 * kv_width) + 3 * shape.hidden * shape.intermediate
+
+
+def _decoder_flops(shape: ModelShape, tokens: int) -> int:
     causal_pairs = tokens * (tokens + 1) // 2
-    return 2 * tokens * projections + 4 * causal_pairs * attention_width
+    return 2 * tokens * _projection_weights(shape) + 4 * causal_pairs * shape.heads * shape.head_dim
 
 
 def _encoder_flops(shape: ModelShape, tokens: int) -> int:

@@ -1,0 +1,75 @@
+"""The package as it is installed: light to import, complete, small files, no circles."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import vitcop_compile
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("vitcop_compile", "passes", "export")
+
+
+def test_import_is_light():
+    """Under 3 s beyond torch and transformers, no GPU touched, nothing drawn or served loaded along."""
+    code = (
+        "import time, sys, torch\n"
+        "from transformers import GenerationMixin, LlavaForConditionalGeneration, PreTrainedModel\n"
+        "start = time.perf_counter(); import vitcop_compile; print(time.perf_counter() - start)\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not {'matplotlib', 'onnx', 'onnxruntime', 'tensorrt', 'typer'} & sys.modules.keys()\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 3
+
+
+def test_every_folder_is_packaged():
+    """`passes` and `export` lie beside the package, and are part of it."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    mapping = setup["package-dir"]
+    folders = {path.parent for source in SOURCES for path in (ROOT / source).rglob("*.py")}
+    packaged = {ROOT / mapping.get(name, name.replace(".", "/")) for name in setup["packages"]}
+    assert folders == packaged
+    assert vitcop_compile.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_no_import_circles():
+    """At import time; what is imported inside a function, or for types alone, closes no circle."""
+    modules = {}
+    for source in SOURCES:
+        for path in (ROOT / source).rglob("*.py"):
+            inner = [] if source == "vitcop_compile" else [source]
+            parts = ["vitcop_compile", *inner, *path.relative_to(ROOT / source).parts]
+            modules[".".join(parts).removesuffix(".py").removesuffix(".__init__")] = path
+    edges = {name: imports(name, path, modules) for name, path in modules.items()}
+    done, doing = set(), []
+
+    def visit(name):
+        assert name not in doing, " -> ".join([*doing[doing.index(name) :], name])
+        if name in done:
+            return
+        doing.append(name)
+        for other in edges[name]:
+            visit(other)
+        doing.pop()
+        done.add(name)
+
+    for name in edges:
+        visit(name)
+
+
+def imports(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules of the package that `name` imports when it is imported; a package does not count as its own children's."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+        target = f"{base}.{node.module}" if node.module else base
+        for alias in node.names:
+            inner = f"{target}.{alias.name}"
+            found.add(inner if inner in modules else target)
+    return found - {name}
