@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoConfig
 
+from . import cli_export
 from .config import PRESETS, ViTCoPConfig
 from .demo import Options, run
 from .errors import ConfigError, UnsupportedError, VitcopError
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Visual-token pruning compiled into the graphs of large vision-language models.",
 )
+cli_export.register(app)
 
 _PRESETS = ", ".join(PRESETS)
 

@@ -5,13 +5,21 @@ from torch import Tensor
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """rows [B, n, D], index int64 [B, m] -> [B, m, D]: per-sample selection of rows."""
-    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+    """rows [B, n, D], index int64 [B, m] -> [B, m, D]: per-sample selection of rows.
+
+    Whole rows are selected from the flattened batch: with an index per element, some engines copy element by element.
+    """
+    batch, n, width = rows.shape
+    start = torch.arange(batch, device=index.device).unsqueeze(1) * n
+    return rows.reshape(batch * n, width).index_select(0, (index + start).reshape(-1)).reshape(batch, -1, width)
 
 
 def put_rows(rows: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """rows [B, n, D] with rows `index` [B, m] (distinct per sample) replaced by `values` [B, m, D]."""
-    return rows.scatter(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]), values.to(rows.dtype))
+    batch, n, _ = rows.shape
+    source = torch.arange(n, device=index.device).expand(batch, n)
+    replaced = torch.arange(index.shape[1], device=index.device).expand_as(index) + n
+    return take_rows(torch.cat((rows, values.to(rows.dtype)), 1), source.scatter(1, index, replaced))
 
 
 def take_along(tensor: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,210 @@
+"""The commands `export` and `run`: a folder of engines written, and asked."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from rich.text import Text
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from . import picture, toy
+from .config import PRESETS, ViTCoPConfig
+from .errors import ConfigError, InputError, UnsupportedError
+from .export.manifest import DTYPES, FolderError
+from .export.writer import FORMATS
+
+_QUESTION = "USER: {image}{text} ASSISTANT:"
+_PLACEHOLDER = "<image>\n"
+# onnxruntime computes in float32 on a CPU; engines are built in half precision.
+_DEFAULT_DTYPES = {"onnx": "float32", "tensorrt": "float16"}
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to `app`."""
+    app.command("export")(export_command)
+    app.command("run")(run_command)
+
+
+def export_command(
+    model: Annotated[str, typer.Option(help="A LLaVA-1.5 folder or model on the hub.")],
+    output_dir: Annotated[Path, typer.Option(help="The folder to write; it appears whole or not at all.")],
+    retention: Annotated[
+        str, typer.Option(help=f"A published setting ({', '.join(PRESETS)}), or the share of the visual tokens to keep.")
+    ] = "1/9",
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "onnx",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; default: float32 for onnx, float16 for tensorrt.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per call: prompts times beams.")] = 1,
+    max_text_len: Annotated[int, typer.Option(help="Text tokens of the longest prompt.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Cache rows for generated tokens.")] = 256,
+    text_bucket: Annotated[
+        list[int] | None, typer.Option(help="A static prompt length in place of a dynamic axis; repeat, ascending.")
+    ] = None,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 24.")] = 18,
+) -> None:
+    """Write a pruned model as a folder of ONNX graphs or TensorRT engines."""
+    from .cli import console, errors_as_lines
+
+    numbers = {"batch_size": batch_size, "max_text_len": max_text_len, "max_new_tokens": max_new_tokens}
+    with errors_as_lines(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about its own internals
+        config = retention_config(retention)
+        chosen = _dtype(dtype, format)
+        _check_before_loading(model, config, output_dir, format, chosen, opset, text_bucket, **numbers)
+        start = time.perf_counter()
+        folder, processor = _export(model, config, output_dir, format, chosen, opset, text_bucket, **numbers)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        console().print(Text(f"{folder}: {size / 2**20:,.1f} MiB, {time.perf_counter() - start:.0f} s"), soft_wrap=True)
+        if processor is None:
+            console().print(Text(f"{model} has no processor files: the folder answers in token ids", style="yellow"))
+
+
+def run_command(
+    folder: Annotated[Path, typer.Argument(help="What `export` wrote.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[Path | None, typer.Option(help="A photograph; none for a question about nothing but text.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate; default: as many as the folder can.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare the SHA-256 of every file first.")] = True,
+) -> None:
+    """Ask a folder of engines, and print the answer as it comes."""
+    from .cli import errors_as_lines
+    from .export import EngineModel
+
+    with errors_as_lines():
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise InputError(f"--max-new-tokens {max_new_tokens} is below 1: ask for 1 or more")
+        photo = None if image is None else picture.load_image(image)
+        engine = EngineModel.from_pretrained(folder, verify=verify)
+        inputs, streamer = _request(engine, folder, prompt, photo)
+        names = ("input_ids", "attention_mask", "pixel_values")
+        asked: dict[str, Any] = {name: inputs[name].to(engine.device) for name in names if name in inputs}
+        new = engine.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
+        engine.generate(**asked, max_new_tokens=new, do_sample=False, streamer=streamer)
+
+
+def retention_config(value: str) -> ViTCoPConfig:
+    """The settings of "1/9", or of a share such as "0.2" with the ratios of the nearest preset. Raises ConfigError."""
+    if value in PRESETS:
+        return ViTCoPConfig.preset(value)
+    try:
+        share = float(value)
+    except ValueError:
+        raise ConfigError(f"--retention {value!r} is neither one of {', '.join(PRESETS)} nor a number") from None
+    nearest = min(PRESETS, key=lambda name: abs(PRESETS[name][2] - share))
+    return ViTCoPConfig.preset(nearest, retention=share)
+
+
+class IdStreamer(BaseStreamer):
+    """Prints token ids as they come, the prompt left out."""
+
+    def __init__(self) -> None:
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt first, then every token."""
+        if self._prompt_seen:
+            print(*value.flatten().tolist(), end=" ", flush=True)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Ends the line."""
+        print(flush=True)
+
+
+def _dtype(name: str | None, format: str) -> str:
+    chosen = name or _DEFAULT_DTYPES.get(format, "float32")
+    if chosen not in DTYPES:
+        raise ConfigError(f"--dtype {chosen!r} is unknown: use one of {', '.join(DTYPES)}")
+    return chosen
+
+
+def _check_before_loading(
+    model: str,
+    config: ViTCoPConfig,
+    output_dir: Path,
+    format: str,
+    dtype: str,
+    opset: int,
+    buckets: list[int] | None,
+    *,
+    batch_size: int,
+    max_text_len: int,
+    max_new_tokens: int,
+) -> None:
+    """Everything that can be refused before gigabytes of weights are loaded for nothing."""
+    from .cli import _shape_of
+    from .export.staging import check_target
+    from .export.writer import check_options
+
+    check_target(output_dir)
+    schedule = config.schedule(_shape_of(model))
+    check_options(schedule, format, batch_size, max_text_len, max_new_tokens, buckets, opset)
+    if format == "tensorrt":
+        from .export.tensorrt import finisher
+
+        finisher(getattr(torch, dtype))
+
+
+def _export(
+    name: str,
+    config: ViTCoPConfig,
+    output_dir: Path,
+    format: str,
+    dtype: str,
+    opset: int,
+    buckets: list[int] | None,
+    **numbers: int,
+) -> tuple[Path, Any]:
+    """(folder, processor): the processor goes into the folder, None where the model has none."""
+    from .export import export
+    from .pipeline import optimize
+
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, ImportError) as error:
+        raise UnsupportedError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError):
+        processor = None
+    # Programs are exported, never run here: the backend does not matter.
+    optimized = optimize(model.eval(), config, backend="eager")
+    made = export(optimized, output_dir, format=format, text_buckets=buckets, opset=opset, processor=processor, **numbers)
+    return made, processor
+
+
+def _request(engine: Any, folder: Path, prompt: str, photo: Image.Image | None) -> tuple[Any, BaseStreamer]:
+    """What `generate` takes, and what prints its answer."""
+    listed = engine.manifest.files
+    if not {"processor_config.json", "preprocessor_config.json", "tokenizer_config.json"} & listed.keys():
+        # The bytes of the prompt stand in for a tokenizer, as in the demo.
+        inputs = toy.request(_QUESTION.format(image=_PLACEHOLDER, text=prompt), photo or _blank(), engine.config)
+        if photo is None:
+            inputs = {"input_ids": inputs["input_ids"][inputs["input_ids"] != engine.image.token_id][None]}
+        return inputs, IdStreamer()
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise FolderError(f"the processor files of {folder} cannot be read: {str(error).splitlines()[0]}") from None
+    question = _question(processor, prompt, photo is not None)
+    inputs = processor(images=photo, text=question, return_tensors="pt")
+    return inputs, TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _question(processor: Any, prompt: str, image: bool) -> str:
+    if getattr(processor, "chat_template", None):
+        content = [*([{"type": "image"}] if image else []), {"type": "text", "text": prompt}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return _QUESTION.format(image=_PLACEHOLDER if image else "", text=prompt)
+
+
+def _blank() -> Image.Image:
+    return Image.new("RGB", (8, 8))
