@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
+from ..backends import writing_rows
 from ..errors import InputError
-from ..passes.decode_cache import write_row
 from ..runtime import CompiledModel, Plan
+from .contract import check_programs
 from .manifest import FolderError, Manifest, ProgramSpec
 from .ort import OrtProgram
 
-Runner = Callable[..., list[Tensor]]
+Runner = Callable[..., Sequence[Tensor]]
 
 
 class EngineFolder:
@@ -27,7 +28,7 @@ class EngineFolder:
         self.schedule, self.image = manifest.schedule, manifest.image
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self._loaded: dict[str, Runner] = {}
-        self._slots = _layer_groups(self.schedule.deltas())
+        self._step: Runner | None = None
 
     def plan(self, batch: int, text: int, new_tokens: int, image: bool) -> Plan:
         """Rows of the exported profile. Raises InputError for a request beyond it."""
@@ -41,10 +42,11 @@ class EngineFolder:
         if new_tokens > held.max_new_tokens:
             raise InputError(f"max_new_tokens={new_tokens} exceeds max_new_tokens={held.max_new_tokens} of the engine")
         kept = self.schedule.image_tokens if image else 0
-        spans = sorted(spec.rows for spec in held.programs if spec.kind == _prefill_kind(image) and spec.rows)
-        rows = next(max(least, text + kept) for least, most in spans if text + kept <= most)
         if held.text_buckets is not None:
-            rows = next(most for _, most in spans if text + kept <= most)
+            rows = next(size for size in held.text_buckets if text <= size) + kept
+        else:
+            spans = sorted(spec.rows for spec in held.programs if spec.kind == _prefill_kind(image) and spec.rows)
+            rows = next(max(least, text + kept) for least, most in spans if text + kept <= most)
         return Plan(rows, held.cache_rows, held.max_new_tokens)
 
     def default_new_tokens(self) -> int:
@@ -59,18 +61,15 @@ class EngineFolder:
         """The prefill program for `rows` rows, or the text-only one."""
         return self._get(self.manifest.program(_prefill_kind(image), rows))
 
-    def decode(self, batch: int, cache_rows: int) -> Callable[..., tuple[Tensor, ...]]:
+    def decode(self, batch: int, cache_rows: int) -> Runner:
         """The decode program; its new keys and values are written into the caches here, one row per layer and step."""
-        program = self._get(self.manifest.program("decode"))
-
-        def step(token: Tensor, length: Tensor, offsets: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-            logits, *rows = program(token, length, offsets, *caches)
-            slots = length.unsqueeze(0) - offsets.unsqueeze(1)
-            for i, (cache, row) in enumerate(zip(caches, rows, strict=True)):
-                write_row(cache, row, slots[self._slots[i // 2]])
-            return (logits,)
-
-        return step
+        if self._step is None:
+            program = self._get(self.manifest.program("decode"))
+            step = writing_rows(program, self.schedule.deltas())
+            # A runner that can replay a whole step, the writes included, brings its own wrapper.
+            graphed = getattr(program, "graphed", None)
+            self._step = step if graphed is None else graphed(step)
+        return self._step
 
     def bytes_per_step(self) -> int:
         """Bytes of keys and values that a decode step hands to the host and the host writes into the caches."""
@@ -102,19 +101,22 @@ class EngineModel(CompiledModel):
     def from_pretrained(cls, folder: str | Path, *, verify: bool = True, threads: int | None = None) -> EngineModel:
         """Opens an engine folder; the runtime is the one the folder was built for.
 
-        verify: read every file once and compare SHA-256; threads: of onnxruntime, torch's number by default. No pickle is
-        read and no path outside the folder is followed. Raises FolderError for a folder that is not exactly as exported,
-        UnsupportedError where its runtime or device is missing.
+        verify: read every file once and compare SHA-256, not the sizes alone; threads: of onnxruntime, torch's number by
+        default. No pickle is read and no path outside the folder is followed. Raises FolderError for a folder that is not
+        exactly as exported, UnsupportedError where its runtime or device is missing.
         """
         root = Path(folder)
         if not root.is_dir():
             raise FolderError(f"{root} is not a folder: pass what export() wrote")
         manifest = Manifest.read(root)
-        if verify:
-            manifest.verify(root)
-        config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-        generation = GenerationConfig.from_pretrained(root, local_files_only=True)
+        manifest.verify(root, digests=verify)
+        try:
+            config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+            generation = GenerationConfig.from_pretrained(root, local_files_only=True)
+        except Exception as error:  # with verify=False the files may hold anything
+            raise FolderError(f"config.json or generation_config.json of {root} cannot be read: {error}") from None
         if manifest.product == "onnx":
+            check_programs(manifest)
             device = torch.device("cpu")
 
             def load(path: Path, spec: ProgramSpec) -> Runner:
@@ -128,9 +130,3 @@ class EngineModel(CompiledModel):
 
 def _prefill_kind(image: bool) -> str:
     return "prefill" if image else "text"
-
-
-def _layer_groups(deltas: tuple[int, ...]) -> list[int]:
-    """For every layer the row of `offsets` it uses."""
-    groups = list(dict.fromkeys(deltas))
-    return [groups.index(delta) for delta in deltas]

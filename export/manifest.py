@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config import ViTCoPConfig
 from ..errors import VitcopError
 from ..prompt import ImageInput
 from ..schedule import ModelShape, Schedule
 
+_Kind = TypeVar("_Kind")
 FORMAT_VERSION = 1
 NAME = "vitcop.json"
+# What transformers reads of a folder, whatever the product.
+CONFIGS = ("config.json", "generation_config.json")
 DTYPES = ("float32", "float16", "bfloat16")
 PRODUCTS = ("onnx", "tensorrt", "tensorrt_rtx")
+OPSETS = range(18, 25)
 PROGRAMS = ("vision", "prefill", "text", "decode")
 
 
@@ -36,13 +42,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """One program file. rows: prompt rows it takes, least and most (equal if static); None where there are none."""
+    """One program file. rows: prompt rows it takes, least and most (equal if static); None where there are none.
+
+    profiles: optimization profiles of a TensorRT engine with dynamic rows, each (least, optimal, most) of "rows".
+    """
 
     kind: str
     file: str
     rows: tuple[int, int] | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    profiles: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,10 +85,22 @@ class Manifest:
         """Rows of layer 0's KV cache."""
         return self.schedule.image_tokens + self.max_text_len + self.max_new_tokens
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The schedule in numbers, for readers of `vitcop.json` that cannot resolve it."""
+        schedule = self.schedule
+        return {
+            "image_tokens": schedule.image_tokens,
+            "vision": dataclasses.asdict(schedule.vision) if schedule.vision else None,
+            "stages": [dataclasses.asdict(stage) for stage in schedule.stages],
+            "visual_tokens": list(schedule.visual_tokens()),
+        }
+
     def to_json(self) -> str:
         """The text of `vitcop.json`, with a digest over all of it."""
         values: dict[str, Any] = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
         values["config"] = json.loads(self.config.to_json())
+        values["schedule"] = self.resolved
         values = json.loads(json.dumps(values))
         return json.dumps(values | {"digest": _digest(values)}, indent=2) + "\n"
 
@@ -86,16 +108,19 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Reads and checks `vitcop.json`. Raises FolderError for anything that is not exactly what `to_json` writes."""
         path = _inside(folder, NAME)
+        if not path.is_file():
+            raise FolderError(f"{folder} holds no {NAME}: it is no engine folder")
         try:
+            # ValueError: no UTF-8, no JSON, or a number too long to be read.
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FolderError(f"{path} cannot be read as JSON: {error}") from None
         if not isinstance(values, dict):
             raise FolderError(f"{NAME} holds a {type(values).__name__}: an object is expected")
         version = values.get("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise FolderError(f"{NAME}: format_version {version!r} cannot be read, this package reads {FORMAT_VERSION}")
-        known = {f.name for f in dataclasses.fields(cls)} | {"format_version", "digest"}
+        known = {f.name for f in dataclasses.fields(cls)} | {"format_version", "schedule", "digest"}
         if unknown := sorted(values.keys() - known):
             raise FolderError(f"{NAME}: unknown fields {unknown}; the folder may need a newer vitcop-compile")
         if missing := sorted(known - values.keys()):
@@ -103,17 +128,21 @@ class Manifest:
         if values.pop("digest") != _digest(values):
             raise FolderError(f"{NAME} was changed after it was written: its digest does not match; export the folder again")
         values.pop("format_version")
+        resolved = values.pop("schedule")
         try:
             manifest = _parse(values)
+            _check_types(manifest, Manifest, "")
             manifest._check()
+            if resolved != json.loads(json.dumps(manifest.resolved)):
+                raise FolderError(f"{NAME}: schedule does not follow from config and shape: export the folder again")
         except FolderError:
             raise
-        except (VitcopError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (VitcopError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise FolderError(f"{NAME} is malformed: {error}") from None
         return manifest
 
-    def verify(self, folder: Path) -> None:
-        """Checks size and SHA-256 of every file. Raises FolderError, naming the file, for any that is not as exported."""
+    def verify(self, folder: Path, digests: bool = True) -> None:
+        """Checks size and, with `digests`, SHA-256 of every file. Raises FolderError, naming the file, where one differs."""
         for name, (digest, size) in self.files.items():
             path = _inside(folder, name)
             if not path.is_file():
@@ -121,7 +150,7 @@ class Manifest:
             found = path.stat().st_size
             if found != size:
                 raise FolderError(f"{name} has {found} bytes, {size} were written: the file is truncated or replaced")
-            if file_digest(path) != digest:
+            if digests and file_digest(path) != digest:
                 raise FolderError(f"{name} does not have the SHA-256 in {NAME}: the file was changed or swapped")
 
     def program(self, kind: str, rows: int | None = None) -> ProgramSpec:
@@ -140,14 +169,19 @@ class Manifest:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise FolderError(f"{NAME}: {name}={value!r} is not a positive count")
+        if self.opset not in OPSETS:
+            raise FolderError(f"{NAME}: opset={self.opset} is none of {OPSETS.start} to {OPSETS.stop - 1}")
         schedule = self.schedule
         if self.kv_rows != schedule.kv_rows(self.max_new_tokens):
             raise FolderError(f"{NAME}: kv_rows do not follow from config, shape, max_text_len and max_new_tokens")
         kinds = {spec.kind for spec in self.programs}
         if kinds != set(PROGRAMS):
             raise FolderError(f"{NAME}: programs {sorted(kinds)} are not {sorted(PROGRAMS)}")
-        if unlisted := [spec.file for spec in self.programs if spec.file not in self.files]:
-            raise FolderError(f"{NAME}: program files {unlisted} have no checksum")
+        needed = [*(spec.file for spec in self.programs), *CONFIGS]
+        if unlisted := [file for file in needed if file not in self.files]:
+            raise FolderError(f"{NAME}: files {unlisted} have no checksum")
+        if self.image.patches != schedule.shape.patches:
+            raise FolderError(f"{NAME}: {self.image.patches} patches of an image, the shape has {schedule.shape.patches}")
 
 
 def file_digest(path: Path) -> str:
@@ -176,25 +210,65 @@ def _digest(values: dict[str, Any]) -> str:
 
 def _parse(values: dict[str, Any]) -> Manifest:
     """Builds the dataclasses from JSON values whose digest is right; a wrong type still ends in an error, not in a run."""
-    shape = dict(values["shape"])
-    image = dict(values["image"])
-    buckets = values["text_buckets"]
+    shape, image, config, buckets = values["shape"], values["image"], values["config"], values["text_buckets"]
+    settings = ViTCoPConfig.from_json(json.dumps(config))
+    if json.loads(settings.to_json()) != config:
+        raise FolderError(f"{NAME}: config lacks fields: export the folder again")
     parsed = values | {
-        "config": ViTCoPConfig.from_json(json.dumps(values["config"])),
-        "shape": ModelShape(**(shape | {"grid": tuple(shape["grid"])})),
-        "image": ImageInput(**(image | {"pixel_shape": tuple(image["pixel_shape"])})),
-        "text_buckets": None if buckets is None else tuple(buckets),
-        "kv_rows": tuple(values["kv_rows"]),
-        "programs": tuple(_program(spec) for spec in values["programs"]),
-        "files": {name: (str(digest), int(size)) for name, (digest, size) in values["files"].items()},
+        "config": settings,
+        "shape": _build(ModelShape, shape | {"grid": _tuple(shape["grid"])}),
+        "image": _build(ImageInput, image | {"pixel_shape": _tuple(image["pixel_shape"])}),
+        "text_buckets": None if buckets is None else _tuple(buckets),
+        "kv_rows": _tuple(values["kv_rows"]),
+        "programs": tuple(_program(spec) for spec in _tuple(values["programs"])),
+        "files": {name: _tuple(entry) for name, entry in values["files"].items()},
     }
-    return Manifest(**parsed)
+    return _build(Manifest, parsed)
 
 
 def _program(values: dict[str, Any]) -> ProgramSpec:
     rows = values["rows"]
     tensors = {
-        name: tuple(TensorSpec(**(spec | {"shape": tuple(spec["shape"])})) for spec in values[name])
+        name: tuple(_build(TensorSpec, spec | {"shape": _tuple(spec["shape"])}) for spec in _tuple(values[name]))
         for name in ("inputs", "outputs")
     }
-    return ProgramSpec(**(values | tensors | {"rows": None if rows is None else (int(rows[0]), int(rows[1]))}))
+    profiles = tuple(_tuple(profile) for profile in _tuple(values["profiles"]))
+    rest = {"rows": None if rows is None else _tuple(rows), "profiles": profiles}
+    return _build(ProgramSpec, values | tensors | rest)
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return tuple(value)
+
+
+def _build(kind: type[_Kind], values: dict[str, Any]) -> _Kind:
+    """A dataclass from exactly its fields: a default must not stand in for what a folder should say."""
+    if missing := sorted({f.name for f in dataclasses.fields(kind)} - values.keys()):  # type: ignore[arg-type]
+        raise FolderError(f"{NAME}: {kind.__name__} lacks {missing}: export the folder again")
+    return kind(**values)
+
+
+def _check_types(value: Any, hint: Any, where: str) -> None:
+    """Raises FolderError where a value is not of its annotated type: JSON says 1.0, "1" or true where a count is meant."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        chosen = [option for option in arguments if isinstance(value, typing.get_origin(option) or option)]
+        _check_types(value, chosen[0] if chosen and not isinstance(value, bool) else arguments[0], where)
+    elif origin is tuple and isinstance(value, tuple):
+        hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(hints) != len(value):
+            raise FolderError(f"{NAME}: {where}={value!r} has {len(value)} parts, {len(hints)} are expected")
+        for i, (part, expected) in enumerate(zip(value, hints)):
+            _check_types(part, expected, f"{where}[{i}]")
+    elif origin is dict and isinstance(value, dict):
+        for key, part in value.items():
+            _check_types(part, arguments[1], f"{where}[{key!r}]")
+    elif origin is None and isinstance(value, hint) and not isinstance(value, bool):
+        # A configuration checks itself, and takes integers for fractions.
+        if dataclasses.is_dataclass(hint) and hint is not ViTCoPConfig:
+            for name, expected in typing.get_type_hints(hint).items():
+                _check_types(getattr(value, name), expected, f"{where}.{name}".lstrip("."))
+    else:
+        raise FolderError(f"{NAME}: {where}={value!r} is a {type(value).__name__}, {hint} is expected")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
-from .manifest import FolderError, ProgramSpec
+from .manifest import FolderError, ProgramSpec, TensorSpec
 
 _TORCH = {
     "float32": torch.float32,
@@ -17,6 +17,7 @@ _TORCH = {
     "bfloat16": torch.bfloat16,
     "int64": torch.int64,
 }
+_ORT = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)", "int64": "tensor(int64)"}
 # onnx.TensorProto's element types.
 _ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}
 
@@ -34,15 +35,15 @@ class OrtProgram:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or torch.get_num_threads()
+        # Packing copies all weights, once in every program; unpacked they stay in the one mapped file.
+        options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise FolderError(f"{path.name} cannot be loaded by onnxruntime {onnxruntime.__version__}: {error}") from None
         self._spec = spec
-        found = [value.name for value in self._session.get_inputs()], [value.name for value in self._session.get_outputs()]
-        stated = [value.name for value in spec.inputs], [value.name for value in spec.outputs]
-        if found != stated:
-            raise FolderError(f"{path.name} takes and gives {found}, vitcop.json says {stated}")
+        for values, stated in ((self._session.get_inputs(), spec.inputs), (self._session.get_outputs(), spec.outputs)):
+            _check_signature(path.name, values, stated)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         rows = check_inputs(self._spec, inputs)
@@ -59,6 +60,20 @@ class OrtProgram:
             binding.bind_output(spec.name, "cpu", 0, _ELEMENT[spec.dtype], tuple(output.shape), output.data_ptr())
         self._session.run_with_iobinding(binding)
         return outputs
+
+
+def _check_signature(file: str, values: list[Any], stated: tuple[TensorSpec, ...]) -> None:
+    """Raises FolderError where a program's inputs or outputs are not those stated. A dynamic dimension has any name."""
+    found = [
+        (value.name, value.type, tuple(dim if isinstance(dim, int) else "rows" for dim in value.shape)) for value in values
+    ]
+    wanted = [
+        (spec.name, _ORT[spec.dtype], tuple(dim if isinstance(dim, int) else "rows" for dim in spec.shape)) for spec in stated
+    ]
+    if len(found) != len(wanted):
+        raise FolderError(f"{file} has {len(found)} inputs or outputs, vitcop.json says {len(wanted)}")
+    if wrong := [pair for pair in zip(found, wanted) if pair[0] != pair[1]]:
+        raise FolderError(f"{file} has {wrong[0][0]}, vitcop.json says {wrong[0][1]}: the file belongs to another folder")
 
 
 def check_inputs(spec: ProgramSpec, inputs: tuple[Tensor, ...]) -> int | None:

@@ -17,13 +17,12 @@ from ..attention import LOWERINGS
 from ..errors import ConfigError, UnsupportedError
 from ..optimized import OptimizedModel
 from ..schedule import Schedule
+from .contract import LEAST_TEXT, check_programs
 from .manifest import NAME, Manifest, ProgramSpec, file_digest
-from .onnx import WEIGHTS, WeightStore, write_onnx
+from .onnx import OPSETS, WEIGHTS, WeightStore, require_packages, write_onnx
 from .staging import staged
 
 FORMATS = ("onnx", "tensorrt")
-# Rows a dynamic prompt axis starts at, beside the image: torch.export treats a size of 1 as a constant.
-_LEAST_TEXT = 2
 
 
 def export(
@@ -42,13 +41,16 @@ def export(
     """Writes `model` as a folder that deploys without its Python: "onnx", or "tensorrt" engines.
 
     batch_size: sequences per call (prompts times beams); max_text_len: text tokens of the longest prompt; max_new_tokens:
-    rows for generated tokens; text_buckets: static prompt lengths, ending in max_text_len, in place of a dynamic text axis;
-    opset: 18 to 24; processor: saved beside the engines; build_options: of `tensorrt.build_folder`. Visual budgets are
-    static. Returns the folder, which appears whole or not at all.
+    rows for generated tokens; text_buckets: static prompt lengths, ending in max_text_len, in place of a dynamic text axis:
+    one ONNX file each, or one optimization profile each of a TensorRT engine; opset: 18 to 24; processor: saved beside the
+    engines; build_options: of `tensorrt.BuildOptions`. Visual budgets are static. Returns the folder, which appears whole or
+    not at all.
 
     Raises ConfigError for numbers that do not fit, UnsupportedError for a format or a missing package, before any work.
     """
-    buckets = _check(model, format, batch_size, max_text_len, max_new_tokens, text_buckets)
+    if model.programs.attention not in LOWERINGS or model.programs.attention != "sdpa":
+        raise UnsupportedError(f"attention={model.programs.attention!r} cannot leave torch: optimize() with attention='sdpa'")
+    buckets = check_options(model.programs.schedule, format, batch_size, max_text_len, max_new_tokens, text_buckets, opset)
     target = Path(output_dir)
     finish: Callable[[Path, Manifest, Progress], Manifest] | None = None
     if format == "tensorrt":
@@ -57,13 +59,14 @@ def export(
         finish = finisher(model.dtype, **build_options)
     elif build_options:
         raise ConfigError(f"{', '.join(build_options)} are options of format='tensorrt', not of {format!r}")
+    spans = _spans(format, max_text_len, buckets)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with staged(target) as folder, Progress(*columns, transient=True) as progress:
         store = WeightStore(folder / WEIGHTS)
         specs = []
-        for kind, rows, make, inputs, outputs in _programs(model, batch_size, max_text_len, max_new_tokens, buckets):
+        for kind, rows, make, inputs, outputs in _programs(model, batch_size, max_text_len, max_new_tokens, spans):
             task = progress.add_task(f"exporting {kind}{'' if rows is None else f' ({rows[1]} rows)'} to ONNX", total=None)
-            file = f"{kind}{'' if buckets is None or rows is None else f'_{rows[1]}'}.onnx"
+            file = f"{kind}_{rows[1]}.onnx" if rows and rows[0] == rows[1] else f"{kind}.onnx"
             taken, given = write_onnx(make(), folder / file, store, inputs, outputs, opset)
             specs.append(ProgramSpec(kind, file, rows, taken, given))
             progress.remove_task(task)
@@ -85,6 +88,8 @@ def export(
             programs=tuple(specs),
             versions=_versions(),
         )
+        if format == "onnx":
+            check_programs(manifest)
         if finish is not None:
             manifest = finish(folder, manifest, progress)
         _seal(folder, manifest)
@@ -92,7 +97,7 @@ def export(
 
 
 def _programs(
-    model: OptimizedModel, batch: int, text: int, new: int, buckets: tuple[int, ...] | None
+    model: OptimizedModel, batch: int, text: int, new: int, spans: list[tuple[int, int]]
 ) -> Iterator[tuple[str, tuple[int, int] | None, Callable[[], ExportedProgram], list[str], list[str]]]:
     """(kind, prompt rows, export, input names, output names) of every program of a folder."""
     programs, text_programs = model.programs, model.text_programs
@@ -103,13 +108,13 @@ def _programs(
     caches = [f"{name}_{layer}" for layer in range(schedule.shape.layers) for name in ("key", "value")]
     stages = [f"stage_{stage.layer}" for stage in schedule.stages]
     image = ["features", "visual", *(["labels"] if schedule.stages else [])]
-    for most in buckets or (text,):
+    for fewest, most in spans:
         for kind, source, base, extra, found in (
             ("prefill", programs, schedule.image_tokens, image, stages),
             ("text", text_programs, 0, [], []),
         ):
-            least = base + most if buckets else base + _LEAST_TEXT
-            dynamic = None if buckets else least
+            least = base + fewest
+            dynamic = None if fewest == most else least
 
             def make(
                 source: Any = source, rows: int = base + most, kind: str = kind, dynamic: Any = dynamic
@@ -128,17 +133,32 @@ def _programs(
     )
 
 
-def _check(
-    model: OptimizedModel, format: str, batch: int, text: int, new: int, buckets: Sequence[int] | None
+def _spans(format: str, text: int, buckets: tuple[int, ...] | None) -> list[tuple[int, int]]:
+    """Fewest and most text tokens of every prefill file: one file with dynamic rows, or one for each bucket.
+
+    TensorRT takes one file for all buckets: an engine holds its weights once and a profile for every bucket.
+    """
+    if buckets is None:
+        return [(LEAST_TEXT, text)]
+    if format == "onnx":
+        return [(size, size) for size in buckets]
+    if buckets[0] < LEAST_TEXT:
+        raise ConfigError(f"text_buckets={buckets}: the first must be at least {LEAST_TEXT} for format={format!r}")
+    return [(buckets[0], buckets[-1])]
+
+
+def check_options(
+    schedule: Schedule, format: str, batch: int, text: int, new: int, buckets: Sequence[int] | None, opset: int
 ) -> tuple[int, ...] | None:
+    """The text buckets, after every check of `export`'s options that needs no model. Raises as `export` does."""
     if format not in FORMATS:
         raise UnsupportedError(f"format={format!r} is unknown: use one of {', '.join(FORMATS)}")
-    if model.programs.attention not in LOWERINGS or model.programs.attention != "sdpa":
-        raise UnsupportedError(f"attention={model.programs.attention!r} cannot leave torch: optimize() with attention='sdpa'")
-    for name, value, least in (("batch_size", batch, 1), ("max_text_len", text, _LEAST_TEXT), ("max_new_tokens", new, 1)):
+    if opset not in OPSETS:
+        raise UnsupportedError(f"opset={opset} is out of range: choose {OPSETS.start} to {OPSETS.stop - 1}")
+    require_packages()
+    for name, value, least in (("batch_size", batch, 1), ("max_text_len", text, LEAST_TEXT), ("max_new_tokens", new, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r} is not a count of at least {least}")
-    schedule: Schedule = model.programs.schedule
     total, limit = schedule.image_tokens + text + new, schedule.shape.max_positions
     if total > limit:
         raise ConfigError(

@@ -188,7 +188,7 @@ def _request(engine: Any, folder: Path, prompt: str, photo: Image.Image | None) 
         # The bytes of the prompt stand in for a tokenizer, as in the demo.
         inputs = toy.request(_QUESTION.format(image=_PLACEHOLDER, text=prompt), photo or _blank(), engine.config)
         if photo is None:
-            inputs = {"input_ids": inputs["input_ids"][inputs["input_ids"] != engine.image.token_id][None]}
+            inputs = {"input_ids": inputs["input_ids"][inputs["input_ids"] != engine.engines.image.token_id][None]}
         return inputs, IdStreamer()
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

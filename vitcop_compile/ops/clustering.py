@@ -27,11 +27,11 @@ def density_peaks(
     candidate = rho.unsqueeze(1) >= rho.unsqueeze(2)  # [b, i, j]: j is at least as dense as i
     if positions is not None:
         candidate = candidate & (_planar_distances(positions) <= k)
-    diagonal = torch.eye(n, dtype=torch.bool, device=features.device)
+    order = torch.arange(n, device=features.device)
+    diagonal = order.unsqueeze(1) == order
     reach = distance.masked_fill(~candidate | diagonal, math.inf)
     # Two reductions rather than min(dim), whose index on ties is unspecified and which TensorRT cannot convert.
     delta = reach.amin(-1)
-    order = torch.arange(n, device=features.device)
     nearest = torch.where(reach == delta.unsqueeze(-1), order, n).amin(-1)
     nearest = torch.where(torch.isinf(delta), 0, nearest)
 
@@ -57,7 +57,8 @@ def _distances(features: Tensor, exact: bool) -> Tensor:
     both = square.unsqueeze(-1) + square.unsqueeze(-2)
     squared = both - 2 * gram
     squared = torch.where(squared < both * (1e-13 if exact else 2e-6), 0.0, squared).float()
-    off = 1.0 - torch.eye(features.shape[1], device=features.device)
+    order = torch.arange(features.shape[1], device=features.device)
+    off = (order.unsqueeze(1) != order).float()
     return torch.sqrt(squared + 1e-8) * off
 
 
