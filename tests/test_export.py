@@ -39,7 +39,7 @@ def fast() -> Any:
 
 @pytest.fixture(scope="module")
 def engine() -> Callable[[str], EngineModel]:
-    return functools.cache(lambda name: EngineModel.from_pretrained(folder(name)))
+    return functools.cache(lambda name: EngineModel.from_pretrained(folder(name), threads=1))
 
 
 # Equality

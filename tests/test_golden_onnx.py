@@ -64,7 +64,7 @@ def test_golden(case: dict, opset: int, golden_model: Any, one_text_program: Non
     numbers = {"max_text_len": length, "max_new_tokens": len(case["tokens"]), "text_buckets": [length]}
     with without_collection():
         export(fast, tmp_path / "f", opset=opset, **numbers)
-    engine = EngineModel.from_pretrained(tmp_path / "f")
+    engine = EngineModel.from_pretrained(tmp_path / "f", threads=1)
     tokens, logits = generate(engine, ids, data["pixel_values_int8"].float() / 64, len(case["tokens"]) - 1)
     assert tokens[0].tolist() == case["tokens"][1:]
     assert largest_error(logits[0], data["sdpa/scores"]) < 1e-3
