@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,15 @@ class EngineModel(CompiledModel):
         return self.engines.manifest
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, verify: bool = True, threads: int | None = None) -> EngineModel:
+    def from_pretrained(
+        cls, folder: str | Path, *, verify: bool = True, threads: int | None = None, prepack: bool = False
+    ) -> EngineModel:
         """Opens an engine folder; the runtime is the one the folder was built for.
 
         verify: read every file once and compare SHA-256, not the sizes alone; threads: of onnxruntime, torch's number by
-        default. No pickle is read and no path outside the folder is followed. Raises FolderError for a folder that is not
-        exactly as exported, UnsupportedError where its runtime or device is missing.
+        default; prepack: onnxruntime's packed weights, faster, at the cost of a copy of the weights in every program. No
+        pickle is read and no path outside the folder is followed. Raises FolderError for a folder that is not exactly as
+        exported, UnsupportedError where its runtime or device is missing.
         """
         root = Path(folder)
         if not root.is_dir():
@@ -115,12 +119,11 @@ class EngineModel(CompiledModel):
             generation = GenerationConfig.from_pretrained(root, local_files_only=True)
         except Exception as error:  # with verify=False the files may hold anything
             raise FolderError(f"config.json or generation_config.json of {root} cannot be read: {error}") from None
+        load: Callable[[Path, ProgramSpec], Runner]
         if manifest.product == "onnx":
             check_programs(manifest)
             device = torch.device("cpu")
-
-            def load(path: Path, spec: ProgramSpec) -> Runner:
-                return OrtProgram(path, spec, threads)
+            load = partial(OrtProgram, threads=threads, prepack=prepack)
         else:
             from .tensorrt_runtime import loader
 

@@ -120,7 +120,7 @@ def _simplify(model: Any) -> None:
 
 def _bytes(tensor: Any) -> memoryview:
     """The bytes of a tensor, without a copy where it is contiguous."""
-    return memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+    return memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 def check_nodes(model: Any, name: str) -> None:

@@ -23,9 +23,12 @@ _ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}
 
 
 class OrtProgram:
-    """One program as a callable: torch tensors in, a list of new torch tensors out, bound by address."""
+    """One program as a callable: torch tensors in, a list of new torch tensors out, bound by address.
 
-    def __init__(self, path: Path, spec: ProgramSpec, threads: int | None = None):
+    threads: torch's number by default; prepack: copy the weights into the kernels' layout, once in every program.
+    """
+
+    def __init__(self, path: Path, spec: ProgramSpec, threads: int | None = None, prepack: bool = False):
         try:
             import onnxruntime
         except ImportError as error:
@@ -35,8 +38,8 @@ class OrtProgram:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or torch.get_num_threads()
-        # Packing copies all weights, once in every program; unpacked they stay in the one mapped file.
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        # Packed, every program holds all weights again; unpacked they stay in the one mapped file.
+        options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:

@@ -170,7 +170,12 @@ def run_builder(
             _command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=native, text=True, encoding="utf-8"
         )
         late = threading.Event()
-        timer = threading.Timer(timeout or threading.TIMEOUT_MAX, lambda: (late.set(), process.kill()))
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout or threading.TIMEOUT_MAX, stop)
         timer.daemon = True
         if timeout is not None:
             timer.start()
