@@ -13,7 +13,6 @@ import transformers
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch.export import ExportedProgram
 
-from ..attention import LOWERINGS
 from ..errors import ConfigError, UnsupportedError
 from ..optimized import OptimizedModel
 from ..schedule import Schedule
@@ -23,6 +22,7 @@ from .onnx import OPSETS, WEIGHTS, WeightStore, require_packages, write_onnx
 from .staging import staged
 
 FORMATS = ("onnx", "tensorrt")
+_BFLOAT16_OPSET = 22
 
 
 def export(
@@ -48,9 +48,13 @@ def export(
 
     Raises ConfigError for numbers that do not fit, UnsupportedError for a format or a missing package, before any work.
     """
-    if model.programs.attention not in LOWERINGS or model.programs.attention != "sdpa":
+    if model.programs.attention != "sdpa":
         raise UnsupportedError(f"attention={model.programs.attention!r} cannot leave torch: optimize() with attention='sdpa'")
     buckets = check_options(model.programs.schedule, format, batch_size, max_text_len, max_new_tokens, text_buckets, opset)
+    if model.dtype == torch.bfloat16 and opset < _BFLOAT16_OPSET:
+        raise UnsupportedError(
+            f"opset={opset} has no bfloat16 convolution: choose opset {_BFLOAT16_OPSET} or later, or float16"
+        )
     target = Path(output_dir)
     finish: Callable[[Path, Manifest, Progress], Manifest] | None = None
     if format == "tensorrt":

@@ -312,6 +312,11 @@ def test_options_are_refused_before_work(options: dict, error: type, message: st
     assert not list(tmp_path.iterdir())
 
 
+def test_bfloat16_needs_an_opset_that_has_it(fast: Any, tmp_path: Path) -> None:
+    with mock.patch.object(type(fast), "dtype", torch.bfloat16), pytest.raises(UnsupportedError, match="opset=21 .* opset 22"):
+        export(fast, tmp_path / "f", max_text_len=TEXT, max_new_tokens=8, opset=21)
+
+
 def test_missing_packages_are_named(fast: Any, tmp_path: Path) -> None:
     with mock.patch.dict(sys.modules, onnxscript=None), pytest.raises(UnsupportedError, match=r"pip install .*\[onnx\]"):
         export(fast, tmp_path / "f")
