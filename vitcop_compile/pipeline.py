@@ -27,9 +27,10 @@ def optimize(
 ) -> OptimizedModel:
     """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded.
 
-    config: what to prune, preset "1/3" by default; backend: "inductor" or "eager"; attention: "sdpa" or "flash_attn", the
-    kernels that attention lowers to; text_buckets: ascending numbers of text tokens that prompts are padded to. The model
-    is not changed and shares its weights with the result. Programs compile on first use, or through `warmup`.
+    config: what to prune, preset "1/3" by default; backend: a name in `backends.BACKENDS`; attention: "sdpa" or
+    "flash_attn", the kernels that attention lowers to; text_buckets: ascending numbers of text tokens that prompts are
+    padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
+    through `warmup`.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
     the model's shape cannot meet; both before anything is traced.
