@@ -6,7 +6,8 @@ import sys
 import torch
 
 from vitcop_compile import ViTCoPConfig, optimize
-from vitcop_compile.bench import Arm, interleave
+from vitcop_compile.bench import interleave
+from vitcop_compile.bench.timing import Call as Arm
 from vitcop_compile.toy import small_llava
 
 TEXT, NEW, ROUNDS = 64, 64, 21

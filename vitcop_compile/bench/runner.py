@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +17,16 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from .backends import backend_of
-from .config import ViTCoPConfig
-from .errors import ConfigError
-from .optimized import OptimizedModel
-from .passes.prune_decoder import prune_tokens
-from .passes.prune_encoder import cluster_patches, prune_patches
-from .pipeline import optimize
-from .schedule import Schedule
-from .toy import small_llava
+from ..backends import backend_of
+from ..config import ViTCoPConfig
+from ..errors import ConfigError
+from ..optimized import OptimizedModel
+from ..passes.prune_decoder import prune_tokens
+from ..passes.prune_encoder import cluster_patches, prune_patches
+from ..pipeline import optimize
+from ..schedule import Schedule
+from ..toy import small_llava
+from .timing import interleave
 
 Arm = Callable[[], Any]
 
@@ -108,24 +108,6 @@ def selection_inputs(schedule: Schedule, batch: int, dtype: torch.dtype, device:
         random(batch, shape.kv_heads, reduced, shape.head_dim),
         visual,
     )
-
-
-def interleave(
-    arms: dict[str, Arm], rounds: int, warmup: int = 3, tick: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
-    """Milliseconds of every arm in every round; the order of the arms turns from round to round."""
-    names = list(arms)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(warmup + rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            _synchronize()
-            start = time.perf_counter()
-            arms[name]()
-            _synchronize()
-            if turn >= warmup:
-                times[name].append((time.perf_counter() - start) * 1e3)
-        tick()
-    return times
 
 
 def measure(model: Any, case: Case, rounds: int, progress: Progress) -> dict[str, Any]:
@@ -307,8 +289,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
     return platform.processor() or platform.machine()
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
