@@ -18,33 +18,35 @@ from .token_axis import anchors, content_beside, finish, layer_exit, output_node
 
 @dataclass(frozen=True)
 class Policy:
-    """reduce(hidden [B, n, D], saliency [B, n], labels [B, n], budget) -> (hidden [B, budget, D], index [B, budget]).
+    """reduce(hidden [B, n, D], saliency [B, n], labels [B, n], budget, images) -> (hidden [B, budget, D], index [B, budget]).
 
-    merges: whether the rows it returns are more than a selection of those it gets.
+    images: n holds the tokens of so many images; merges: whether the rows it returns are more than a selection of those
+    it gets.
     """
 
-    reduce: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    reduce: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
     merges: bool
 
 
 POLICIES = {
     "merge_by_cluster": Policy(merge_by_cluster, merges=True),
-    "keep_lowest": Policy(lambda hidden, saliency, labels, budget: keep_lowest(hidden, saliency, budget), merges=False),
+    "keep_lowest": Policy(lambda hidden, saliency, _, budget, images: keep_lowest(hidden, saliency, budget), merges=False),
 }
 
 
 def prune_tokens(
-    hidden: Tensor, key: Tensor, visual: Tensor, labels: Tensor, *, policy: str, tokens: int
+    hidden: Tensor, key: Tensor, visual: Tensor, labels: Tensor, *, policy: str, tokens: int, images: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduces the visual tokens of a prompt to `tokens`; text is never touched.
 
     hidden: [B, t, D]; key: [B, kv_heads, t, hd] of the layer before; visual: int64 [B, n], the visual rows, ascending;
-    labels: int64 [B, n], their clusters. Returns (hidden [B, t', D], keep int64 [B, t']: the rows that stay, visual int64
-    [B, tokens]: the visual rows of the new sequence, index int64 [B, tokens]: which of the n they are).
+    labels: int64 [B, n], their clusters; images: n holds the tokens of so many. Returns (hidden [B, t', D], keep int64
+    [B, t']: the rows that stay, visual int64 [B, tokens]: the visual rows of the new sequence, index int64 [B, tokens]: which
+    of the n they are).
     """
     batch, length, _ = hidden.shape
     saliency = key_norm(take_along(key, visual, 2))
-    reduced, index = POLICIES[policy].reduce(take_along(hidden, visual, 1), saliency, labels, tokens)
+    reduced, index = POLICIES[policy].reduce(take_along(hidden, visual, 1), saliency, labels, tokens, images)
     chosen = visual.gather(1, index)
     mask = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
     mask = mask.scatter(1, visual, torch.zeros_like(visual, dtype=torch.bool))

@@ -222,6 +222,27 @@ def test_merge_by_cluster_by_hand(labels: list[int], budget: int, expected: dict
     assert torch.allclose(rows.flatten(), torch.tensor(list(expected.values()), dtype=torch.float32))
 
 
+@given(SEEDS, st.integers(1, 2), st.integers(2, 4), st.integers(1, 8), st.data())
+def test_images_of_a_prompt_share_a_budget_and_keep_their_clusters(seed, batch, images, each, data) -> None:
+    n = images * each
+    budget = data.draw(st.sampled_from([1, n]) | st.integers(1, n))
+    rng = np.random.default_rng(seed)
+    hidden, saliency = quantized(rng, batch, n, 3), rng.integers(0, 9, (batch, n)).astype(np.float32)
+    labels = rng.integers(-1, 3, (batch, n))
+    rows, index = ops.merge_by_cluster(*map(torch.from_numpy, (hidden, saliency, labels)), budget, images=images)
+    for b in range(batch):
+        apart = [10 * (i // each) + label for i, label in enumerate(labels[b].tolist())]
+        expected_rows, expected_index = naive.merge_by_cluster(hidden[b], saliency[b], apart, budget)
+        assert index[b].tolist() == expected_index
+        assert torch.allclose(rows[b].double(), torch.from_numpy(expected_rows), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [0, -1, 2])
+def test_merge_by_cluster_refuses_images_of_different_sizes(images: int) -> None:
+    with pytest.raises(ValueError, match=f"images={images} does not divide 5 tokens"):
+        ops.merge_by_cluster(torch.zeros(1, 5, 2), torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.int64), 2, images)
+
+
 @given(SEEDS, st.integers(1, 3), st.integers(1, 16), st.sampled_from(DTYPES), st.data())
 def test_keep_lowest(seed: int, batch: int, n: int, dtype: torch.dtype, data: st.DataObject) -> None:
     budget = data.draw(st.sampled_from([1, n]) | st.integers(1, n))
@@ -331,3 +352,20 @@ def test_density_peaks_never_holds_all_differences() -> None:
     sizes = [value.numel() for node in exported("density_peaks").graph.nodes for value in values(node)]
     assert B * N * N in sizes
     assert max(sizes) <= B * N * max(N, D)
+
+
+def largest_value(images: int) -> int:
+    """Elements of the largest tensor that both decoder stages make for the tokens of `images` images."""
+
+    def both(hidden: Tensor, saliency: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        merged, index = ops.merge_by_cluster(hidden, saliency, labels, 9 * images, images)
+        return *ops.keep_lowest(merged, saliency.gather(1, index), 3 * images), index
+
+    n = images * N
+    inputs = torch.randn(1, n, 4), torch.rand(1, n), torch.arange(n).remainder(7).reshape(1, n)
+    program = torch.export.export(Operation(both), inputs, strict=False).run_decompositions()
+    return max(value.numel() for node in program.graph.nodes for value in values(node))
+
+
+def test_reductions_are_linear_in_images() -> None:
+    assert [largest_value(images) for images in (1, 2, 8, 32)] == [N * N * images for images in (1, 2, 8, 32)]

@@ -1,7 +1,10 @@
-"""The pruned KV cache: static buffers, a different number of rows in every layer."""
+"""The pruned KV cache: static buffers, a different number of rows in every layer, used again from request to request."""
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +32,8 @@ class PrunedCache(Cache):
 
     `get_seq_length()` is logical: the tokens of `input_ids` seen so far, image placeholders included, as transformers' loop
     expects. `buffers` holds key_0, value_0, key_1, ...: [B, kv_heads, rows_l, hd]; `length` int64 [B] counts the tokens of
-    each sequence as layer 0 sees them; `selection` tells which visual tokens stayed.
+    each sequence as layer 0 sees them; `selection` tells which visual tokens stayed. When the cache is gone, its buffers
+    serve another request: clone what has to outlive it.
     """
 
     def __init__(self, max_length: int | None = None):
@@ -43,36 +47,22 @@ class PrunedCache(Cache):
         self.rows = 0
         self._seen = 0
         self._room = 0
+        self._check: Callable[[], None] | None = None
 
-    def fill(
-        self,
-        *,
-        shapes: list[tuple[int, ...]],
-        caches: list[Tensor],
-        length: Tensor,
-        offsets: Tensor,
-        seen: int,
-        room: int,
-        rows: int,
-    ) -> None:
-        """Takes prefill's keys and values into buffers of `shapes`, one per layer.
+    def fill(self, buffers: Buffers, caches: list[Tensor], *, length: Tensor, offsets: Tensor, seen: int, room: int) -> None:
+        """Takes prefill's keys and values into `buffers`, which are its own from now on.
 
         length: int64 [B], each prompt's rows; offsets: decode's input of that name; seen: tokens of `input_ids`; room: new
-        tokens that fit; rows: rows of layer 0's buffers.
+        tokens that fit.
         """
-        self._seen, self._room, self.rows, self.offsets = seen, room, rows, offsets
-        self.length = length.clone()
-        self.token = length.new_zeros(length.shape[0], 1)
-        for i, cache in enumerate(caches):
-            buffer = cache.new_zeros(shapes[i // 2])
-            buffer[:, :, : cache.shape[2]] = cache
-            self.buffers.append(buffer)
-        if self.buffers[0].is_cuda:
-            for tensor in (*self.buffers, self.length, self.token, self.offsets):
-                torch._dynamo.mark_static_address(tensor)
+        self._seen, self._room, self.rows = seen, room, buffers.rows
+        self.buffers, self.length, self.token, self.offsets = buffers.layers, buffers.length, buffers.token, buffers.offsets
+        buffers.write(caches)
+        self.length.copy_(length)
+        self.offsets.copy_(offsets)
 
     def advance(self) -> None:
-        """Accounts for the token that decode has written. Raises InputError when the cache is full."""
+        """Accounts for the token that decode has written."""
         self.length.add_(1)
         self._seen += 1
         self._room -= 1
@@ -83,6 +73,20 @@ class PrunedCache(Cache):
             raise InputError(
                 f"the KV cache is full after {self._seen} tokens: generate with a larger max_new_tokens, which sizes it"
             )
+
+    def expect(self, check: Callable[[], None]) -> None:
+        """Postpones a check of the prompt's values to the first time the host waits for the device anyway."""
+        self._check = check
+
+    def verify(self) -> None:
+        """Raises InputError if the prompt's values were not what the programs take. Waits for the device.
+
+        Where values live on a GPU, reading them back before the first token would stall it: they are checked by the next
+        `forward` on this cache, or when `generate` returns. Whoever uses a single `forward` may call this.
+        """
+        check, self._check = self._check, None
+        if check is not None and not self.length.is_meta:
+            check()
 
     @property
     def filled(self) -> bool:
@@ -114,3 +118,63 @@ class PrunedCache(Cache):
 
     def __repr__(self) -> str:
         return f"PrunedCache(seen={self._seen}, room={self._room}, rows={self.layer_rows()})"
+
+
+class Buffers:
+    """The tensors of one cache: `layers` key_0, value_0, ...; `length` int64 [B], `token` int64 [B, 1], `offsets` int64.
+
+    rows: rows of layer 0. Compiled programs are told that their addresses hold, so that CUDA graphs copy none of them.
+    """
+
+    def __init__(self, shapes: list[tuple[int, ...]], like: Tensor, groups: int):
+        batch, self.rows = shapes[0][0], shapes[0][2]
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+            self.layers = [like.new_zeros(shape) for shape in shapes for _ in "kv"]
+            self.length = like.new_zeros(batch, dtype=torch.int64)
+            self.token = like.new_zeros(batch, 1, dtype=torch.int64)
+            self.offsets = like.new_zeros(groups, dtype=torch.int64)
+        self._parts: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        if like.is_cuda:
+            for tensor in (*self.layers, self.length, self.token, self.offsets):
+                # Without a guard: other addresses record another graph, they do not compile another program.
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def write(self, caches: list[Tensor]) -> None:
+        """Copies the rows of `caches` in and clears those behind them: what an earlier request left might not be finite, and
+        even what no query attends to is multiplied."""
+        rows = caches[0].shape[2]
+        if rows not in self._parts:
+            sizes = [cache.shape[2] for cache in caches]
+            heads = [layer[:, :, :size] for layer, size in zip(self.layers, sizes, strict=True)]
+            self._parts[rows] = heads, [layer[:, :, size:] for layer, size in zip(self.layers, sizes, strict=True)]
+        heads, tails = self._parts[rows]
+        torch._foreach_copy_(heads, caches)
+        torch._foreach_zero_(tails)
+
+
+class BufferPool:
+    """Buffers by shape, lent to one cache at a time and taken back when it is garbage.
+
+    A request then allocates nothing that an earlier one has allocated, and CUDA graphs find their caches where they were
+    when recorded. At most `idle` sets wait to be used again; the one that has waited longest goes first.
+    """
+
+    def __init__(self, idle: int = 4):
+        self._idle = idle
+        self._free: list[tuple[tuple, Buffers]] = []
+        self._lock = threading.RLock()  # a cache may be collected while its own thread is in here
+
+    def lend(self, cache: PrunedCache, shapes: list[tuple[int, ...]], like: Tensor, groups: int) -> Buffers:
+        """Buffers of `shapes`, in the type and on the device of `like`, until `cache` is garbage."""
+        key = (*shapes, groups, like.dtype, like.device)
+        with self._lock:
+            fitting = [i for i, (shapes, _) in enumerate(self._free) if shapes == key]
+            buffers = self._free.pop(fitting[-1])[1] if fitting else None  # the latest is the likeliest to be in a CUDA graph
+        buffers = buffers or Buffers(shapes, like, groups)
+        weakref.finalize(cache, self._take_back, key, buffers).atexit = False
+        return buffers
+
+    def _take_back(self, key: tuple, buffers: Buffers) -> None:
+        with self._lock:
+            self._free.append((key, buffers))
+            del self._free[: -self._idle]

@@ -30,21 +30,23 @@ class Prompt:
     visual: Tensor | None
 
 
-def align(ids: Tensor, mask: Tensor, image_token: int, image_tokens: int, rows: int, image: bool) -> Prompt:
+def align(ids: Tensor, mask: Tensor, image_token: int, image_tokens: int, rows: int, image: bool, vocab: int) -> Prompt:
     """Drops pads, shortens every image to its first `image_tokens` placeholders, and right-pads to `rows`.
 
-    ids: int64 [B, T]; mask: bool [B, T]. Tensor operations only: nothing is read back to the host.
+    ids: int64 [B, T]; mask: bool [B, T]. Tensor operations only: nothing is read back to the host. Values that a later check
+    will refuse are bounded, so that no index leaves its tensor until then.
     """
     placeholder = (ids == image_token) & mask
     kept = mask & ~(placeholder & (placeholder.cumsum(1) > image_tokens)) if image else mask
-    slot = kept.cumsum(1) - 1
-    text = ids.masked_fill(placeholder, 0) if image else ids
+    slot = (kept.cumsum(1) - 1).clamp(0, rows - 1)
+    text = (ids.masked_fill(placeholder, 0) if image else ids).clamp(0, vocab - 1)
     out = ids.new_zeros(ids.shape[0], rows + 1)
     out = out.scatter(1, torch.where(kept, slot, rows), text)[:, :rows]
     visual = None
     if image:
         visual = slot.gather(1, compact(placeholder & kept, image_tokens)[0])
-    return Prompt(out.contiguous(), kept.sum(1) - 1, visual)
+    last = (kept.sum(1) - 1).clamp(image_tokens - 1 if image else 0, rows - 1)
+    return Prompt(out.contiguous(), last, visual)
 
 
 def check_ids(ids: object, device: torch.device) -> Tensor:
@@ -87,30 +89,36 @@ def check_pixels(pixels: object, image: ImageInput, batch: int, device: torch.de
     return pixels.detach().to(dtype).contiguous()
 
 
-def check_values(ids: Tensor, mask: Tensor, pixels: Tensor | None, image: ImageInput, vocab: int) -> None:
-    """Checks what only the data can tell, with a single read from the device. Raises InputError.
-
-    Token ids in the vocabulary; no empty prompt; one contiguous run of placeholders per prompt if there are pixels and none
-    otherwise; finite pixels.
-    """
-    placeholder = (ids == image.token_id) & mask
+def facts(ids: Tensor, mask: Tensor, pixels: Tensor | None, image_token: int, vocab: int) -> Tensor:
+    """What only the data can tell, as int64 [6] on the device of `ids`: `refuse` reads it."""
+    placeholder = (ids == image_token) & mask
     count = placeholder.sum(1)
     rank = placeholder.cumsum(1)
     first = ((rank == 0) & ~placeholder).sum(1)
     last = ids.shape[1] - 1 - (placeholder.flip(1).cumsum(1) == 0).sum(1)
     gaps = ((last - first + 1 != count) & (count > 0)).sum()
     outside = ((ids < 0) | (ids >= vocab)) & mask & ~placeholder
-    finite = torch.isfinite(pixels).all().long() if pixels is not None else gaps.new_ones(())
-    facts = torch.stack([count.min(), count.max(), gaps, outside.sum(), mask.sum(1).min(), finite])
-    least, most, gaps_, outside_, shortest, finite_ = facts.tolist()
-    patches = image.patches
+    finite = gaps.new_ones(())
+    if pixels is not None:
+        # NaN carries through to both ends: one pass in place of the five that isfinite takes.
+        finite = torch.isfinite(torch.stack(pixels.aminmax())).all().long()
+    return torch.stack([count.min(), count.max(), gaps, outside.sum(), mask.sum(1).min(), finite])
+
+
+def refuse(found: Tensor, image: bool, patches: int, vocab: int) -> None:
+    """Raises InputError for `facts` of inputs that the programs cannot take; image: whether there were pixels.
+
+    Token ids in the vocabulary; no empty prompt; one contiguous run of placeholders per prompt if there are pixels and none
+    otherwise; finite pixels. A single read from the device.
+    """
+    least, most, gaps, outside, shortest, finite = found.tolist()
     if shortest == 0:
         raise InputError("attention_mask leaves a prompt without tokens: every prompt needs at least one")
-    if outside_:
-        raise InputError(f"input_ids holds {outside_} ids outside the vocabulary of {vocab}: tokenize for this model")
-    if not finite_:
+    if outside:
+        raise InputError(f"input_ids holds {outside} ids outside the vocabulary of {vocab}: tokenize for this model")
+    if not finite:
         raise InputError("pixel_values holds NaN or infinite values: check the image and its normalisation")
-    if pixels is None:
+    if not image:
         if most:
             raise InputError(f"input_ids holds {most} image tokens but there are no pixel_values: pass the image")
         return
@@ -121,12 +129,12 @@ def check_values(ids: Tensor, mask: Tensor, pixels: Tensor | None, image: ImageI
     if least == 0:
         raise InputError("some prompts of the batch have an image and some have none: run them as two batches")
     if least != patches or most != patches:
-        found = least if least != patches else most
+        count = least if least != patches else most
         raise InputError(
-            f"a prompt holds {found} image tokens, one image needs {patches}: exactly one image per prompt is supported, "
+            f"a prompt holds {count} image tokens, one image needs {patches}: exactly one image per prompt is supported, "
             "and the processor must expand its placeholder"
         )
-    if gaps_:
+    if gaps:
         raise InputError(f"the {patches} image tokens of a prompt are not contiguous: text cannot stand inside an image")
 
 

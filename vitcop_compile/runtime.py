@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -11,10 +12,10 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import PrunedCache, Selection
+from .cache import BufferPool, PrunedCache, Selection
 from .errors import InputError
 from .explain import explain
-from .prompt import ImageInput, Prompt, align, check_ids, check_mask, check_pixels, check_values, check_vocabulary
+from .prompt import ImageInput, Prompt, align, check_ids, check_mask, check_pixels, check_vocabulary, facts, refuse
 from .schedule import Schedule
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
@@ -69,6 +70,11 @@ class CompiledModel(GenerationMixin):
         deltas = provider.schedule.deltas()
         groups = tuple(dict.fromkeys(deltas))
         self._offsets = torch.tensor(groups, dtype=torch.int64, device=provider.device)
+        self._none_removed = torch.zeros_like(self._offsets)
+        self._pool = BufferPool()
+        # Reading values back is free on a CPU. On a GPU it would stall the device before the first token.
+        self._postpone = provider.device.type != "cpu"
+        self._running = threading.local()
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +138,11 @@ class CompiledModel(GenerationMixin):
                 f"past_key_values is a {type(past_key_values).__name__}: a compiled model works on the cache it returns"
             )
         ids = check_ids(input_ids, self.device)
+        if ids.is_cuda:
+            # What earlier calls returned has been copied out: CUDA graphs may write over it.
+            torch.compiler.cudagraph_mark_step_begin()
         if past_key_values is not None and past_key_values.filled:
+            past_key_values.verify()
             return self._decode(ids, pixel_values, past_key_values)
         cache = PrunedCache() if past_key_values is None else past_key_values  # an empty Cache is falsy
         return self._prefill_prompt(ids, pixel_values, attention_mask, cache)
@@ -143,7 +153,16 @@ class CompiledModel(GenerationMixin):
         given = [name for name in ("position_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if given:
             raise InputError(f"{', '.join(given)} cannot be used with a compiled model: pass input_ids and pixel_values")
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        if self.device.type == "meta":
+            raise InputError("the weights are on the meta device, which holds no values: load the model to generate")
+        self._running.cache = None
+        try:
+            result = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+            if self._running.cache is not None:
+                self._running.cache.verify()
+            return result
+        finally:
+            self._running.cache = None
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -190,35 +209,44 @@ class CompiledModel(GenerationMixin):
                 "past_key_values cannot be passed to generate(): continuing a conversation on a pruned cache is not "
                 "supported yet; pass the whole conversation"
             )
-        model_kwargs["past_key_values"] = PrunedCache(max_length=generation_config.max_length)
+        self._running.cache = model_kwargs["past_key_values"] = PrunedCache(max_length=generation_config.max_length)
 
     def _prefill_prompt(self, ids: Tensor, pixels: object, mask: object, cache: PrunedCache) -> CausalLMOutputWithPast:
         batch, length = ids.shape
         provider, schedule, image = self._provider, self.schedule, pixels is not None
         real = check_mask(mask, ids)
         images = check_pixels(pixels, provider.image, batch, self.device, self.dtype) if image else None
-        check_values(ids, real, images, provider.image, schedule.shape.vocab)
+        self._check_values(ids, real, images, cache)
         kept = schedule.image_tokens if image else 0
         text = length - (schedule.shape.patches if image else 0)
         new_tokens = max(1, cache.max_length - length) if cache.max_length else provider.default_new_tokens()
         self._check_length(text + kept, new_tokens)
         plan = provider.plan(batch, text, new_tokens, image)
 
-        prompt = align(ids, real, provider.image.token_id, kept, plan.rows, image)
+        prompt = align(ids, real, provider.image.token_id, kept, plan.rows, image, schedule.shape.vocab)
         inputs, selection = self._see(prompt, images)
         logits, *rest = provider.prefill(batch, plan.rows, image)(prompt.ids, prompt.last, *inputs)
         stages = rest[: len(rest) - 2 * schedule.shape.layers]
+        caches = rest[len(stages) :]
         cache.selection = _raster(selection, stages)
         cache.fill(
-            shapes=schedule.cache_shapes(batch, plan.cache_rows),
-            caches=rest[len(stages) :],
+            self._pool.lend(cache, schedule.cache_shapes(batch, plan.cache_rows), caches[0], len(self._offsets)),
+            caches,
             length=prompt.last + 1,
-            offsets=self._offsets if image else torch.zeros_like(self._offsets),
+            offsets=self._offsets if image else self._none_removed,
             seen=length,
             room=plan.room,
-            rows=plan.cache_rows,
         )
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=_owned(logits), past_key_values=cache)
+
+    def _check_values(self, ids: Tensor, real: Tensor, images: Tensor | None, cache: PrunedCache) -> None:
+        """Raises InputError for values the programs cannot take: at once where reading them is free, else postponed."""
+        shape, image = self.schedule.shape, self._provider.image
+        found = facts(ids, real, images, image.token_id, shape.vocab)
+        if self._postpone:
+            cache.expect(lambda: refuse(found, images is not None, image.patches, shape.vocab))
+        else:
+            refuse(found, images is not None, image.patches, shape.vocab)
 
     def _see(self, prompt: Prompt, images: Tensor | None) -> tuple[tuple[Tensor, ...], Selection]:
         """What prefill takes beside the ids: (features, visual rows, labels)."""
@@ -228,7 +256,7 @@ class CompiledModel(GenerationMixin):
         if not selection:
             return (features, prompt.visual), Selection()
         kept, labels = selection
-        return (features, prompt.visual, labels), Selection(kept, labels)
+        return (features, prompt.visual, labels), Selection(_owned(kept), _owned(labels))
 
     def _decode(self, ids: Tensor, pixels: object, cache: PrunedCache) -> CausalLMOutputWithPast:
         if pixels is not None or ids.shape[1] != 1:
@@ -245,7 +273,7 @@ class CompiledModel(GenerationMixin):
         decode = self._provider.decode(ids.shape[0], cache.rows)
         logits, *_ = decode(cache.token, cache.length, cache.offsets, *cache.buffers)
         cache.advance()
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=_owned(logits), past_key_values=cache)
 
     def _check_length(self, prompt: int, new_tokens: int) -> None:
         limit = self.schedule.shape.max_positions
@@ -254,6 +282,11 @@ class CompiledModel(GenerationMixin):
                 f"a prompt of {prompt} rows and {new_tokens} new tokens need {prompt + new_tokens} positions, the model has "
                 f"{limit}: shorten the prompt or lower max_new_tokens"
             )
+
+
+def _owned(output: Tensor) -> Tensor:
+    """An output that the caller may keep: on CUDA, the next replay of a graph writes over its own."""
+    return output.clone() if output.is_cuda else output
 
 
 def _raster(selection: Selection, stages: list[Tensor]) -> Selection:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .indexing import rank
+from .indexing import lowest, rank
 
 
 def density_peaks(
@@ -35,8 +35,9 @@ def density_peaks(
     nearest = torch.where(reach == delta.unsqueeze(-1), order, n).amin(-1)
     nearest = torch.where(torch.isinf(delta), 0, nearest)
 
-    peak = rank(-(delta * rho))
-    label = torch.where(peak < centres, peak, -1)
+    prominence = -(delta * rho)
+    peaks = lowest(prominence, centres)
+    label = torch.full_like(nearest, -1).scatter(1, peaks, rank(prominence.gather(1, peaks)))
     # A centre is its own parent; after ceil(log2 n) doublings every pointer has reached the end of its chain.
     parent = torch.where(label >= 0, order, nearest)
     for _ in range(max(1, (n - 1).bit_length())):

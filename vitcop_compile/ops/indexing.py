@@ -48,22 +48,40 @@ def compact(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return index[:, :count], slot
 
 
-def rank(values: Tensor) -> Tensor:
-    """Ascending rank int64 [B, n] of every value [B, n]; equal values rank by index.
-
-    Counted from all pairs rather than sorted: the order of ties is then the same in every backend, no engine's top-k limit
-    applies, and for the hundreds of tokens of an image it costs less than a sort's launch.
-    """
-    of_i, of_j = values.unsqueeze(2), values.unsqueeze(1)
-    return ((of_j < of_i) | ((of_j == of_i) & earlier(values.shape[1], values.device))).sum(-1)
-
-
 def earlier(n: int, device: torch.device) -> Tensor:
     """bool [n, n]: j < i."""
     order = torch.arange(n, device=device)
     return order.unsqueeze(0) < order.unsqueeze(1)
 
 
+def rank(values: Tensor) -> Tensor:
+    """Ascending rank int64 [B, n] of every value [B, n], counted from all pairs; equal values rank by index."""
+    of_i, of_j = values.unsqueeze(2), values.unsqueeze(1)
+    return ((of_j < of_i) | ((of_j == of_i) & earlier(values.shape[1], values.device))).sum(-1)
+
+
 def lowest(values: Tensor, count: int) -> Tensor:
-    """Indices int64 [B, count] of the `count` least values [B, n] of every row, ascending by index; ties go to the lower."""
-    return compact(rank(values) < count, count)[0]
+    """Indices int64 [B, count] of the `count` least values [B, n] of every row, ascending by index; ties go to the lower.
+
+    Only the *values* of a top-k are used. Its indices come in an order that differs between engines where values are equal;
+    how many values lie below the last one does not.
+    """
+    last = values.topk(count, largest=False).values[:, -1:]
+    return compact(_up_to(values, last, values == last, count), count)[0]
+
+
+def least(values: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
+    """bool [B, n]: the `count` least of the `eligible` values of every row; ties go to the lower index.
+
+    values: finite [B, n]; count: int64 [B, 1], a count below 1 is none and one beyond the eligible is all; eligible: bool.
+    """
+    n = values.shape[1]
+    values = torch.where(eligible, values, torch.inf)
+    last = values.topk(n, largest=False).values.gather(1, (count - 1).clamp(0, n - 1))
+    return eligible & (count > 0) & _up_to(values, last, eligible & (values == last), count)
+
+
+def _up_to(values: Tensor, last: Tensor, equal: Tensor, count: Tensor | int) -> Tensor:
+    """What lies below `last`, and of what is `equal` to it the first entries, `count` together."""
+    below = values < last
+    return below | (equal & (equal.long().cumsum(1) <= count - below.sum(1, keepdim=True)))

@@ -1,9 +1,11 @@
 """Reduction of visual tokens to a fixed budget: cluster-aware merging, and plain selection."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .indexing import compact, earlier, lowest, take_rows
+from .indexing import compact, earlier, least, lowest, take_rows
 
 
 def keep_lowest(hidden: Tensor, saliency: Tensor, budget: int) -> tuple[Tensor, Tensor]:
@@ -17,66 +19,103 @@ def keep_lowest(hidden: Tensor, saliency: Tensor, budget: int) -> tuple[Tensor, 
     return take_rows(hidden, index), index
 
 
-def merge_by_cluster(hidden: Tensor, saliency: Tensor, labels: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+def merge_by_cluster(hidden: Tensor, saliency: Tensor, labels: Tensor, budget: int, images: int = 1) -> tuple[Tensor, Tensor]:
     """Merges tokens cluster by cluster down to `budget` (ViTCoP, shallow stage).
 
     hidden: [B, n, D]; saliency: [B, n], small is important; labels: int64 [B, n], every distinct value (-1 too) a cluster;
     budget R: 1 to n. Returns (hidden [B, R, D] in the input dtype, index int64 [B, R], ascending: where each row sits).
 
+    images: n holds the tokens of so many images, equally many each, one after another; they share the budget. Clusters lie
+    within an image: equal labels of two images are two clusters. Time and memory are linear in `images`.
+
     With K clusters: if K <= R each keeps a quota of its least salient tokens unchanged and merges the rest into one; if
     K > R all tokens are merged, the R - 1 clusters of least summed saliency one each and the others together. A merged
-    token is `h[m] + mean(h[group])` at m, the middle member of the group. Raises ValueError for a budget out of range.
+    token is `h[m] + mean(h[group])` at m, the middle member of the group. Clusters of equal sums go by their first token.
+    Raises ValueError for a budget out of range, and for tokens that `images` does not divide.
     """
     n = hidden.shape[1]
     _check(budget, n)
-    keep, group = _assign(saliency.float(), labels, budget)
-    together = (group.unsqueeze(2) == group.unsqueeze(1)) & ~keep.unsqueeze(2) & ~keep.unsqueeze(1)
-    size = together.sum(-1)
-    member = (together & earlier(n, hidden.device)).sum(-1)
-    index, _ = compact(keep | (member == size // 2), budget)
-    weight = take_rows(together.float(), index) / size.gather(1, index).clamp_min(1).unsqueeze(-1)
-    merged = take_rows(hidden, index).float() + weight @ hidden.float()
+    if images < 1 or n % images:
+        raise ValueError(f"images={images} does not divide {n} tokens: every image brings equally many")
+    plan = _plan(saliency.float(), labels, budget, images)
+    index, _ = compact(plan.keep | plan.seat, budget)
+    merged = take_rows(hidden, index).float() + _means(hidden.float(), index, plan, images)
     return merged.to(hidden.dtype), index
 
 
-def _assign(saliency: Tensor, labels: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """(keep bool [B, n], group int64 [B, n]): which tokens stay as they are, and where the others are merged.
+class _Plan(NamedTuple):
+    """keep, seat, shared: bool [B, n]: tokens that stay as they are, tokens where a merged one sits, tokens of the one group
+    that takes in whole clusters; together: bool [B * images, n / images, same]: pairs that merge within a cluster."""
 
-    Every quantity of a cluster is carried by each of its tokens; `first` picks one of them to speak for the cluster.
+    keep: Tensor
+    seat: Tensor
+    shared: Tensor
+    together: Tensor
+
+
+def _plan(saliency: Tensor, labels: Tensor, budget: int, images: int) -> _Plan:
+    """Which tokens stay, and which merge where.
+
+    Every quantity of a cluster is carried by each of its tokens; its first token speaks for it. Pairs of tokens are looked
+    at within an image only, and images meet in vectors.
     """
-    n = saliency.shape[1]
+    batch, n = saliency.shape
+    blocks, each = batch * images, n // images
+    labels, values = labels.reshape(blocks, each), saliency.reshape(blocks, each)
+    order = torch.arange(each, device=saliency.device)
+    before = earlier(each, saliency.device)
+
     same = labels.unsqueeze(2) == labels.unsqueeze(1)  # [b, i, j]
-    order = torch.arange(n, device=saliency.device)
-    first = ~(same & earlier(n, saliency.device)).any(-1)
-    speaker = torch.where(same, order, n).amin(-1)
+    speaker = torch.where(same, order, each).amin(-1)
     # Summed once per cluster and handed to its members, so that they agree to the last bit.
-    total = torch.where(same, saliency.unsqueeze(1), 0.0).sum(-1).gather(1, speaker)
-    size = same.sum(-1)
+    total = torch.where(same, values.unsqueeze(1), 0.0).sum(-1).gather(1, speaker).reshape(batch, n)
+    size = same.sum(-1).reshape(batch, n)
+    first = (speaker == order).reshape(batch, n)
+    quota, whole = _quotas(total, size, first, budget)
+
+    of_i, of_j = values.unsqueeze(2), values.unsqueeze(1)
+    precedes = same & ((of_j < of_i) | ((of_j == of_i) & before))
+    keep = precedes.sum(-1) < quota.reshape(blocks, each).gather(1, speaker)
+    together = same & ~keep.unsqueeze(1) & ~keep.unsqueeze(2)
+    member = (together & before).sum(-1)
+    seat = ~keep & (member == together.sum(-1) // 2)
+
+    shared = ~whole.reshape(blocks, each).gather(1, speaker).reshape(batch, n)
+    rank = shared.long().cumsum(1) - 1
+    middle = shared & (rank == shared.sum(1, keepdim=True) // 2)
+    return _Plan(keep.reshape(batch, n), torch.where(shared, middle, seat.reshape(batch, n)), shared, together)
+
+
+def _quotas(total: Tensor, size: Tensor, first: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+    """(quota int64 [B, n], whole bool [B, n]) at the first token of each cluster: how many of its tokens stay as they are,
+    and whether it forms a group of its own (all do, unless there are more clusters than `budget`)."""
     clusters = first.sum(-1, keepdim=True)
-    before = _precedes(total, speaker)  # [b, i, j]: the cluster of j is of less total saliency than that of i
-    cluster_rank = (before & first.unsqueeze(1)).sum(-1)
-
     # fp32 in this order of operations: the rounding is part of the method.
-    spare = (n - clusters).clamp_min(1).float()
+    spare = (size.shape[1] - clusters).clamp_min(1).float()
     quota = torch.round((size - 1).float() / spare * (budget - clusters).float()).long()
-    quota = torch.minimum(quota, size - 1)
-    missing = budget - clusters - torch.where(first, quota, 0).sum(-1, keepdim=True)
-    up = first & (quota < size - 1)
-    down = first & (quota > 0)
-    rank_up = (before & up.unsqueeze(1)).sum(-1)
-    rank_down = (_precedes(-total, speaker) & down.unsqueeze(1)).sum(-1)
-    step = (up & (rank_up < missing)).long() - (down & (rank_down < -missing)).long()
-    quota = (quota + step).gather(1, speaker)
-
-    token_rank = (_precedes(saliency, order.expand_as(labels)) & same).sum(-1)
-    keep = (clusters <= budget) & (token_rank < quota)
-    return keep, cluster_rank.clamp_max(budget - 1)
+    quota = torch.where(first, torch.minimum(quota, size - 1), 0)
+    missing = budget - clusters - quota.sum(-1, keepdim=True)
+    up = least(total, missing, first & (quota < size - 1))
+    down = least(-total, -missing, first & (quota > 0))
+    many = clusters > budget
+    quota = torch.where(many, 0, quota + up.long() - down.long())
+    # With fewer clusters than the budget, all of them are among the least `budget`.
+    return quota, least(total, torch.where(many, budget - 1, budget), first)
 
 
-def _precedes(value: Tensor, tie: Tensor) -> Tensor:
-    """bool [B, n, n]: j comes before i by (value, tie), both [B, n]."""
-    of_i, of_j = value.unsqueeze(2), value.unsqueeze(1)
-    return (of_j < of_i) | ((of_j == of_i) & (tie.unsqueeze(1) < tie.unsqueeze(2)))
+def _means(hidden: Tensor, index: Tensor, plan: _Plan, images: int) -> Tensor:
+    """fp32 [B, R, D]: the mean of the group that merges at each row of `index`, zero where a token stays as it is."""
+    batch, n, width = hidden.shape
+    shared = plan.shared.gather(1, index).unsqueeze(-1)
+    if images == 1:
+        group = torch.where(shared, plan.shared.unsqueeze(1), take_rows(plan.together, index)).float()
+        return group @ hidden / group.sum(-1, keepdim=True).clamp_min(1)
+    group = plan.together.float()
+    means = group @ hidden.reshape(batch * images, n // images, width) / group.sum(-1, keepdim=True).clamp_min(1)
+    one = plan.shared.float().unsqueeze(1)
+    return torch.where(
+        shared, one @ hidden / one.sum(-1, keepdim=True).clamp_min(1), take_rows(means.reshape_as(hidden), index)
+    )
 
 
 def _check(budget: int, n: int) -> None:

@@ -1,0 +1,156 @@
+"""Buffers that serve request after request, and checks that wait for the host to wait anyway."""
+
+import gc
+
+import models
+import pytest
+import torch
+
+from vitcop_compile import InputError, ViTCoPConfig
+from vitcop_compile.bench import Request
+from vitcop_compile.bench.overhead import overhead
+from vitcop_compile.cache import BufferPool, PrunedCache
+
+SHAPES = [(2, 4, 9, 16), (2, 4, 5, 16)]
+
+
+@pytest.fixture(scope="module")
+def fast():
+    return models.optimize(models.llava(6), ViTCoPConfig.preset("1/9"))
+
+
+@pytest.fixture
+def request_():
+    return {"input_ids": models.prompt(), "pixel_values": models.pixels()}
+
+
+def addresses(cache: PrunedCache) -> list[int]:
+    return [tensor.data_ptr() for tensor in (*cache.buffers, cache.length, cache.token, cache.offsets)]
+
+
+def lend(pool: BufferPool, shapes=SHAPES, dtype=torch.float32):
+    cache = PrunedCache()
+    return cache, pool.lend(cache, shapes, torch.empty(0, dtype=dtype), 2)
+
+
+def test_a_request_takes_over_the_buffers_of_one_that_is_gone(fast, request_):
+    out = fast.forward(**request_)
+    before = addresses(out.past_key_values)
+    del out
+    gc.collect()
+    again = fast.forward(**request_)
+    assert addresses(again.past_key_values) == before
+    other = fast.forward(**request_)
+    assert not set(addresses(other.past_key_values)) & set(before)
+
+
+def test_what_a_request_leaves_behind_reaches_no_other(fast, request_):
+    def serve() -> list[torch.Tensor]:
+        out = fast.forward(**request_)
+        logits = [out.logits]
+        for token in (7, 8):
+            logits.append(fast.forward(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values).logits)
+        return logits
+
+    expected = serve()
+    gc.collect()
+    out = fast.forward(**request_)
+    for buffer in out.past_key_values.buffers:
+        buffer.fill_(torch.nan)
+    spoiled = addresses(out.past_key_values)
+    del out, buffer
+    gc.collect()
+    probe = fast.forward(**request_)
+    assert addresses(probe.past_key_values) == spoiled
+    del probe
+    gc.collect()
+    assert all(torch.equal(*pair) for pair in zip(serve(), expected, strict=True))
+
+
+def test_a_pool_lends_by_shape_and_type():
+    pool = BufferPool()
+    cache, buffers = lend(pool)
+    assert [tuple(layer.shape) for layer in buffers.layers] == [SHAPES[0]] * 2 + [SHAPES[1]] * 2 and buffers.rows == 9
+    assert buffers.length.shape == (2,) and buffers.token.shape == (2, 1) and buffers.offsets.shape == (2,)
+    del cache
+    gc.collect()
+    assert lend(pool, SHAPES[:1])[1] is not buffers
+    assert lend(pool, dtype=torch.bfloat16)[1] is not buffers
+    assert lend(pool)[1] is buffers
+
+
+def test_idle_buffers_are_bounded_and_the_oldest_go_first():
+    pool = BufferPool(idle=2)
+    held = [lend(pool, [(1, 1, rows, 2)]) for rows in (1, 2, 3)]
+    made = {buffers.rows: id(buffers) for _, buffers in held}
+    while held:
+        held.pop(0)
+        gc.collect()
+    assert len(pool._free) == 2
+    again = {rows: lend(pool, [(1, 1, rows, 2)])[1] for rows in (3, 2)}
+    assert {rows: id(buffers) for rows, buffers in again.items()} == {2: made[2], 3: made[3]}
+
+
+def test_buffers_made_in_inference_mode_serve_outside_of_it(request_):
+    fast = models.optimize(models.llava(6), ViTCoPConfig.preset("1/9"))
+    with torch.inference_mode():
+        out = fast.forward(**request_)
+        before = addresses(out.past_key_values)
+    del out
+    gc.collect()
+    again = fast.forward(**request_)
+    assert addresses(again.past_key_values) == before
+    assert fast.forward(input_ids=torch.tensor([[7]]), past_key_values=again.past_key_values).logits.isfinite().all()
+
+
+# Postponed checks
+
+WRONG = {
+    "no placeholder": lambda ids, pixels: (ids.masked_fill(ids == models.IMAGE, 4), pixels, "no image token"),
+    "too few": lambda ids, pixels: (ids[:, :-20].index_fill(1, torch.tensor([5]), 4), pixels, "image tokens"),
+    "too many": lambda ids, pixels: (torch.cat((ids, ids), 1), pixels, f"{2 * models.PATCHES} image tokens"),
+    "a gap": lambda ids, pixels: (ids.roll(-6, 1).roll(6, 1).index_fill(1, torch.tensor([9]), 4), pixels, "image tokens"),
+    "outside": lambda ids, pixels: (ids.index_fill(1, torch.tensor([0]), 10**9), pixels, "outside the vocabulary"),
+    "negative": lambda ids, pixels: (ids.index_fill(1, torch.tensor([1]), -5), pixels, "outside the vocabulary"),
+    "not finite": lambda ids, pixels: (ids, pixels.index_fill(3, torch.tensor([3]), torch.nan), "NaN or infinite"),
+    "text alone with placeholders": lambda ids, pixels: (ids, None, "there are no pixel_values"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def postponing(fast, monkeypatch):
+    """As on a GPU, where values are not read back before the first token."""
+    monkeypatch.setattr(fast, "_postpone", True)
+    return fast
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_postponed_checks_refuse_the_same_values(postponing, request_, name):
+    ids, pixels, message = WRONG[name](request_["input_ids"], request_["pixel_values"])
+    out = postponing.forward(input_ids=ids, pixel_values=pixels)
+    assert out.logits.shape[1] == 1
+    with pytest.raises(InputError, match=message):
+        postponing.forward(input_ids=ids[:, :1].clamp(0, 3), past_key_values=out.past_key_values)
+    for new_tokens in (1, 3):
+        with pytest.raises(InputError, match=message):
+            postponing.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=new_tokens)
+
+
+def test_postponed_checks_are_silent_about_good_values(postponing, request_):
+    out = postponing.forward(**request_)
+    out.past_key_values.verify()
+    assert postponing.generate(**request_, max_new_tokens=2).shape[1] == request_["input_ids"].shape[1] + 2
+
+
+def test_a_refused_request_does_not_trouble_the_next(postponing, request_):
+    with pytest.raises(InputError, match="no image token"):
+        postponing.generate(**request_ | {"input_ids": request_["input_ids"].clamp_max(4)}, max_new_tokens=1)
+    postponing.generate(**request_, max_new_tokens=1)
+
+
+# What the runtime costs
+
+
+def test_overhead_times_the_runtime_and_not_the_programs(fast):
+    cost = overhead(fast, Request(text_tokens=14), rounds=5)
+    assert set(cost) == {"prefill", "decode"} and all(0 < value < 100 for value in cost.values())
