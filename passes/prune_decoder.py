@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..errors import RewriteError
 from ..ops import keep_lowest, key_norm, merge_by_cluster
-from ..ops.indexing import compact, put_rows, take_along
+from ..ops.indexing import compact, take_rows
 from ..schedule import Stage
 from .token_axis import anchors, content_beside, finish, layer_exit, output_node, placeholder, reroute
 
@@ -45,15 +45,19 @@ def prune_tokens(
     of the n they are).
     """
     batch, length, _ = hidden.shape
-    saliency = key_norm(take_along(key, visual, 2))
-    reduced, index = POLICIES[policy].reduce(take_along(hidden, visual, 1), saliency, labels, tokens, images)
+    saliency = key_norm(key).gather(1, visual)
+    reduced, index = POLICIES[policy].reduce(take_rows(hidden, visual), saliency, labels, tokens, images)
     chosen = visual.gather(1, index)
     mask = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
     mask = mask.scatter(1, visual, torch.zeros_like(visual, dtype=torch.bool))
     mask = mask.scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
     keep, slot = compact(mask, length - visual.shape[1] + tokens)
     new_visual = slot.gather(1, chosen)
-    return put_rows(take_along(hidden, keep, 1), new_visual, reduced), keep, new_visual, index
+    if not POLICIES[policy].merges:
+        return take_rows(hidden, keep), keep, new_visual, index
+    # Merged rows stand behind the old ones for a moment, so that every row is moved once.
+    source = keep.scatter(1, new_visual, torch.arange(length, length + tokens, device=keep.device).expand_as(new_visual))
+    return take_rows(torch.cat((hidden, reduced), 1), source), keep, new_visual, index
 
 
 def prune_decoder(module: fx.GraphModule, stages: tuple[Stage, ...]) -> fx.GraphModule:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ops import cls_saliency, density_peaks
-from ..ops.indexing import take_along
+from ..ops.indexing import take_rows
 from ..ops.saliency import keep_highest
 from ..schedule import VisionStage
 from .token_axis import anchors, finish, layer_exit, output_node, reroute
@@ -24,14 +24,14 @@ def prune_patches(
     (hidden [B, prefix + tokens, C], keep int64 [B, prefix + tokens], kept patches int64 [B, tokens]).
     """
     kept, keep = keep_highest(cls_saliency(query, key, scale, prefix), tokens, prefix)
-    return take_along(hidden, keep, 1), keep, kept
+    return take_rows(hidden, keep), keep, kept
 
 
 def cluster_patches(
     key: Tensor, kept: Tensor, *, grid: tuple[int, int], prefix: int, centres: int, dc: float, k: float, exact: bool
 ) -> Tensor:
     """Labels int64 [B, n] of the kept patches [B, n], clustered by the keys [B, heads, t, hd] of the scoring layer."""
-    features = take_along(key, kept + prefix, 2).transpose(1, 2).flatten(2)
+    features = take_rows(key.transpose(1, 2).flatten(2), kept + prefix)
     return density_peaks(features, patch_positions(kept, grid), centres, dc, k, exact)
 
 

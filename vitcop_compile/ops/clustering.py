@@ -48,11 +48,11 @@ def density_peaks(
 def _distances(features: Tensor, exact: bool) -> Tensor:
     """sqrt(|xi - xj|^2 + 1e-8) as fp32 [B, n, n] with a zero diagonal.
 
-    The Gram form costs one matmul where differences cost [n, n, d]. It cancels, so it is centred and carried in fp64, and
-    what is left of a distance at the level of rounding is none: the ties of the method depend on equal rows being equal.
+    The Gram form costs one matmul where differences cost [n, n, d]. It cancels, so it is carried in fp64, or centred where
+    there is none, and what is left of a distance at the level of rounding is none: the ties of the method depend on equal
+    rows being equal.
     """
-    centred = features.float() - features.float().mean(1, keepdim=True)
-    wide = centred.double() if exact else centred
+    wide = features.double() if exact else features.float() - features.float().mean(1, keepdim=True)
     gram = wide @ wide.transpose(-1, -2)
     square = gram.diagonal(dim1=-2, dim2=-1)
     both = square.unsqueeze(-1) + square.unsqueeze(-2)

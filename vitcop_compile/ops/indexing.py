@@ -23,14 +23,26 @@ def put_rows(rows: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 
 def take_along(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    """tensor [B, ..., n, ...] with n at `dim`, index int64 [B, m] -> the same with m at `dim`. B may be 1 in `tensor`."""
-    shape = [1] * tensor.dim()
-    shape[0], shape[dim] = index.shape
-    target = list(tensor.shape)
-    target[0] = index.shape[0]
-    source = tensor.expand(target)
-    target[dim] = index.shape[1]
-    return source.gather(dim, index.reshape(shape).expand(target))
+    """tensor [B, ..., n, ...] with n at `dim`, index int64 [B, m] -> the same with m at `dim`. B may be 1 in `tensor`.
+
+    As in `take_rows`, what lies behind `dim` is moved as one piece.
+    """
+    shape, (batch, count) = tensor.shape, index.shape
+    between = shape[1:dim].numel()
+    rows = tensor.reshape(shape[0] * between * shape[dim], shape[dim + 1 :].numel())
+    first = torch.arange(batch * between, device=index.device).reshape(batch, between, 1) * shape[dim]
+    if shape[0] == 1:
+        first = first[:1]
+    flat = (index.unsqueeze(1) + first).reshape(-1)
+    return rows.index_select(0, flat).reshape(batch, *shape[1:dim], count, *shape[dim + 1 :])
+
+
+def count(mask: Tensor, keepdim: bool = False) -> Tensor:
+    """True entries of the last dimension of a bool tensor, int64. Exact up to 2^24 of them.
+
+    Summed as floats: engines add those several times faster than integers.
+    """
+    return mask.float().sum(-1, keepdim=keepdim).long()
 
 
 def compact(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -57,31 +69,31 @@ def earlier(n: int, device: torch.device) -> Tensor:
 def rank(values: Tensor) -> Tensor:
     """Ascending rank int64 [B, n] of every value [B, n], counted from all pairs; equal values rank by index."""
     of_i, of_j = values.unsqueeze(2), values.unsqueeze(1)
-    return ((of_j < of_i) | ((of_j == of_i) & earlier(values.shape[1], values.device))).sum(-1)
+    return count((of_j < of_i) | ((of_j == of_i) & earlier(values.shape[1], values.device)))
 
 
-def lowest(values: Tensor, count: int) -> Tensor:
-    """Indices int64 [B, count] of the `count` least values [B, n] of every row, ascending by index; ties go to the lower.
+def lowest(values: Tensor, number: int) -> Tensor:
+    """Indices int64 [B, number] of the `number` least values [B, n] of every row, ascending by index; ties go to the lower.
 
     Only the *values* of a top-k are used. Its indices come in an order that differs between engines where values are equal;
     how many values lie below the last one does not.
     """
-    last = values.topk(count, largest=False).values[:, -1:]
-    return compact(_up_to(values, last, values == last, count), count)[0]
+    last = values.topk(number, largest=False).values[:, -1:]
+    return compact(_up_to(values, last, values == last, number), number)[0]
 
 
-def least(values: Tensor, count: Tensor, eligible: Tensor) -> Tensor:
-    """bool [B, n]: the `count` least of the `eligible` values of every row; ties go to the lower index.
+def least(values: Tensor, number: Tensor, eligible: Tensor) -> Tensor:
+    """bool [B, n]: the `number` least of the `eligible` values of every row; ties go to the lower index.
 
-    values: finite [B, n]; count: int64 [B, 1], a count below 1 is none and one beyond the eligible is all; eligible: bool.
+    values: finite [B, n]; number: int64 [B, 1], below 1 is none and beyond the eligible is all; eligible: bool [B, n].
     """
     n = values.shape[1]
     values = torch.where(eligible, values, torch.inf)
-    last = values.topk(n, largest=False).values.gather(1, (count - 1).clamp(0, n - 1))
-    return eligible & (count > 0) & _up_to(values, last, eligible & (values == last), count)
+    last = values.topk(n, largest=False).values.gather(1, (number - 1).clamp(0, n - 1))
+    return eligible & (number > 0) & _up_to(values, last, eligible & (values == last), number)
 
 
-def _up_to(values: Tensor, last: Tensor, equal: Tensor, count: Tensor | int) -> Tensor:
-    """What lies below `last`, and of what is `equal` to it the first entries, `count` together."""
+def _up_to(values: Tensor, last: Tensor, equal: Tensor, number: Tensor | int) -> Tensor:
+    """What lies below `last`, and of what is `equal` to it the first entries, `number` together."""
     below = values < last
-    return below | (equal & (equal.long().cumsum(1) <= count - below.sum(1, keepdim=True)))
+    return below | (equal & (equal.long().cumsum(1) <= number - count(below, keepdim=True)))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .indexing import compact, earlier, least, lowest, take_rows
+from .indexing import compact, count, earlier, least, lowest, take_rows
 
 
 def keep_lowest(hidden: Tensor, saliency: Tensor, budget: int) -> tuple[Tensor, Tensor]:
@@ -69,27 +69,27 @@ def _plan(saliency: Tensor, labels: Tensor, budget: int, images: int) -> _Plan:
     speaker = torch.where(same, order, each).amin(-1)
     # Summed once per cluster and handed to its members, so that they agree to the last bit.
     total = torch.where(same, values.unsqueeze(1), 0.0).sum(-1).gather(1, speaker).reshape(batch, n)
-    size = same.sum(-1).reshape(batch, n)
+    size = count(same).reshape(batch, n)
     first = (speaker == order).reshape(batch, n)
     quota, whole = _quotas(total, size, first, budget)
 
     of_i, of_j = values.unsqueeze(2), values.unsqueeze(1)
     precedes = same & ((of_j < of_i) | ((of_j == of_i) & before))
-    keep = precedes.sum(-1) < quota.reshape(blocks, each).gather(1, speaker)
+    keep = count(precedes) < quota.reshape(blocks, each).gather(1, speaker)
     together = same & ~keep.unsqueeze(1) & ~keep.unsqueeze(2)
-    member = (together & before).sum(-1)
-    seat = ~keep & (member == together.sum(-1) // 2)
+    member = count(together & before)
+    seat = ~keep & (member == count(together) // 2)
 
     shared = ~whole.reshape(blocks, each).gather(1, speaker).reshape(batch, n)
     rank = shared.long().cumsum(1) - 1
-    middle = shared & (rank == shared.sum(1, keepdim=True) // 2)
-    return _Plan(keep.reshape(batch, n), torch.where(shared, middle, seat.reshape(batch, n)), shared, together)
+    middle = shared & (rank == count(shared, keepdim=True) // 2)
+    return _Plan(keep.reshape(batch, n), middle | (~shared & seat.reshape(batch, n)), shared, together)
 
 
 def _quotas(total: Tensor, size: Tensor, first: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     """(quota int64 [B, n], whole bool [B, n]) at the first token of each cluster: how many of its tokens stay as they are,
     and whether it forms a group of its own (all do, unless there are more clusters than `budget`)."""
-    clusters = first.sum(-1, keepdim=True)
+    clusters = count(first, keepdim=True)
     # fp32 in this order of operations: the rounding is part of the method.
     spare = (size.shape[1] - clusters).clamp_min(1).float()
     quota = torch.round((size - 1).float() / spare * (budget - clusters).float()).long()
@@ -108,7 +108,8 @@ def _means(hidden: Tensor, index: Tensor, plan: _Plan, images: int) -> Tensor:
     batch, n, width = hidden.shape
     shared = plan.shared.gather(1, index).unsqueeze(-1)
     if images == 1:
-        group = torch.where(shared, plan.shared.unsqueeze(1), take_rows(plan.together, index)).float()
+        own = take_rows(plan.together.float(), index)
+        group = torch.where(shared, plan.shared.float().unsqueeze(1), own)
         return group @ hidden / group.sum(-1, keepdim=True).clamp_min(1)
     group = plan.together.float()
     means = group @ hidden.reshape(batch * images, n // images, width) / group.sum(-1, keepdim=True).clamp_min(1)
