@@ -5,7 +5,9 @@ import gc
 import models
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
+import vitcop_compile
 from vitcop_compile import InputError, ViTCoPConfig
 from vitcop_compile.bench import Request
 from vitcop_compile.bench.overhead import overhead
@@ -154,3 +156,36 @@ def test_a_refused_request_does_not_trouble_the_next(postponing, request_):
 def test_overhead_times_the_runtime_and_not_the_programs(fast):
     cost = overhead(fast, Request(text_tokens=14), rounds=5)
     assert set(cost) == {"prefill", "decode"} and all(0 < value < 100 for value in cost.values())
+
+
+# Nothing is read back
+
+
+@pytest.fixture(scope="module")
+def nowhere():
+    """A model without values: reading any of them raises."""
+    config = models.llava(6).config
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config).eval()
+    return vitcop_compile.optimize(model, ViTCoPConfig.preset("1/9"), backend="eager")
+
+
+def test_no_value_is_read_between_the_pixels_and_the_next_token(nowhere, request_):
+    given = {name: tensor.to("meta") for name, tensor in request_.items()}
+    out = nowhere.forward(**given, attention_mask=torch.ones_like(given["input_ids"]))
+    assert out.logits.is_meta and out.logits.shape[:2] == (1, 1)
+    step = nowhere.forward(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), past_key_values=out.past_key_values)
+    assert step.logits.is_meta and step.past_key_values.get_seq_length() == given["input_ids"].shape[1] + 1
+
+
+def test_a_read_would_be_noticed(nowhere, request_, monkeypatch):
+    monkeypatch.setattr(nowhere, "_postpone", False)  # as on a CPU, where values are read at once
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        nowhere.forward(**{name: tensor.to("meta") for name, tensor in request_.items()})
+
+
+def test_nothing_is_generated_or_warmed_up_without_values(nowhere, request_):
+    with pytest.raises(InputError, match="meta device, which holds no values: load the model to generate"):
+        nowhere.generate(**{name: tensor.to("meta") for name, tensor in request_.items()}, max_new_tokens=1)
+    with pytest.raises(InputError, match="meta device, which holds no values: load the model to warm it up"):
+        nowhere.warmup()

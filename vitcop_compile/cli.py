@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoConfig
 
-from . import cli_export
+from . import cli_bench, cli_export, cli_regress
 from .config import PRESETS, ViTCoPConfig
 from .demo import Options, run
 from .errors import ConfigError, UnsupportedError, VitcopError
@@ -32,6 +32,8 @@ app = typer.Typer(
     help="Visual-token pruning compiled into the graphs of large vision-language models.",
 )
 cli_export.register(app)
+cli_bench.register(app)
+cli_regress.register(app)
 
 _PRESETS = ", ".join(PRESETS)
 
@@ -81,41 +83,6 @@ def demo_command(
             # Torch's compiler warns about its own internals; nothing a user of the demo could act on.
             warnings.filterwarnings("ignore", category=FutureWarning)
             run(options, console())
-
-
-@app.command("bench")
-def bench_command(
-    preset: Annotated[list[str] | None, typer.Option(help=f"Published settings to measure: {_PRESETS}; default: all.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Backends to measure; default: inductor.")] = None,
-    hidden: Annotated[int, typer.Option(help="Width of the language model.")] = 1024,
-    layers: Annotated[int, typer.Option(help="Layers of the language model.")] = 12,
-    vision_hidden: Annotated[int, typer.Option(help="Width of the vision encoder.")] = 1024,
-    vision_layers: Annotated[int, typer.Option(help="Layers of the vision encoder.")] = 8,
-    batch: Annotated[int, typer.Option(help="Prompts per call.")] = 1,
-    text_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt, beside 576 image tokens.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Cache rows for new tokens.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 15,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    json: Annotated[Path | None, typer.Option(help="Where to write environment and rows.")] = None,
-) -> None:
-    """Measure dense against pruned programs of a random LLaVA, stage by stage, in interleaved rounds."""
-    with errors_as_lines(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        from . import bench
-
-        cases = bench.cases(backend or ["inductor"], preset or list(PRESETS), batch, text_tokens, new_tokens)
-        results = bench.run(
-            cases,
-            hidden=hidden,
-            layers=layers,
-            vision_hidden=vision_hidden,
-            vision_layers=vision_layers,
-            rounds=rounds,
-            dtype=bench.dtype_of(dtype),
-        )
-        console().print(bench.table(results))
-        if json is not None:
-            bench.write(results, json)
 
 
 @contextmanager

@@ -114,7 +114,9 @@ class OptimizedModel(CompiledModel):
         return tuple(self._on_demand.compiled)
 
     def warmup(self, batch: int = 1, text_tokens: int = 64, max_new_tokens: int = 64, image: bool = True) -> None:
-        """Exports, compiles and runs once every program that such a request needs."""
+        """Exports, compiles and runs once every program that such a request needs. Raises InputError without weights."""
+        if self.device.type == "meta":
+            raise InputError("the weights are on the meta device, which holds no values: load the model to warm it up")
         image_input = self._on_demand.image
         ids = torch.ones(batch, text_tokens, dtype=torch.int64, device=self.device)
         ids[ids == image_input.token_id] = 0

@@ -267,7 +267,7 @@ class CompiledModel(GenerationMixin):
         if ids.shape[0] != cache.length.shape[0]:
             raise InputError(f"{ids.shape[0]} tokens for a cache of {cache.length.shape[0]} sequences: pass one each")
         cache.check_room()
-        if not ids.is_cuda:  # a read from a GPU, each step, would cost more than the check is worth
+        if not self._postpone:  # a read from a GPU, each step, would cost more than the check is worth
             check_vocabulary(ids, self.schedule.shape.vocab)
         cache.token.copy_(ids)
         decode = self._provider.decode(ids.shape[0], cache.rows)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..config import ViTCoPConfig
@@ -30,6 +31,10 @@ class Arm:
     the KV cache), "decode" (one token on a filled cache), "ttft" (ids and pixels to the first logits, everything included);
     attention: the kernel of each stage's attention, in words; selection: what the arm's selection alone takes, None where
     nothing is selected or it cannot be taken apart.
+
+    A call changes no state: the next one computes the same. "vision" returns the features, alone or first of a sequence; the
+    others a sequence that starts with logits [B, 1, vocab]. On CUDA the next call of an arm may write over what was returned.
+    Arms that compile do so when a stage is first called.
     """
 
     name: str
@@ -60,10 +65,14 @@ def build(name: str, model: PreTrainedModel, config: ViTCoPConfig, request: Requ
     return ARMS[name](model, config, request)
 
 
+def begin_step(device: torch.device) -> None:
+    """Lets CUDA graphs write over what earlier calls returned, whoever holds it; to be called before a compiled program."""
+    if device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+
+
 def inputs(model: Any, request: Request, seed: int = 0) -> dict[str, Any]:
     """`input_ids` int64 [B, T] with one image behind the first token, and random `pixel_values`, on the model's device."""
-    import torch
-
     from ..families import family_of
 
     family = family_of(model)

@@ -10,12 +10,14 @@ def cls_saliency(query: Tensor, key: Tensor, scale: float, prefix: int = 1) -> T
     """Attention the CLS token pays to every patch, summed over heads (ViTCoP, vision stage).
 
     query, key: [B, heads, prefix + patches, head_dim], row 0 the CLS token; scale: factor on the logits.
-    Returns fp32 [B, patches]. Only the CLS row of the attention matrix is computed.
+    Returns fp32 [B, patches]. Only the CLS row of the attention matrix is computed: a product and a sum in the order in which
+    projections leave the keys, where a matrix product per head would have them moved first.
     """
     if not 1 <= prefix < key.shape[2]:
         raise ValueError(f"prefix={prefix} does not fit {key.shape[2]} tokens: CLS saliency needs a CLS row and patches")
-    row = query[:, :, :1].float() @ key.float().transpose(-1, -2) * scale
-    return row.softmax(-1)[:, :, 0, prefix:].sum(1)
+    cls, keys = query[:, :, :1].transpose(1, 2).float(), key.transpose(1, 2).float()
+    row = (cls * keys).sum(-1) * scale  # [B, prefix + patches, heads]
+    return row.softmax(1)[:, prefix:].sum(-1)
 
 
 def key_norm(key: Tensor) -> Tensor:

@@ -1,0 +1,334 @@
+"""ViTCoP as its published code computes it, as the arm "by_the_book": eager, one prompt at a time.
+
+Written from the description of the method; shares no operation with the package, which it is also an oracle for. Stock
+transformers modules are called layer by layer. What makes the published form slow is kept: the scoring layer's attention
+matrices, an [n, n, d] tensor of differences, clusters merged in Python loops that read scalars back from the device, causal
+masks, and a cache that grows by concatenation. What is no part of the method is left out: the encoder ends at the layer whose
+features are used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from vitcop_compile import ViTCoPConfig
+from vitcop_compile.bench.arms import Arm, Request, inputs, register
+from vitcop_compile.bench.kernels import recorded
+from vitcop_compile.bench.stock import check_stock
+from vitcop_compile.errors import ConfigError
+from vitcop_compile.families import family_of
+from vitcop_compile.schedule import Schedule
+
+
+@dataclass
+class Host:
+    """Reads values back from the device and counts: on CUDA each of `reads` is a wait for all work queued so far."""
+
+    reads: int = 0
+
+    def item(self, value: Tensor) -> Any:
+        """The one value of `value`."""
+        self.reads += 1
+        return value.item()
+
+    def all(self, values: Tensor) -> list[int]:
+        """All values of `values`."""
+        self.reads += 1
+        return values.tolist()
+
+    def distinct(self, values: Tensor) -> list[int]:
+        """The distinct values of `values`, ascending; how many there are is a read of its own."""
+        self.reads += 1
+        return self.all(values.unique())
+
+    def where(self, mask: Tensor) -> Tensor:
+        """Indices of the true entries of `mask` [n]; how many there are is a read."""
+        self.reads += 1
+        return mask.nonzero()[:, 0]
+
+
+@dataclass
+class Seen:
+    """What the vision stage hands on: features [1, n, D], kept patches int64 [n] in raster order, their labels int64 [n]."""
+
+    features: Tensor
+    kept: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Prefilled:
+    """logits [1, 1, vocab]; the cache, of its own length in every layer; length: tokens of the prompt in layer 0; stages: for
+    both decoder stages the patches (raster indices) that left it."""
+
+    logits: Tensor
+    cache: DynamicCache
+    length: int
+    stages: list[Tensor]
+
+
+class ByTheBook:
+    """A pruned model for one prompt at a time; `reads` counts how often the host has waited for a value.
+
+    Raises UnsupportedError for a model of no known family; ConfigError for a model in training mode or not on "sdpa", for a
+    dense config, and for an encoder pruned elsewhere than at its feature layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ViTCoPConfig):
+        shape = family_of(model).shape
+        if not config.prune:
+            raise ConfigError("the published method always prunes: pass a preset, or choose a dense arm")
+        check_stock(model)
+        self.model: Any = model
+        self.schedule: Schedule = config.schedule(shape)
+        assert self.schedule.vision is not None
+        self.vision = self.schedule.vision
+        if self.vision.layer != self.schedule.shape.feature_layer:
+            raise ConfigError(
+                f"vision_layer={config.vision_layer} is layer {self.vision.layer}, the published code prunes after layer "
+                f"{self.schedule.shape.feature_layer} only, which the features are read from: choose that"
+            )
+        self._host = Host()
+
+    @property
+    def reads(self) -> int:
+        """Host reads so far."""
+        return self._host.reads
+
+    @torch.no_grad()
+    def see(self, pixels: Tensor) -> Seen:
+        """Projected features of the patches that stay, from pixels [1, channels, height, width]."""
+        tower = self.model.model.vision_tower
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+        for layer in tower.encoder.layers[: self.vision.layer]:
+            hidden = layer(hidden, None)
+        hidden, weights, keys = attend(tower.encoder.layers[self.vision.layer], hidden)
+        kept, labels = self.choose(weights, keys)
+        return Seen(self.model.model.multi_modal_projector(hidden[:, 1:][:, kept]), kept, labels)
+
+    def choose(self, weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(kept int64 [n], labels int64 [n]) from attention [1, heads, t, t] and raw keys [1, t, C] of the scoring layer."""
+        stage, side = self.vision, self.schedule.shape.grid[0]
+        score = weights[0, :, 0, 1:].sum(0)
+        kept = score.topk(stage.tokens).indices.sort().values
+        places = torch.stack((kept // side, kept % side), 1) / side
+        return kept, cluster(keys[0, 1:][kept], places, stage.centres, stage.dc, stage.k, self._host)
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, seen: Seen) -> Prefilled:
+        """The first logits and the cache, from ids int64 [1, T] with the image's expanded placeholder."""
+        language = self.model.model.language_model
+        image = (ids[0] == self.model.config.image_token_id).int()
+        start = self._host.item(image.argmax())
+        patches = self._host.item(image.sum())
+        before, after = language.embed_tokens(ids[:, :start]), language.embed_tokens(ids[:, start + patches :])
+        hidden = torch.cat((before, seen.features, after), 1)
+        length = hidden.shape[1]
+        cache: Any = DynamicCache()
+        positions = torch.arange(length, device=ids.device)
+        rest, labels = seen.kept, seen.labels
+        first, left = 0, []
+        for stage in self.schedule.stages:
+            hidden = self._layers(hidden, positions, cache, first, stage.layer)
+            first = stage.layer
+            rows = slice(start, start + len(rest))
+            keys = cache.layers[first - 1].keys[:, :, rows]
+            visual, index = self.reduce(stage.policy, hidden[0, rows], keys, labels, stage.tokens)
+            if stage.positions == "index":
+                positions = torch.arange(len(positions), device=ids.device)
+            hidden = torch.cat((hidden[:, :start], visual.unsqueeze(0), hidden[:, rows.stop :]), 1)
+            positions = torch.cat((positions[:start], positions[rows][index], positions[rows.stop :]))
+            rest, labels = rest[index], labels[index]
+            left.append(rest)
+        hidden = self._layers(hidden, positions, cache, first, len(language.layers))
+        return Prefilled(self.model.lm_head(language.norm(hidden[:, -1:])), cache, length, left)
+
+    def reduce(self, policy: str, hidden: Tensor, keys: Tensor, labels: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+        """(hidden [budget, D], index int64 [budget]): the visual rows that go on, and where they were.
+
+        hidden [n, D]; keys [1, kv_heads, n, hd] of the layer before, whose norms are small where a token matters; labels [n].
+        """
+        importance = keys[0].mean(0).norm(dim=-1)
+        if policy == "merge_by_cluster":
+            return merge(hidden, importance, labels, budget, self._host)
+        index = importance.topk(budget, largest=False).indices.sort().values
+        return hidden[index], index
+
+    @torch.no_grad()
+    def decode(self, token: Tensor, done: Prefilled, step: int = 0) -> Tensor:
+        """Logits [1, 1, vocab] of generated token number `step`, int64 [1, 1], which the cache takes in."""
+        language = self.model.model.language_model
+        position = torch.tensor([done.length + step], device=token.device)
+        hidden = self._layers(language.embed_tokens(token), position, done.cache, 0, len(language.layers))
+        return self.model.lm_head(language.norm(hidden))
+
+    def _layers(self, hidden: Tensor, positions: Tensor, cache: DynamicCache, first: int, end: int) -> Tensor:
+        """Decoder layers `first` to `end`: hidden [1, t, D] at positions int64 [t]."""
+        language, tokens = self.model.model.language_model, hidden.shape[1]
+        mask = None
+        if tokens > 1:
+            mask = torch.full((tokens, tokens), -torch.inf, dtype=hidden.dtype, device=hidden.device).triu(1)[None, None]
+        tables = language.rotary_emb(hidden, position_ids=positions[None])
+        for layer in language.layers[first:end]:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=positions[None],
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=tables,
+            )
+        return hidden
+
+
+def attend(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One encoder layer with its attention as matrices: (hidden [1, t, C], weights [1, heads, t, t], raw keys [1, t, C])."""
+    attention = layer.self_attn
+    shape = (*hidden.shape[:2], attention.num_heads, -1)
+    normed = layer.layer_norm1(hidden)
+    keys = attention.k_proj(normed)
+    query, key, value = (
+        part.view(shape).transpose(1, 2) for part in (attention.q_proj(normed), keys, attention.v_proj(normed))
+    )
+    logits = query @ key.transpose(2, 3) * attention.scale
+    weights = logits.softmax(-1, dtype=torch.float32).to(hidden.dtype)
+    hidden = hidden + attention.out_proj((weights @ value).transpose(1, 2).flatten(2))
+    return hidden + layer.mlp(layer.layer_norm2(hidden)), weights, keys
+
+
+def cluster(features: Tensor, places: Tensor, centres: int, dc: float, k: float, host: Host) -> Tensor:
+    """Labels int64 [n] by density peaks among spatial neighbours, -1 where a chain of neighbours reaches no centre.
+
+    features [n, d]; places [n, 2] in units of the image side.
+    """
+    distance = ((features.unsqueeze(1) - features.unsqueeze(0)).square().sum(-1) + 1e-8).sqrt()
+    distance.fill_diagonal_(0)
+    density = (-((distance / dc) ** 2)).exp().sum(1)
+    apart = (places.unsqueeze(1) - places.unsqueeze(0)).square().sum(-1).sqrt()
+    candidate = (density.unsqueeze(0) >= density.unsqueeze(1)) & (apart <= k)
+    candidate.fill_diagonal_(False)
+    delta, nearest = distance.masked_fill(~candidate, torch.inf).min(1)
+    nearest = torch.where(delta.isinf(), 0, nearest)
+    peaks = (delta * density).topk(centres).indices
+    labels = torch.full_like(nearest, -1)
+    labels[peaks] = torch.arange(centres, device=labels.device)
+    settled = labels >= 0
+    while True:
+        taken = torch.where(settled, labels, labels[nearest])
+        if host.item((taken == labels).all()):
+            return labels
+        labels = taken
+
+
+def merge(hidden: Tensor, importance: Tensor, labels: Tensor, budget: int, host: Host) -> tuple[Tensor, Tensor]:
+    """(hidden [budget, D], index int64 [budget], ascending): rows [n, D] merged cluster by cluster; importance [n]."""
+    members = [host.where(labels == label) for label in host.distinct(labels)]
+    total = torch.stack([importance[tokens].sum() for tokens in members])
+    ascending = host.all(total.argsort())
+    alone: list[Tensor] = []
+    groups: list[Tensor] = []
+    if len(members) > budget:
+        groups = [members[c] for c in ascending[: budget - 1]]
+        groups.append(torch.cat([members[c] for c in ascending[budget - 1 :]]).sort().values)
+    else:
+        for tokens, quota in zip(members, _quotas(members, ascending, len(labels), budget, host), strict=True):
+            ranked = tokens[importance[tokens].argsort()]
+            alone.append(ranked[:quota])
+            groups.append(ranked[quota:].sort().values)
+    middles = [host.item(group[len(group) // 2]) for group in groups]
+    merged = torch.stack([hidden[middle] + hidden[group].mean(0) for middle, group in zip(middles, groups, strict=True)])
+    index = torch.cat((*alone, torch.tensor(middles, device=hidden.device)))
+    rows = torch.cat((hidden[index[: len(index) - len(groups)]], merged))
+    order = index.argsort()
+    return rows[order], index[order]
+
+
+def _quotas(members: list[Tensor], ascending: list[int], tokens: int, budget: int, host: Host) -> list[int]:
+    """How many tokens of each cluster stay as they are."""
+    clusters = len(members)
+    spare = torch.tensor([len(group) - 1 for group in members], device=members[0].device)
+    # Divided by a tensor: CUDA multiplies by the reciprocal of a number, which rounds differently.
+    share = spare.float() / torch.full_like(spare, max(tokens - clusters, 1)) * (budget - clusters)
+    quota = torch.minimum(share.round().long(), spare)
+    missing = budget - clusters - host.item(quota.sum())
+    step = 1 if missing > 0 else -1
+    for c in ascending if missing > 0 else ascending[::-1]:
+        if missing == 0:
+            break
+        if 0 <= host.item(quota[c]) + step <= host.item(spare[c]):
+            quota[c] += step
+            missing -= step
+    return [host.item(quota[c]) for c in range(clusters)]
+
+
+@register("by_the_book")
+def by_the_book(model: PreTrainedModel, config: ViTCoPConfig, request: Request) -> Arm:
+    """The published form, for one prompt.
+
+    Selection alone is scoring from the attention matrices, clustering, merging and top-k, on what the prompt gave rise to.
+    Raises ConfigError for a batch above 1, and as `ByTheBook` does.
+    """
+    if request.batch != 1:
+        raise ConfigError(f"batch={request.batch}: the published code takes one prompt at a time; use batch=1")
+    book, given = ByTheBook(model, config), inputs(model, request)
+    ids, pixels = given["input_ids"], given["pixel_values"]
+    token, seen = ids[:, :1], book.see(pixels)
+    done = book.prefill(ids, seen)
+
+    def vision() -> Tensor:
+        return book.see(pixels).features
+
+    def prefill() -> tuple[Tensor, DynamicCache]:
+        found = book.prefill(ids, seen)
+        return found.logits, found.cache
+
+    def decode() -> tuple[Tensor, ...]:
+        logits = book.decode(token, done)
+        done.cache.crop(-1)  # a view per layer; the step's own concatenation has copied the cache
+        return (logits,)
+
+    def ttft() -> tuple[Tensor, DynamicCache]:
+        found = book.prefill(ids, book.see(pixels))
+        return found.logits, found.cache
+
+    stages: dict[str, Callable[[], Any]] = {"vision": vision, "prefill": prefill, "decode": decode, "ttft": ttft}
+    attention = {name: recorded(call) for name, call in stages.items()}
+    for name in ("vision", "ttft"):
+        attention[name] += "; matrices in the scoring layer"
+    return Arm("by_the_book", stages, attention, _Selection(_Noting(model, config), ids, pixels))
+
+
+class _Noting(ByTheBook):
+    """Remembers every choice and reduction it makes, in `calls`."""
+
+    def __init__(self, model: PreTrainedModel, config: ViTCoPConfig):
+        super().__init__(model, config)
+        self.calls: list[Callable[[], Any]] = []
+
+    def choose(self, *given: Any) -> Any:
+        self.calls.append(functools.partial(super().choose, *given))
+        return super().choose(*given)
+
+    def reduce(self, *given: Any) -> Any:
+        self.calls.append(functools.partial(super().reduce, *given))
+        return super().reduce(*given)
+
+
+class _Selection:
+    """All choices and reductions that one prompt gives rise to, over and over; the prompt itself runs at the first call."""
+
+    def __init__(self, book: _Noting, ids: Tensor, pixels: Tensor):
+        self._book, self._ids, self._pixels = book, ids, pixels
+
+    @torch.no_grad()
+    def __call__(self) -> list[Any]:
+        if not self._book.calls:
+            self._book.prefill(self._ids, self._book.see(self._pixels))
+        return [call() for call in self._book.calls]

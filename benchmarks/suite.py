@@ -1,0 +1,141 @@
+"""The README's tables as data: `python benchmarks/suite.py [NAME ...]` measures them, `--tables` prints what was measured.
+
+Every table is written to benchmarks/results/NAME.json.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import by_the_book  # noqa: F401  registers the arm
+import selection_cost
+import typer
+from rich.console import Console
+
+from vitcop_compile import ViTCoPConfig, bench
+from vitcop_compile.bench.report import Columns, against_ideal, milliseconds, ratio
+from vitcop_compile.cli import errors_as_lines
+from vitcop_compile.errors import ConfigError
+
+RESULTS = Path(__file__).parent / "results"
+TINY = "tiny"
+
+
+@dataclass(frozen=True)
+class Table:
+    """measure(): the results; fields: what every row has; columns: what is printed, None for the usual ones."""
+
+    measure: Callable[[], dict[str, Any]]
+    cases: tuple[bench.Case, ...] = ()
+    columns: Columns | None = None
+    fields: tuple[str, ...] = ("backend", "arm", "preset", "ratio_to")
+
+
+def of_cases(cases: list[bench.Case], rounds: int, columns: Columns | None = None, memory: bool = False) -> Table:
+    """A table of `bench.run`."""
+    return Table(lambda: bench.run(cases, rounds=rounds, memory=memory), tuple(cases), columns)
+
+
+def cpu() -> list[bench.Case]:
+    """Every backend with every preset at batch 1."""
+    stock = ("stock_eager", "stock_compile")
+    backends = {"inductor": stock, "aotinductor": stock, "onnxruntime": stock, "eager": (*stock, "by_the_book")}
+    return [bench.Case(bench.Shape(), backend, against=against) for backend, against in backends.items()]
+
+
+def decode() -> list[bench.Case]:
+    """The decode step, where the weights bound it (batch 1) and where the cache does (batch 16)."""
+    shape = bench.Shape(vision_hidden=256, vision_layers=3, name="1024x12, encoder 256x3")
+    return [
+        bench.Case(shape, backend, ("1/9",), batch=batch, stages=("decode",))
+        for backend in ("inductor", "onnxruntime")
+        for batch in (1, 16)
+    ]
+
+
+def vision_layer() -> list[bench.Case]:
+    """The vision program alone as pruning moves into an encoder of CLIP-L's shape; the decoder beside it is small."""
+    shape = bench.Shape(hidden=256, layers=4, vision_hidden=1024, vision_layers=24, name="CLIP-L")
+    configs = {f"vision_layer={layer}": ViTCoPConfig.preset("1/9", vision_layer=layer) for layer in (-2, 18, 14, 10, 6, 2)}
+    return [bench.Case(shape, "inductor", (), configs=configs, against=(), stages=("vision",))]
+
+
+def tiny() -> list[bench.Case]:
+    """Toy sizes, for a look at the whole in seconds; compiled for one stage only, which takes longer than all the rest."""
+    shape = bench.Shape(hidden=32, layers=4, vision_hidden=32, vision_layers=3, vocab=300, image_size=112, name="tiny")
+    configs = {"vision_layer=0": ViTCoPConfig.preset("1/9", vision_layer=0)}
+    return [
+        bench.Case(shape, "eager", ("1/9",), text_tokens=8, new_tokens=4, against=("stock_eager", "by_the_book")),
+        bench.Case(shape, "inductor", (), text_tokens=8, new_tokens=4, against=(), configs=configs, stages=("vision",)),
+    ]
+
+
+DECODE_COLUMNS: Mapping[str, Callable] = {
+    "backend": lambda row: row["backend"],
+    "arm": lambda row: row["arm"],
+    "preset": lambda row: row["preset"],
+    "batch": lambda row: str(row["batch"]),
+    "decode": milliseconds("decode"),
+    "ratio to dense": ratio("decode"),
+    "ratio / bytes": against_ideal("decode", "decode_byte_ratio", "decode_realized_over_ideal"),
+    "ratio to stock_compile": ratio("decode", "stock_compile"),
+}
+VISION_COLUMNS: Mapping[str, Callable] = {
+    "settings": lambda row: row["preset"],
+    "vision": milliseconds("vision"),
+    "ratio to dense": ratio("vision"),
+    "ratio / FLOPs": against_ideal("vision", "vision_flop_ratio", "vision_realized_over_ideal"),
+}
+SELECTION_COLUMNS: Mapping[str, Callable] = {
+    "backend": lambda row: row["backend"],
+    "images": lambda row: str(row["images"]),
+    "prompts": lambda row: str(row["prompts"]),
+    "selection": lambda row: f"{row['selection_ms']:.2f}",
+    "ms per image": lambda row: f"{row['ms_per_image']:.2f}",
+    "per image to one": lambda row: f"{row['per_image_to_one']['median']:.2f}",
+    "linear": lambda row: "yes" if row["linear"] else "no",
+}
+TABLES = {
+    "cpu": of_cases(cpu(), rounds=15, memory=True),
+    "decode": of_cases(decode(), rounds=21, columns=DECODE_COLUMNS),
+    "vision_layer": of_cases(vision_layer(), rounds=15, columns=VISION_COLUMNS),
+    "selection": Table(
+        lambda: selection_cost.measure(bench.Shape(), ("inductor", "onnxruntime"), (1, 8, 32), rounds=15),
+        columns=SELECTION_COLUMNS,
+        fields=selection_cost.FIELDS,
+    ),
+    TINY: of_cases(tiny(), rounds=1),
+}
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(TABLES)}; default: all but {TINY}.")] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="Measure nothing, print what the JSON files hold.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where the JSON files are.")] = RESULTS,
+) -> None:
+    """Measure the README's tables, or print them."""
+    with errors_as_lines(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about its own internals
+        chosen = names or [name for name in TABLES if name != TINY]
+        for name in chosen:
+            if name not in TABLES:
+                raise ConfigError(f"table {name!r} is unknown: use some of {', '.join(TABLES)}")
+            bench.check_target(output_dir / f"{name}.json")
+            for case in () if tables else TABLES[name].cases:
+                case.check()
+        for name in chosen:
+            path = output_dir / f"{name}.json"
+            if tables:
+                print(f"### {name}\n\n{bench.markdown(bench.read(path, TABLES[name].fields), TABLES[name].columns)}")
+                continue
+            results = TABLES[name].measure()
+            bench.write(results, path)
+            Console(width=240).print(bench.table(results, TABLES[name].columns))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,447 @@
+"""The arms of a benchmark: all serve the request they are given, and compute what they are said to compute.
+
+The stock model called directly is the reference for dense arms, the published form for pruned ones, and golden data of the
+published code for that form. Compiled arms take some ten seconds each to build on a cold cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import golden
+import pytest
+import test_golden_e2e as e2e
+import torch
+import torch.nn.functional as F
+from models import captured, llava, pixels, prompt, randomize, shared
+from models import optimize as optimize_once
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel as allow_only
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from vitcop_compile.export import ort_backend
+from vitcop_compile.export.onnx import op_counts
+
+from vitcop_compile import ConfigError, UnsupportedError, ViTCoPConfig, pipeline
+from vitcop_compile.backends import BACKENDS
+from vitcop_compile.bench import ours, stock
+from vitcop_compile.bench.arms import ARMS, Arm, Request, build, inputs
+from vitcop_compile.bench.kernels import onnx_kernel, recorded, sdpa_kernel
+from vitcop_compile.bench.selection import SelectionOnly, selection_arm, selection_inputs
+from vitcop_compile.capture import capture
+from vitcop_compile.toy import small_llava
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import by_the_book as book
+
+DENSE, CPU = ViTCoPConfig.dense(), torch.device("cpu")
+LAYERS, PATCHES, REQUEST = 2, 16, Request(batch=2, text_tokens=7, new_tokens=5)
+STAGES = ("vision", "prefill", "decode", "ttft")
+PRUNED = {
+    "1/3": ViTCoPConfig.preset("1/3"),
+    "1/9": ViTCoPConfig.preset("1/9"),
+    "original positions": ViTCoPConfig.preset("1/3", positions="original"),
+    "more clusters than tokens": ViTCoPConfig(budgets=(32, 6, 3, 12)),
+}
+TOLERANCE = 1e-4  # fp32 with another order of operations; logits are of the order of 5
+
+
+@pytest.fixture(autouse=True)
+def one_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is traced once for all arms."""
+    monkeypatch.setattr(pipeline, "capture", lambda family, model: captured(model))
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """As little as shows every stage: the encoder's last layer is not read, the decoder has a second cache."""
+    encoder = {"vision_hidden": 32, "vision_layers": 2, "vision_heads": 4, "image_size": 56}
+    model = small_llava(**encoder, hidden=64, layers=LAYERS, heads=4, kv_heads=2, intermediate=96, vocab=264)
+    randomize(model, 0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def deep():
+    return shared(4, 2)
+
+
+@pytest.fixture(scope="module")
+def dense_arms(shallow):
+    """Arms of one dense request, each built once."""
+    made: dict[str, Arm] = {}
+
+    def get(name: str) -> Arm:
+        if name not in made:
+            made[name] = build(name, shallow, DENSE, REQUEST)
+        return made[name]
+
+    return get
+
+
+def result(arm: Arm, stage: str) -> Tensor:
+    """The features or logits of one call, as a tensor that later calls leave alone."""
+    found = arm.stages[stage]()
+    return (found if isinstance(found, Tensor) else found[0]).clone()
+
+
+def fused(call: Any) -> list[tuple[str, bool]]:
+    """(fused attention operator, whether it had a mask) for every attention that `call` runs, compiled or not."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        call()
+    events = [event for event in profiled.events() if event.name.startswith("aten::_scaled_dot_product")]
+    return [(event.name.removeprefix("aten::"), bool(event.input_shapes[5])) for event in events]
+
+
+# Dense arms
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["stock_eager", "stock_compile", "eager", "inductor", "onnxruntime"])
+def test_a_dense_arm_computes_what_the_stock_model_computes_and_changes_no_state(name, dense_arms, shallow):
+    arm = dense_arms(name)
+    given = inputs(shallow, REQUEST)
+    ids = given["input_ids"]
+    longer = torch.cat((ids, ids[:, :1]), 1)  # without a cache: the position of the decoded token is the model's own doing
+    expected = {
+        "vision": torch.stack(tuple(shallow.get_image_features(pixel_values=given["pixel_values"]).pooler_output)),
+        "prefill": shallow(**given).logits[:, -1:],
+        "decode": shallow(input_ids=longer, pixel_values=given["pixel_values"]).logits[:, -1:],
+    }
+    expected["ttft"] = expected["prefill"]
+    assert tuple(arm.stages) == STAGES and arm.selection is None and arm.name == name
+    first = {stage: result(arm, stage) for stage in STAGES}
+    for stage in (*STAGES, *reversed(STAGES)):
+        found = result(arm, stage)
+        assert golden.largest_error(found, expected[stage]) < TOLERANCE, stage
+        assert torch.equal(found, first[stage]), stage
+    assert (expected["prefill"] - expected["decode"]).abs().max() > 0.1  # the comparison above tells them apart
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["stock_eager", "stock_compile", "eager", "inductor"])
+def test_the_attention_words_of_a_dense_arm_name_the_operator_that_runs(name, dense_arms):
+    arm = dense_arms(name)
+    for stage in STAGES:
+        arm.stages[stage]()
+        found = set(fused(arm.stages[stage]))
+        masked = stage == "decode" and name != "stock_eager"  # on a static cache, rows that are not filled yet
+        assert found == {("_scaled_dot_product_flash_attention_for_cpu", masked)}
+        assert arm.attention[stage] == ("flash (cpu) with a mask" if masked else "flash (cpu)")
+
+
+def test_the_stock_decode_cache_is_as_long_after_a_step_as_before(shallow):
+    arm = build("stock_eager", shallow, DENSE, REQUEST)
+    cache = arm.stages["prefill"]()[1]
+    assert cache.get_seq_length() == PATCHES + REQUEST.text_tokens
+    seen = []
+    hook = shallow.model.language_model.layers[0].register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs["past_key_values"]), with_kwargs=True
+    )
+    try:
+        for _ in range(3):
+            arm.stages["decode"]()
+    finally:
+        hook.remove()
+    assert [cache.get_seq_length() for cache in seen] == [PATCHES + REQUEST.text_tokens] * 3
+    assert {layer.keys.shape[2] for layer in seen[0].layers} == {PATCHES + REQUEST.text_tokens}
+
+
+@pytest.mark.parametrize("name", ["stock_eager", "stock_compile"])
+def test_stock_arms_refuse_what_they_are_not_stated_for(name, shallow):
+    with pytest.raises(ConfigError, match=r"cannot prune: pass ViTCoPConfig.dense\(\)"):
+        build(name, shallow, ViTCoPConfig.preset("1/3"), REQUEST)
+    with pytest.raises(UnsupportedError, match="Linear is not a supported model"):
+        build(name, nn.Linear(2, 2), DENSE, REQUEST)  # type: ignore[arg-type]
+    other = llava(LAYERS)
+    other.train()
+    with pytest.raises(ConfigError, match="training mode"):
+        build(name, other, DENSE, REQUEST)
+    other.eval().set_attn_implementation({"text_config": "eager"})
+    with pytest.raises(ConfigError, match="the llama part has attn_implementation='eager'"):
+        build(name, other, DENSE, REQUEST)
+
+
+def test_more_requests_compile_than_dynamo_recompiles_one_function(monkeypatch):
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: plain(function, backend="eager", **settings))
+
+    def made() -> Any:
+        def double(values: Tensor) -> Tensor:
+            return 2 * values
+
+        return double
+
+    for count in range(2, 2 + 2 * torch._dynamo.config.recompile_limit):
+        assert stock._compiled(made(), (torch.ones(count),))().tolist() == [2.0] * count
+
+
+def test_every_backend_is_an_arm():
+    assert set(BACKENDS) <= set(ARMS)
+    with pytest.raises(UnsupportedError, match="not a supported model"):
+        ours.ours("eager", nn.Linear(2, 2), DENSE, REQUEST)  # type: ignore[arg-type]
+
+
+# The published form, and pruned arms against it
+
+
+def pruned_image(case: dict[str, Any]) -> bool:
+    """Whether a golden case is of one image, with pruning switched on."""
+    return e2e._one_image(case) and e2e._config(case["env"]).prune
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", golden.params(case for case in golden.cases("e2e") if pruned_image(case)))
+def test_the_published_form_gives_the_published_results(case):
+    config = e2e._config(case["env"])
+    index, data = golden.index("e2e"), golden.load("e2e", case["file"])
+    model = golden.tiny_llava(index["vision_config"], index["config"], image_token_id=index["config"]["vocab_size"])
+    weights = golden.load("e2e", "weights.safetensors")
+    model.load_state_dict({e2e._renamed(key): tensor for key, tensor in weights.items()})
+    served = book.ByTheBook(model, config)
+    seen = served.see(data["pixel_values_int8"].float() / 64)
+    done = served.prefill(e2e._expanded(data["input_ids"], model.config.image_token_id, served.schedule.shape.patches), seen)
+    assert [layer.keys.shape[2] for layer in done.cache.layers] == case["kv_len_prefill"]
+    logits = [done.logits]
+    for step, token in enumerate(case["tokens"][1:-1]):  # the first stands for the prompt, the last is not fed back
+        logits.append(served.decode(torch.tensor([[token]]), done, step))
+    assert golden.largest_error(torch.cat(logits)[:, 0], data["sdpa/scores"]) < golden.TOLERANCE
+    assert golden.partition(seen.labels) == golden.partition(data["vision/labels"][0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, heads", zip(PRUNED, (2, 4, 4, 2), strict=True))
+def test_pruned_programs_equal_the_published_form(name, heads):
+    model = shared(4, heads)
+    served, ours = book.ByTheBook(model, PRUNED[name]), optimize_once(model, PRUNED[name])
+    for seed in range(3):
+        ids, images = prompt(before=4 + seed, after=9, seed=seed), pixels(seed=seed)
+        seen = served.see(images)
+        before = served.reads
+        done = served.prefill(ids, seen)
+        assert served.reads > before > 0
+        found = ours.forward(input_ids=ids, pixel_values=images)
+        assert golden.largest_error(found.logits, done.logits) < TOLERANCE
+        selection = found.past_key_values.selection
+        assert selection.kept[0].tolist() == seen.kept.tolist()
+        assert golden.partition(selection.labels[0]) == golden.partition(seen.labels)
+        assert [stage[0].tolist() for stage in selection.stages] == [stage.tolist() for stage in done.stages]
+        for step, token in enumerate((5, 7)):
+            expected = served.decode(torch.tensor([[token]]), done, step)
+            found = ours.forward(input_ids=torch.tensor([[token]]), past_key_values=found.past_key_values)
+            assert golden.largest_error(found.logits, expected) < TOLERANCE
+
+
+@torch.no_grad()
+def test_both_branches_of_the_merge_are_met(deep):
+    clusters = {}
+    for name in ("1/3", "more clusters than tokens"):
+        served = book.ByTheBook(deep, PRUNED[name])
+        clusters[name] = len(served.see(pixels()).labels.unique()) - served.schedule.stages[0].tokens
+    assert clusters["1/3"] <= 0 < clusters["more clusters than tokens"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["eager", "onnxruntime", "by_the_book"])
+def test_a_pruned_arm_computes_what_the_published_form_computes_and_changes_no_state(name, deep):
+    request, config = Request(1, 7, 5), ViTCoPConfig.preset("1/9")
+    given = inputs(deep, request)
+    served = book.ByTheBook(deep, config)
+    seen = served.see(given["pixel_values"])
+    done = served.prefill(given["input_ids"], seen)
+    expected = {"vision": seen.features, "prefill": done.logits, "ttft": done.logits}
+    expected["decode"] = served.decode(given["input_ids"][:, :1], done)
+    arm = build(name, deep, config, request)
+    first = {stage: result(arm, stage) for stage in STAGES}
+    for stage in (*STAGES, *reversed(STAGES)):
+        found = result(arm, stage)
+        assert golden.largest_error(found, expected[stage]) < TOLERANCE, stage
+        assert torch.equal(found, first[stage]), stage
+        assert arm.attention[stage]
+    assert arm.selection is not None
+    arm.selection()
+
+
+@torch.no_grad()
+def test_a_pruned_batch_equals_its_prompts_one_by_one(deep):
+    config = ViTCoPConfig.preset("1/3")
+    request = Request(3, 7, 5)
+    given = inputs(deep, request)
+    served, arm = book.ByTheBook(deep, config), build("eager", deep, config, request)
+    found = {stage: result(arm, stage) for stage in STAGES}
+    for row in range(request.batch):
+        ids = given["input_ids"][row : row + 1]
+        seen = served.see(given["pixel_values"][row : row + 1])
+        done = served.prefill(ids, seen)
+        decoded = served.decode(ids[:, :1], done)
+        for stage, one in (("vision", seen.features), ("prefill", done.logits), ("decode", decoded), ("ttft", done.logits)):
+            assert golden.largest_error(found[stage][row : row + 1], one) < TOLERANCE, stage
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["stock_eager", "eager", "by_the_book"])
+def test_arms_serve_a_model_in_bfloat16(name):
+    model = llava(3).bfloat16()
+    config = DENSE if name == "stock_eager" else PRUNED["1/3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "capture", capture)
+        arm = build(name, model, config, Request(1, 7, 5))
+    for stage in STAGES:
+        found = result(arm, stage)
+        assert found.dtype == torch.bfloat16 and torch.isfinite(found).all()
+    assert name == "stock_eager" or arm.selection() is not None
+
+
+class Reads(TorchFunctionMode):
+    """Counts what makes the host wait for a value."""
+
+    NAMES = ("item", "tolist", "nonzero", "unique", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PRUNED)
+def test_the_published_form_counts_every_read_of_the_host(name, deep):
+    served, ids, images = book.ByTheBook(deep, PRUNED[name]), prompt(), pixels()
+    with Reads() as seen:
+        served.prefill(ids, served.see(images))
+    assert served.reads == seen.count > 2 * served.vision.centres
+
+
+def test_the_published_form_refuses_what_it_cannot_do(deep):
+    with pytest.raises(ConfigError, match="batch=2: the published code takes one prompt at a time"):
+        build("by_the_book", deep, ViTCoPConfig.preset("1/3"), Request(batch=2))
+    with pytest.raises(ConfigError, match="always prunes"):
+        build("by_the_book", deep, DENSE, Request())
+    with pytest.raises(ConfigError, match="vision_layer=-3 is layer 1, the published code prunes after layer 2 only"):
+        build("by_the_book", deep, ViTCoPConfig.preset("1/3", vision_layer=-3), Request())
+    other = llava(2)
+    other.set_attn_implementation({"vision_config": "eager"})
+    with pytest.raises(ConfigError, match="the clip_vision_model part has attn_implementation='eager'"):
+        build("by_the_book", other, ViTCoPConfig.preset("1/3"), Request())
+
+
+# Selection alone
+
+
+@torch.no_grad()
+def test_selection_alone_is_the_published_selection_of_every_sample(deep):
+    served = book.ByTheBook(deep, PRUNED["1/3"])
+    schedule, vision = served.schedule, served.vision
+    batch = 3
+    query, key, patches, hidden, first, second, visual = given = selection_inputs(schedule, batch, torch.float32, CPU)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    found_patches, found_hidden = SelectionOnly(schedule)(*given)
+    n = vision.tokens
+    for row in range(batch):
+        one = slice(row, row + 1)
+        weights = (query[one] @ key[one].transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
+        kept, labels = served.choose(weights, key[one].transpose(1, 2).flatten(2))
+        assert torch.equal(found_patches[row], torch.cat((patches[row, :1], patches[row, 1:][kept])))
+        expected = hidden[row]
+        for stage, keys in zip(schedule.stages, (first, second), strict=True):
+            rows, index = served.reduce(stage.policy, expected[:n], keys[one, :, :n], labels, stage.tokens)
+            expected, labels, n = torch.cat((rows, expected[n:])), labels[index], stage.tokens
+        n = vision.tokens
+        assert golden.largest_error(found_hidden[row], expected) < TOLERANCE
+    assert visual.tolist() == [list(range(n))] * batch
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+def test_a_selection_arm_returns_what_the_schedule_says(backend, deep):
+    request = Request(2, 7, 5)
+    shape = book.ByTheBook(deep, PRUNED["1/9"]).schedule.shape
+    schedule = PRUNED["1/9"].schedule(shape, text_tokens=7)
+    patches, hidden = selection_arm(schedule, request, backend, torch.float32, CPU)()
+    assert patches.shape == (2, 1 + 19, 32)  # CLS and 0.3 of 64 patches
+    assert hidden.shape == (2, 7 + schedule.stages[1].tokens, 64)
+
+
+def test_a_selection_arm_refuses_a_schedule_of_something_else(deep):
+    shape = book.ByTheBook(deep, PRUNED["1/9"]).schedule.shape
+    with pytest.raises(ConfigError, match="a dense schedule selects nothing"):
+        selection_arm(DENSE.schedule(shape), Request(), "eager", torch.float32, CPU)
+    with pytest.raises(ConfigError, match="stated for 64 text tokens, the request has 7: make it with text_tokens=7"):
+        selection_arm(PRUNED["1/9"].schedule(shape), Request(1, 7, 5), "eager", torch.float32, CPU)
+    with pytest.raises(UnsupportedError, match="backend='none' is unknown"):
+        selection_arm(PRUNED["1/9"].schedule(shape), Request(), "none", torch.float32, CPU)
+
+
+# The kernels of attention
+
+
+@pytest.mark.parametrize("causal, mask", [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_attention_on_the_cpu_is_flash(causal, mask, kv_heads, dtype):
+    assert sdpa_kernel((2, 4, 16, 8), (2, kv_heads, 16, 8), dtype, "cpu", causal, mask) == "flash (cpu)"
+
+
+def test_attention_that_no_fused_kernel_takes_is_math():
+    assert sdpa_kernel((4, 16, 8), (4, 16, 8), torch.float32, "cpu", True, False) == "math"  # no batch axis
+    with allow_only(SDPBackend.MATH):
+        assert sdpa_kernel((2, 4, 16, 8), (2, 4, 16, 8), torch.float32, "cpu", True, False) == "math"
+
+
+def test_a_recording_names_every_kernel_once_and_its_mask():
+    q = torch.zeros(1, 2, 4, 8)
+    mask = torch.ones(4, 4, dtype=torch.bool)
+
+    def several() -> None:
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        F.scaled_dot_product_attention(q, q, q, mask)
+        F.scaled_dot_product_attention(q[0], q[0], q[0], attn_mask=mask)
+        F.scaled_dot_product_attention(q, q, q)
+
+    assert recorded(several) == "flash (cpu), flash (cpu) with a mask, math with a mask"
+    assert recorded(lambda: q @ q.transpose(2, 3)) == "none"
+
+
+@torch.no_grad()
+def test_the_attention_words_of_onnxruntime_are_those_of_its_graphs(monkeypatch, shallow):
+    counts = []
+    plain = ort_backend.write_onnx
+
+    def noting(program: Any, path: Path, *rest: Any) -> Any:
+        written = plain(program, path, *rest)
+        counts.append(op_counts(path))
+        return written
+
+    monkeypatch.setattr(ort_backend, "write_onnx", noting)
+    arm = build("onnxruntime", shallow, DENSE, Request(1, 20, 3))
+    for stage in ("vision", "prefill", "decode"):
+        arm.stages[stage]()
+    vision, prefill, decode = counts
+    assert [count["Softmax"] for count in counts] == [1, LAYERS, LAYERS]  # the encoder ends at its first layer of two
+    assert not any(count["Attention"] for count in counts)
+    assert not vision["Where"] and prefill["Trilu"] and decode["Less"]  # where masks are made
+    composed = "MatMul, Softmax (onnx)"
+    assert arm.attention == {
+        "vision": composed,
+        "prefill": f"{composed} with a mask",
+        "decode": f"{composed} with a mask",
+        "ttft": f"{composed}, {composed} with a mask",
+    }
+
+
+@pytest.mark.parametrize("rows", [6, 40])  # a mask of up to 1024 entries is a constant of the graph
+def test_onnx_attention_has_a_mask_where_it_is_causal(rows):
+    shape = (1, 2, rows, 8)
+    assert onnx_kernel(shape, shape, causal=False, decode=False) == "MatMul, Softmax (onnx)"
+    assert onnx_kernel(shape, shape, causal=True, decode=False) == "MatMul, Softmax (onnx) with a mask"
+
+
+def test_an_onnx_graph_may_hold_attention_as_one_operator():
+    shape = (1, 2, 6, 8)
+    assert onnx_kernel(shape, shape, causal=True, decode=False, opset=23) == "Attention (onnx)"

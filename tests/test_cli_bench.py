@@ -1,0 +1,213 @@
+"""The commands `bench` and `plot`, and the suite of benchmarks behind the README's tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import models
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from vitcop_compile import ViTCoPConfig, bench
+from vitcop_compile.cli import app
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = ["--hidden", 32, "--layers", 4, "--vision-hidden", 32, "--vision-layers", 3, "--backend", "eager"]
+
+
+def invoke(*arguments: object, command: typer.Typer = app):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def error_of(*arguments: object, command: typer.Typer = app) -> str:
+    """The one line on stderr of a command that must fail with code 2."""
+    result = invoke(*arguments, command=command)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """A model is traced once for all of its settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vitcop_compile.pipeline.capture", lambda family, model: models.captured(model))
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(results, output) of one tiny run."""
+    path = tmp_path_factory.mktemp("bench") / "r.json"
+    options = ["--preset", "1/9", "--against", "stock_eager", "--rounds", 1, "--text-tokens", 8, "--batch", 2]
+    result = invoke("bench", *TINY, *options, "--json", path)
+    assert result.exit_code == 0, result.output
+    return path, result.stdout
+
+
+def test_bench_measures_prints_and_writes(measured):
+    path, output = measured
+    results = bench.read(path)
+    found = [(row["backend"], row["arm"], row["preset"]) for row in results["rows"]]
+    assert found == [("eager", "stock_eager", "dense"), ("eager", "eager", "dense"), ("eager", "eager", "1/9")]
+    assert all(row[f"{stage}_ms"] > 0 for row in results["rows"] for stage in ("vision", "prefill", "decode", "ttft"))
+    assert all((row["batch"], row["text_tokens"], row["shape"]) == (2, 8, "32x4") for row in results["rows"])
+    assert results["rows"][2]["selection_ms"] > 0 and results["rows"][2]["attention"]["prefill"]
+    assert results["environment"]["rounds"] == 1 and results["environment"]["shapes"]["32x4"]["layers"] == 4
+    lines = [line for line in output.splitlines() if line.startswith("│ eager")]
+    assert len(lines) == 3 and f"{results['rows'][0]['prefill_ms']:.1f}" in lines[0] and "1/9" in lines[2]
+
+
+def test_plot_draws_what_bench_wrote(measured, tmp_path):
+    result = invoke("plot", measured[0], "--output-dir", tmp_path / "pictures", "--format", "svg")
+    assert result.exit_code == 0, result.output
+    names = ["latency.svg", "stages.svg", "kv_memory.svg"]
+    assert result.stdout.split() == [str(tmp_path / "pictures" / name) for name in names]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(names)
+    assert "stock_eager" not in (tmp_path / "pictures" / "latency.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "1/2"], "preset '1/2' is unknown: use one of 1/3, 2/9, 1/9"),
+        (["--backend", "magic"], "backend='magic' is unknown: use one of"),
+        (["--against", "magic"], "arm 'magic' is unknown: use one of"),
+        (["--against", "none", "--against", "stock_eager"], "--against none was given with others"),
+        (["--dtype", "int8"], "dtype 'int8' is unknown: use one of float32, float16, bfloat16"),
+        (["--device", "tpu"], "device 'tpu' is unknown: use one of cpu, cuda"),
+        (["--batch", 0], "batch=0 is below 1"),
+        (["--text-tokens", 0], "text_tokens=0 is below 1"),
+        (["--new-tokens", 0], "new_tokens=0 is below 1"),
+        (["--rounds", 0], "rounds=0 is below 1"),
+        (["--layers", 0], "layers=0 is below 1"),
+        (["--json", "missing/r.json"], "missing/r.json cannot be written: name a file in a folder that exists"),
+    ],
+)
+def test_bench_errors_come_before_the_work(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench.Shape, "model", lambda *_: pytest.fail("a model was built"))
+    assert message in error_of("bench", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_compare_with_can_be_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "run", lambda cases, **options: seen.append((cases, options)) or {})
+    monkeypatch.setattr(bench, "table", lambda results: "")
+    assert invoke("bench", "--against", "none", "--backend", "eager", "--backend", "inductor", "--memory").exit_code == 0
+    assert invoke("bench").exit_code == 0
+    (none, options), (default, others) = seen
+    assert [(case.backend, case.against) for case in none] == [("eager", ()), ("inductor", ())]
+    assert [(case.backend, case.against) for case in default] == [("inductor", ("stock_compile",))]
+    assert options == {"rounds": 15, "memory": True} and others["memory"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.json"], "missing.json cannot be read: No such file"),
+        (["old.json"], "old.json holds no results of this version's benchmarks: measure them anew"),
+        (["empty.json"], "the results have no rows: there is nothing to draw"),
+        (["empty.json", "--format", "pdf"], "format 'pdf' is unknown: use one of png, svg"),
+    ],
+)
+def test_plot_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old.json").write_text('{"environment": {}, "rows": [{"backend": "inductor", "dense_vision_ms": 1}]}')
+    Path("empty.json").write_text('{"environment": {}, "rows": []}')
+    assert message in error_of("plot", *arguments, "--output-dir", "pictures")
+    assert not Path("pictures").exists()
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """The module, which is no part of the package and lies beside what it imports."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import suite as module
+
+    return module
+
+
+@pytest.fixture
+def command(suite) -> typer.Typer:
+    made = typer.Typer()
+    made.command()(suite.main)
+    return made
+
+
+def test_the_suite_measures_writes_and_prints_a_table(command, tmp_path):
+    """Some seconds: inductor compiles the vision program twice."""
+    result = invoke("tiny", "--output-dir", tmp_path, command=command)
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "tiny.json").read_text())
+    found = {f"{row['backend']}: {row['arm']} {row['preset']}": row for row in results["rows"]}
+    assert list(found) == [
+        "eager: stock_eager dense", "eager: by_the_book 1/9", "eager: eager dense", "eager: eager 1/9",
+        "inductor: inductor dense", "inductor: inductor vision_layer=0",
+    ]  # fmt: skip
+    assert found["eager: eager 1/9"]["ratio_to"].keys() == {"stock_eager", "by_the_book"}
+    last = found["inductor: inductor vision_layer=0"]
+    assert last["ratio_to_dense"].keys() == {"vision"} and last["vision_flop_ratio"] > 1 and last["prefill_ms"] is None
+    printed = invoke("tiny", "--output-dir", tmp_path, "--tables", command=command)
+    assert printed.exit_code == 0 and printed.stdout.startswith("### tiny\n")
+    assert sum(line.startswith(("| eager |", "| inductor |")) for line in printed.stdout.splitlines()) == 6
+
+
+def test_the_suite_refuses_what_it_does_not_know(command, tmp_path):
+    assert "table 'huge' is unknown: use some of cpu, decode" in error_of("huge", command=command)
+    assert "tiny.json cannot be read: No such file" in error_of("tiny", "--tables", "--output-dir", tmp_path, command=command)
+    assert "cannot be written" in error_of("tiny", "--output-dir", tmp_path / "missing", command=command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_table_of_the_suite_can_be_measured_as_it_stands(suite):
+    """Names, settings and shapes; nothing is built."""
+    assert suite.TABLES.keys() == {"cpu", "decode", "vision_layer", "selection", "tiny"}
+    for table in suite.TABLES.values():
+        bench.check_cases(table.cases, rounds=1)
+    (case,) = suite.TABLES["vision_layer"].cases
+    layers = {config.schedule(case.shape.model_shape()).vision.layer for config in case.settings().values()}
+    assert layers == {22, 18, 14, 10, 6, 2} and case.shape.model_shape().feature_layer == 22
+    batches = {(case.backend, case.batch) for case in suite.TABLES["decode"].cases}
+    assert batches == {("inductor", 1), ("inductor", 16), ("onnxruntime", 1), ("onnxruntime", 16)}
+
+
+def test_pooled_selection_of_one_image_is_the_selection_of_one_prompt(suite):
+    import selection_cost
+
+    shape = bench.Shape(hidden=32, layers=4, vision_hidden=32, vision_layers=3, vocab=300, image_size=112).model_shape()
+    schedule = ViTCoPConfig.preset("1/3").schedule(shape, text_tokens=8)
+    inputs = bench.selection_inputs(schedule, 1, torch.float32, torch.device("cpu"))
+    alone, pooled = bench.SelectionOnly(schedule)(*inputs), selection_cost.Pooled(schedule, 1)(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(alone, pooled, strict=True))
+    given = selection_cost.pooled_inputs(schedule, 3, torch.float32, torch.device("cpu"))
+    _, hidden = selection_cost.Pooled(schedule, 3)(*given)
+    assert hidden.shape == (1, 8 + 3 * schedule.stages[1].tokens, 32)
+
+
+def test_selection_cost_has_a_row_per_number_of_images(suite):
+    import selection_cost
+
+    shape = bench.Shape(hidden=32, layers=4, vision_hidden=32, vision_layers=3, vocab=300, image_size=112)
+    found = selection_cost.measure(shape, ("eager",), (1, 2), rounds=1, text_tokens=8)
+    assert [(row["images"], row["prompts"]) for row in found["rows"]] == [(1, 1), (2, 2), (2, 1)]
+    assert all(row.keys() >= set(selection_cost.FIELDS) for row in found["rows"])
+    assert found["rows"][0]["per_image_to_one"]["median"] == 1 and found["rows"][0]["linear"]
+    table = bench.markdown(found, suite.SELECTION_COLUMNS)
+    assert table.count("\n| eager |") == 3 and "interleaved rounds in ms" in table
+
+
+def test_cost_per_image_is_stated_beside_that_of_one(suite):
+    import selection_cost
+
+    times = {"1 1": [1.0, 2.0, 4.0], "8 8": [8.0, 16.0, 16.0], "8 1": [24.0, 24.0, 24.0]}
+    rows = {key: selection_cost._row("eager", "1/9", key, times) for key in times}
+    assert rows["8 8"]["per_image_to_one"]["median"] == 1.0 and rows["8 8"]["linear"]
+    assert rows["8 1"]["per_image_to_one"]["median"] == 1.5 and not rows["8 1"]["linear"]
+    assert (rows["8 1"]["images"], rows["8 1"]["prompts"], rows["8 1"]["ms_per_image"]) == (8, 1, 3.0)

@@ -1,0 +1,231 @@
+"""Results as pictures: latency against retention, where the time goes, and the KV cache as it grows. Needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import PRESETS, ViTCoPConfig
+from ..errors import ConfigError, InputError
+from ..picture import require_matplotlib
+from ..schedule import ModelShape
+from .cases import DENSE
+from .environment import hardware
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg")
+BASELINE = "stock_compile"
+# Okabe and Ito: told apart with any kind of colour vision; every line has a marker of its own besides.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_GREY = "#555555"
+_WIDTH, _DPI = 9.0, 160  # inches; drawn larger than the 900 pixels it must be readable at
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "vitcop",  # the same results make the same file
+}
+Row = Mapping[str, Any]
+Results = Mapping[str, Any]
+
+
+def draw_all(results: Results, folder: Path, format: str = "png") -> list[Path]:
+    """Writes latency, stages and kv_memory into `folder`, which is made if need be; returns the files.
+
+    Results of several requests or shapes make one latency and one stages picture each, named by them.
+    Raises UnsupportedError without matplotlib, ConfigError for an unknown format, InputError where there is nothing to draw
+    or a file cannot be written.
+    """
+    require_matplotlib()
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
+    drawings: dict[str, Figure] = {}
+    parts = groups(results)
+    for name, part in parts.items():
+        suffix = f"_{name}" if len(parts) > 1 else ""
+        drawings |= {f"latency{suffix}": latency(part), f"stages{suffix}": stages(part)}
+    drawings["kv_memory"] = kv_memory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error.strerror or error}") from None
+    return [save(drawing, folder / f"{name}.{format}") for name, drawing in drawings.items()]
+
+
+def groups(results: Results) -> dict[str, Results]:
+    """The results apart by shape and request, which no picture may mix. Raises InputError if there are no rows."""
+    found: dict[str, list[Row]] = {}
+    for row in results["rows"]:
+        name = f"{row['shape']}_batch{row['batch']}_text{row['text_tokens']}_new{row['new_tokens']}"
+        found.setdefault(name, []).append(row)
+    if not found:
+        raise InputError("the results have no rows: there is nothing to draw")
+    return {name: {**results, "rows": rows} for name, rows in found.items()}
+
+
+def latency(results: Results) -> Figure:
+    """TTFT and prefill in ms against the share of visual tokens kept, a line per backend, the stock model's beside it.
+
+    Needs rows of one request and shape. Raises InputError where neither stage was measured.
+    """
+    backends = _backends(results["rows"])
+    measured = [stage for stage in ("ttft", "prefill") if any(row[f"{stage}_ms"] is not None for row in results["rows"])]
+    if not measured:
+        raise InputError("the results have neither TTFT nor prefill times: there is no latency to draw")
+    out, axes = _figure(1, len(measured), 4.6)
+    names = {"ttft": "TTFT: vision, prefill and between", "prefill": "prefill"}
+    for panel, stage in zip(axes, measured):
+        for index, backend in enumerate(backends):
+            own = [row for row in _arm(results["rows"], backend, backend) if row[f"{stage}_ms"] is not None]
+            own.sort(key=lambda row: row["retention"])
+            _spread_line(panel, own, stage, _COLOURS[index % 6], _MARKERS[index % 6], backend)
+        _baseline(panel, results["rows"], stage)
+        panel.set_title(names[stage])
+        panel.set_xlabel("visual tokens kept, mean over layers (%)")
+        panel.set_ylabel("time (ms)")
+        panel.set_ylim(bottom=0)
+    _legend(out, axes[0])
+    return _titled(out, results, "Latency against retention")
+
+
+def stages(results: Results) -> Figure:
+    """Where a request's time goes, dense and pruned, a bar per backend and setting: until the first token, then after it.
+
+    Selection is what it takes alone; prefill is drawn without it. Needs rows of one request and shape. Raises InputError
+    where no row has all of vision, prefill and decode.
+    """
+    complete = [row for row in results["rows"] if None not in (row["vision_ms"], row["prefill_ms"], row["decode_ms"])]
+    rows = [row for backend in _backends(complete) for row in _arm(complete, backend, backend)]
+    if not rows:
+        raise InputError("no row has vision, prefill and decode times: there are no stages to draw")
+    out, (first, second) = _figure(2, 1, 6.6)
+    at = [index + 0.7 * _backends(rows).index(row["backend"]) for index, row in enumerate(rows)]
+    selection = [row["selection_ms"] or 0.0 for row in rows]
+    parts = {
+        "vision": [row["vision_ms"] for row in rows],
+        "prefill without selection": [max(row["prefill_ms"] - cost, 0.0) for row, cost in zip(rows, selection)],
+        "selection": selection,
+    }
+    bottom = [0.0] * len(rows)
+    # Selection is thin: black shows where the bar is a pixel high.
+    for (name, values), colour in zip(parts.items(), (*_COLOURS[:2], "black")):
+        first.bar(at, values, 0.8, bottom=bottom, color=colour, label=name)
+        bottom = [low + value for low, value in zip(bottom, values)]
+    new = rows[0]["new_tokens"]
+    second.bar(at, [row["decode_ms"] * new for row in rows], 0.8, color=_COLOURS[3])
+    first.set_title("until the first token")
+    first.set_ylabel("time (ms)")
+    second.set_title(f"the {new} tokens after it: decode")
+    second.set_ylabel("time (ms)")
+    for panel in (first, second):
+        panel.grid(axis="x", visible=False)
+        panel.set_xticks(at, [row["preset"] for row in rows])
+    for backend in _backends(rows):
+        own = [place for place, row in zip(at, rows) if row["backend"] == backend]
+        second.annotate(
+            backend, (sum(own) / len(own), 0), (0, -24), textcoords="offset points", ha="center", va="top",
+            xycoords=second.get_xaxis_transform(), annotation_clip=False, fontweight="bold",
+        )  # fmt: skip
+    _legend(out, first)
+    return _titled(out, results, "Where the time of a request goes")
+
+
+def kv_memory(
+    shape: ModelShape | None = None, name: str = "LLaVA-1.5-7B, 16 bit", text_tokens: int = 64, longest: int = 1024
+) -> Figure:
+    """KV cache of one prompt in MiB against generated tokens, per preset, as the schedule counts it; nothing is measured."""
+    out, (panel,) = _figure(1, 1, 4.6)
+    settings = {DENSE: ViTCoPConfig.dense()} | {preset: ViTCoPConfig.preset(preset) for preset in PRESETS}
+    tokens = range(0, longest + 1, max(1, longest // 64))
+    for index, (label, config) in enumerate(settings.items()):
+        schedule = config.schedule(shape, text_tokens=text_tokens)
+        memory = [schedule.kv_bytes(count) / 2**20 for count in tokens]
+        panel.plot(list(tokens), memory, color=_COLOURS[index], marker=_MARKERS[index], markevery=8, label=label)
+    panel.set_xlabel("generated tokens")
+    panel.set_ylabel("KV cache of one prompt (MiB)")
+    panel.set_ylim(bottom=0)
+    panel.set_xlim(0, longest)
+    _legend(out, panel)
+    patches = (shape or ModelShape()).patches
+    return _headed(
+        out, "KV memory against generated tokens", f"{name}, {patches} image and {text_tokens} text tokens, computed"
+    )
+
+
+def save(drawing: Figure, path: Path) -> Path:
+    """Writes `drawing` in the format of the suffix, aside first and then moved into place. Raises ConfigError, InputError."""
+    import matplotlib
+
+    format = path.suffix.removeprefix(".")
+    if format not in FORMATS:
+        raise ConfigError(f"{path} is neither of {', '.join(FORMATS)}: choose such a suffix")
+    aside = path.with_name(path.name + ".partial")
+    try:
+        with matplotlib.rc_context(_STYLE):
+            drawing.savefig(aside, format=format, dpi=_DPI, metadata={"Date": None} if format == "svg" else None)
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def _figure(rows: int, columns: int, height: float) -> tuple[Figure, Sequence[Axes]]:
+    matplotlib = require_matplotlib()
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        out = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white", layout="constrained")
+        return out, list(out.subplots(rows, columns, squeeze=False).flat)
+
+
+def _spread_line(panel: Axes, rows: list[Row], stage: str, colour: str, marker: str, label: str) -> None:
+    share = [100 * row["retention"] for row in rows]
+    panel.plot(share, [row[f"{stage}_ms"] for row in rows], color=colour, marker=marker, label=label)
+    low, high = ([row[f"{stage}_ms_quartiles"][end] for row in rows] for end in (0, 1))
+    panel.fill_between(share, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _baseline(panel: Axes, rows: Sequence[Row], stage: str) -> None:
+    """One line for the stock model, and a band over what it took beside each of the backends."""
+    found = [row[f"{stage}_ms"] for row in rows if row["arm"] == BASELINE and row[f"{stage}_ms"] is not None]
+    if found:
+        panel.axhline(statistics.median(found), color=_GREY, linestyle="--", label="stock model, torch.compile, dense")
+        panel.axhspan(min(found), max(found), color=_GREY, alpha=0.15, linewidth=0)
+
+
+def _legend(out: Figure, panel: Axes) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    out.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
+
+
+def _titled(out: Figure, results: Results, title: str) -> Figure:
+    row, given = results["rows"][0], results["environment"]
+    request = (
+        f"{row['shape']} {row['dtype']}, batch {row['batch']}, {row['text_tokens']} text tokens, medians of {given['rounds']}"
+    )
+    return _headed(out, title, f"{hardware(given)}; {request}")
+
+
+def _headed(out: Figure, title: str, below: str) -> Figure:
+    out.suptitle(f"{title}\n{below}", fontsize=11)  # one text: matplotlib lays out a single title per figure
+    return out
+
+
+def _backends(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["backend"] for row in rows))
+
+
+def _arm(rows: Sequence[Row], backend: str, arm: str) -> list[Row]:
+    return [row for row in rows if row["backend"] == backend and row["arm"] == arm]

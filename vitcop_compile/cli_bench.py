@@ -1,0 +1,107 @@
+"""The commands `bench` and `plot`: dense against pruned against what else could be run, measured and drawn."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from .config import PRESETS
+from .errors import ConfigError
+
+_TABLE_WIDTH = 240
+_NONE = "none"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to `app`."""
+    app.command("bench")(bench_command)
+    app.command("plot")(plot_command)
+
+
+def bench_command(
+    preset: Annotated[
+        list[str] | None, typer.Option(help=f"Published settings to measure: {', '.join(PRESETS)}; default: all.")
+    ] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Backends to measure; default: inductor.")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Arms to compare with, in the same rounds; default: stock_compile; none: nothing but dense."),
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Width of the language model.")] = 1024,
+    layers: Annotated[int, typer.Option(help="Layers of the language model.")] = 12,
+    vision_hidden: Annotated[int, typer.Option(help="Width of the vision encoder.")] = 1024,
+    vision_layers: Annotated[int, typer.Option(help="Layers of the vision encoder.")] = 8,
+    batch: Annotated[int, typer.Option(help="Prompts per call.")] = 1,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt, beside 576 image tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Cache rows for new tokens.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 15,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also run each arm alone in a process, for its peak memory.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Where to write environment and rows.")] = None,
+) -> None:
+    """Measure dense and pruned programs of a random LLaVA, stage by stage, in rounds interleaved with other arms."""
+    from .cli import errors_as_lines
+
+    with errors_as_lines(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about its own internals
+        from . import bench
+
+        shape = bench.Shape(
+            hidden=hidden,
+            layers=layers,
+            vision_hidden=vision_hidden,
+            vision_layers=vision_layers,
+            dtype=dtype,
+            device=device,
+        )
+        cases = [
+            bench.Case(
+                shape,
+                backend=name,
+                presets=tuple(preset or PRESETS),
+                batch=batch,
+                text_tokens=text_tokens,
+                new_tokens=new_tokens,
+                against=_against(against),
+            )
+            for name in backend or ["inductor"]
+        ]
+        if json is not None:
+            bench.check_target(json)
+        results = bench.run(cases, rounds=rounds, memory=memory)
+        console = Console()
+        wide = console if console.is_terminal else Console(width=max(console.width, _TABLE_WIDTH))
+        wide.print(bench.table(results))
+        if json is not None:
+            bench.write(results, json)
+
+
+def plot_command(
+    results: Annotated[Path, typer.Argument(help="What `bench --json` wrote.")],
+    output_dir: Annotated[Path, typer.Option(help="Where the pictures go; made if it is missing.")],
+    format: Annotated[str, typer.Option(help="png or svg.")] = "png",
+) -> None:
+    """Draw results: latency against retention, where the time goes, and the KV cache as it grows."""
+    from .cli import console, errors_as_lines
+
+    with errors_as_lines():
+        from .bench import plot, read
+
+        for path in plot.draw_all(read(results), output_dir, format):
+            console().print(Text(str(path)), soft_wrap=True)
+
+
+def _against(arms: list[str] | None) -> tuple[str, ...]:
+    if arms is None:
+        return ("stock_compile",)
+    if _NONE in arms and len(arms) > 1:
+        raise ConfigError(f"--against {_NONE} was given with others: choose either")
+    return () if arms == [_NONE] else tuple(arms)
