@@ -1,0 +1,397 @@
+"""The regression gate: comparison without a clock, the command, and timings of real programs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import optimize, shared
+from regress_subject import BATCH, KV_HEADS, LAYERS, NEW, PRESET, TEXT, build, measured
+from typer.testing import CliRunner
+
+from vitcop_compile import ConfigError, UnsupportedError, ViTCoPConfig, regress, toy
+from vitcop_compile.bench import Request
+from vitcop_compile.cli import app
+from vitcop_compile.regress import compare, facts, gate, subject
+from vitcop_compile.regress.calls import bind
+from vitcop_compile.regress.compare import Timing
+
+
+def test_facts_are_compared_exactly_in_both_directions() -> None:
+    before = {"flops": {"prefill": 10}, "kv_rows": [5, 4], "nodes": {"decode": {"aten.add": 2}}}
+    now = {"flops": {"prefill": 9}, "kv_rows": [5, 4, 4], "nodes": {"decode": {"aten.mul": 2}}}
+    found, notes, compared = compare.compare_facts("1/9", before, now)
+    assert [(f.subject, f.what, f.baseline, f.found) for f in found] == [
+        ("1/9", "flops.prefill", "10", "9"),
+        ("1/9", "nodes.decode.aten.add", "2", "none"),
+        ("1/9", "kv_rows.2", "none", "4"),
+        ("1/9", "nodes.decode.aten.mul", "none", "2"),
+    ]
+    assert (notes, compared) == ([], 6)
+
+
+def test_facts_bound_to_versions_or_a_device_are_left_out_aloud() -> None:
+    facts_ = {"flops": {"prefill": 1}, "nodes": {"decode": {"add": 1, "mul": 1}}, "kernels": {"decode": {"extern": 1}}}
+    facts_ |= {"reads": {"program": 0, "entry": 1}}
+    other = {"flops": {"prefill": 1}, "nodes": {"decode": {"add": 9}}, "kernels": {}, "reads": {"program": 0, "entry": 0}}
+    found, notes, compared = compare.compare_facts("s", facts_, other, versions="torch 2.11.0, transformers 5.17")
+    assert [failure.what for failure in found] == ["reads.entry"] and compared == 3
+    assert notes == [
+        "s: nodes (2 facts) not compared: baseline made with torch 2.11.0, transformers 5.17",
+        "s: kernels (1 facts) not compared: baseline made with torch 2.11.0, transformers 5.17",
+    ]
+    found, notes, compared = compare.compare_facts("s", facts_, other, device="cuda NVIDIA H200")
+    assert [failure.what for failure in found] == ["nodes.decode.add", "nodes.decode.mul"] and compared == 4
+    assert [note.split(" (")[0] for note in notes] == ["s: kernels", "s: reads.entry"]
+
+
+def test_the_tolerance_follows_the_spread() -> None:
+    # Deviations 0.1, 0, 0.1, 0.2, 5: their median is 0.1, and one wild repeat moves neither number.
+    timing = compare.timing_of("prefill", [3.9, 4.0, 4.1, 4.2, 9.0])
+    assert timing.ratio == 4.1 and timing.tolerance == pytest.approx(4 * 1.4826 * 0.1 / 4.1)
+    assert compare.timing_of("prefill", [4.0, 4.0, 4.001]).tolerance == 0.05
+    with pytest.raises(ConfigError, match=r"decode: the repeats 1\.00, 2\.00, 3\.00 would need a tolerance of 297%, above"):
+        compare.timing_of("decode", [1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "rounds"),
+    [
+        ([3.7], "pass", [5]),
+        ([4.39], "pass", [5]),
+        ([4.5], "faster", [5]),
+        ([3.5, 3.61], "pass", [5, 10]),
+        ([3.5, 1.0, 4.0], "pass", [5, 10, 20]),
+        ([3.5, 3.59, 3.59, 9.0], "slower", [5, 10, 20]),
+    ],
+)
+def test_a_timing_fails_only_if_every_attempt_does(found: list[float], verdict: str, rounds: list[int]) -> None:
+    asked: list[int] = []
+
+    def measure(count: int) -> float:
+        asked.append(count)
+        return found[len(asked) - 1]
+
+    judged = compare.judge("1/9", "prefill", Timing(4.0, 0.1), measure, 5)
+    assert (judged.verdict, asked, judged.found) == (verdict, rounds, tuple(found[: len(rounds)]))
+
+
+# The command. Facts come from `measured`, ratios from the test: nothing is compiled or timed.
+
+
+class Command:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path):
+        optimized, found = measured()
+        self.path, self.facts, self.measured_times = folder / "baseline.json", copy.deepcopy(found), 0
+        self.ratios = {"prefill": 4.0, "decode": 1.1, "ttft": 2.5}
+        self.processor = "Processor A"
+        monkeypatch.setattr(gate, "builder", lambda source, settings: lambda config, backend: optimized)
+        monkeypatch.setattr(facts, "measure", lambda *_: (copy.deepcopy(self.facts), {}))
+        monkeypatch.setattr(gate, "bind", lambda *_: {})
+        monkeypatch.setattr(gate, "ratio_of", self._ratio)
+        environment = gate.here(optimized.device)
+        monkeypatch.setattr(gate, "here", lambda device: environment | {"processor": self.processor})
+
+    def _ratio(self, arms: Any, name: str, rounds: int) -> float:
+        self.measured_times += 1
+        return self.ratios[name]
+
+    def __call__(self, *arguments: object, code: int = 0) -> str:
+        result = CliRunner().invoke(app, ["regress", "--baseline", str(self.path), *map(str, arguments)])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    def error(self, *arguments: object) -> str:
+        line = self(*arguments, code=2).strip()
+        assert line.startswith("error: ") and "\n" not in line, line
+        return line
+
+    def edit(self, change: Callable[[dict], None]) -> None:
+        content = json.loads(self.path.read_text())
+        change(content)
+        self.path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """The command with a baseline of the subject 1/3 on the eager backend."""
+    made = Command(monkeypatch, tmp_path)
+    made("--update", "--preset", PRESET, "--backend", "eager", "--batch", BATCH, "--text-tokens", TEXT, "--new-tokens", NEW)
+    return made
+
+
+def leaves(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every number."""
+    if isinstance(value, int):
+        yield path
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(inner, (*path, key))
+
+
+def test_an_unchanged_model_passes(command: Command) -> None:
+    output = command()
+    assert "3 timed measures compared: all pass" in output and command.measured_times == 7 * 3 + 3
+    assert list(command.path.parent.iterdir()) == [command.path]
+
+
+def test_every_tampered_fact_fails_and_is_named(command: Command) -> None:
+    clean, paths = command.path.read_text(), list(leaves(command.facts))
+    assert len(paths) > 100
+    for path in paths:
+
+        def tamper(content: dict, path: tuple = path) -> None:
+            inner = content["subjects"][PRESET]["facts"]
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] += 1
+
+        command.path.write_text(clean)
+        command.edit(tamper)
+        output = command("--counts-only", code=1)
+        (row,) = [line for line in output.splitlines() if re.match(rf"│ {PRESET} ", line)]
+        assert [cell.strip() for cell in row.split("│")][2] == ".".join(map(str, path))
+        assert "1 failed" in output
+
+
+def test_a_slow_down_fails_and_a_speed_up_passes_aloud(command: Command) -> None:
+    command.ratios["prefill"] = 4.0 * 0.94
+    output = command(code=1)
+    assert "time.prefill (dense / pruned)" in output and "4.000, at least 3.800" in output and "1 failed" in output
+    assert "3.760, 3.760, 3.760" in output
+    command.ratios["prefill"] = 4.0 * 1.06
+    output = command()
+    assert "prefill is faster: ratio 4.240 where the baseline has 4.000: consider --update" in output and "all pass" in output
+
+
+def test_counts_alone_are_compared_without_a_clock(command: Command) -> None:
+    before = command.measured_times
+    assert "timed measures not compared: only counts were asked for" in command("--counts-only")
+    command("--update", "--counts-only")
+    assert "the baseline holds no timed measures" in command() and command.measured_times == before
+
+
+def test_timings_of_another_machine(command: Command) -> None:
+    command.processor, before = "Processor B", command.measured_times
+    command.ratios["prefill"] = 1.0
+    line = command.error()
+    assert "Processor A, " in line and "this is Processor B, " in line and "--elsewhere skip or compare" in line
+    output = command("--elsewhere", "skip")
+    assert "timed measures not compared" in output and "all pass" in output and command.measured_times == before
+    output = command("--elsewhere", "compare", code=1)
+    assert "compared all the same" in output and "time.prefill" in output
+    assert "--elsewhere 'never' is unknown: use one of refuse, skip, compare" in command.error("--elsewhere", "never")
+    # Facts gate anywhere.
+    command.facts["kv_bytes"] += 1
+    assert "kv_bytes" in command("--elsewhere", "skip", code=1)
+
+
+def test_facts_of_other_versions(command: Command) -> None:
+    command.edit(lambda content: content["environment"].update(torch="2.12.1+cu128"))
+    command.facts["nodes"]["decode"]["aten.add.Tensor"] += 1
+    assert "not compared: baseline made with torch 2.12.1, transformers" in command()
+    command.facts["flops"]["decode"] += 1
+    assert "flops.decode" in command(code=1)
+
+
+def test_an_update_prints_what_changed(command: Command) -> None:
+    assert "nothing changed" in command("--update")
+    command.facts["kv_bytes"] += 1000
+    command.ratios["ttft"] = 3.0
+    output = command("--update", "--rounds", 5)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
+    size = command.facts["kv_bytes"]
+    assert rows == [
+        ["", "rounds", "9", "5"],
+        [PRESET, "kv_bytes", f"{size - 1000:,}", f"{size:,}"],
+        [PRESET, "time.ttft", "2.500, tolerance 5.0%", "3.000, tolerance 5.0%"],
+    ]
+    assert "all pass" in command("--rounds", 5)
+
+
+@pytest.mark.parametrize("name", ["stream.graph_breaks", "stream.recompiles", "reads.program"])
+def test_what_no_baseline_can_allow(command: Command, name: str) -> None:
+    group, fact = name.split(".")
+    command.facts[group][fact] = 1
+    before = command.path.read_text()
+    output = command("--update", code=1)
+    assert name in output and "0 (always)" in output and "nothing was written" in output
+    assert command.path.read_text() == before
+    command.edit(lambda content: content["subjects"][PRESET]["facts"][group].update({fact: 1}))
+    assert name in command(code=1)
+
+
+def test_options_that_contradict_the_baseline(command: Command) -> None:
+    line = command.error("--preset", "1/9", "--batch", 3, "--backend", "eager")
+    assert "(--preset 1/9, there 1/3; --batch 3, there 2): leave the options out, or pass --update" in line
+    assert "--repeats 5 belongs to --update" in command.error("--repeats", 5)
+    command("--preset", PRESET, "--batch", BATCH)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "batch=0 is below 1"),
+        (["--rounds", "0"], "rounds=0 is below 1"),
+        (["--text-tokens", "-1"], "text_tokens=-1 is below 1"),
+        (["--hidden", "100"], "hidden=100 is not a multiple of 64"),
+        (["--layers", "2"], "layers=2 is below 3"),
+        (["--preset", "1/2"], "preset '1/2' is unknown"),
+        (["--preset", "1/9", "--preset", "1/9"], "name each setting to measure once"),
+        (["--backend", "gcc"], "backend='gcc' is unknown"),
+        (["--repeats", "2"], "repeats=2: give an integer of at least 3"),
+        (["--model", "somewhere", "--layers", "4"], "layers were given with model='somewhere'"),
+    ],
+)
+def test_an_update_refuses_bad_numbers(command: Command, arguments: list[str], message: str) -> None:
+    before = command.path.read_text()
+    assert message in command.error("--update", *arguments)
+    assert command.path.read_text() == before
+
+
+def test_timings_that_spread_too_far_are_not_stored(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, found = command.path.read_text(), iter(range(1, 22))
+    monkeypatch.setattr(gate, "ratio_of", lambda *_: float(next(found)))
+    assert "measure on a quiet machine, or with more --rounds" in command.error("--update")
+    assert command.path.read_text() == before
+
+
+def change(*path: str, value: Any) -> Callable[[dict], None]:
+    def edit(content: dict) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = value
+
+    return edit
+
+
+TIMED = ("subjects", PRESET, "timed", "decode")
+BROKEN = {
+    "format": (change("format", value=2), "has format 2, this package reads 1"),
+    "more": (change("comment", value=""), "holds comment, environment, format"),
+    "rounds": (change("settings", "rounds", value=0), "rounds=0 is below 1"),
+    "batch": (change("settings", "batch", value="2"), "batch='2' is not an integer"),
+    "presets": (change("settings", "presets", value="1/3"), "its settings do not name"),
+    "environment": (change("environment", value={}), "its environment does not name processor"),
+    "subjects": (change("subjects", value={}), "its subjects are not its presets, 1/3"),
+    "subject": (change("subjects", PRESET, value={}), "the subject 1/3 does not hold facts and timed measures"),
+    "shape": (change("shape", value=[]), "its shape is []"),
+    "fact": (change("subjects", PRESET, "facts", "kv_bytes", value=1.5), "the fact kv_bytes is 1.5, not an integer"),
+    "measure": (change("subjects", PRESET, "timed", "tpot", value={}), "times tpot: known are prefill, decode, ttft"),
+    "nan": (change(*TIMED, "ratio", value=float("nan")), "not a ratio and a tolerance"),
+    "negative": (change(*TIMED, "ratio", value=-1.0), "has ratio -1.0"),
+    "wide": (change(*TIMED, "tolerance", value=0.9), "the tolerance from 0.05 to 0.3"),
+    "narrow": (change(*TIMED, "tolerance", value=0), "the tolerance from 0.05 to 0.3"),
+    "missing": (change(*TIMED, value={"ratio": 1.0}), "not a ratio and a tolerance"),
+    "other model": (change("shape", "layers", value=4), "of a model of another shape (layers 4, here 3)"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_baseline_is_refused(command: Command, name: str) -> None:
+    edit, message = BROKEN[name]
+    command.edit(edit)
+    assert message in command.error()
+
+
+def test_a_missing_or_unreadable_baseline_is_refused(command: Command) -> None:
+    command.path.write_text("{")
+    assert "cannot be read" in command.error()
+    command.path.unlink()
+    assert "does not exist: measure one with --update" in command.error()
+    command.path = command.path.parent / "none" / "baseline.json"
+    assert "does not exist: make it first" in command.error("--update")
+
+
+def test_a_crash_is_no_regression(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any) -> None:
+        raise RuntimeError("the compiler fell over")
+
+    monkeypatch.setattr(facts, "measure", crash)
+    assert "the compiler fell over" in command(code=2)
+
+
+# The library, on real programs
+
+
+def test_check_and_update_take_a_builder(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    settings = regress.Settings(presets=(PRESET,), backend="eager", batch=BATCH, text_tokens=TEXT, new_tokens=NEW)
+    made, broken = regress.update(build, path, settings, counts_only=True)
+    assert not broken and made.subjects[PRESET].facts == measured()[1]
+    assert regress.load(path) == made and made.settings.model == "given"
+
+    with pytest.raises(ConfigError, match=r"call regress\.check"):
+        regress.check(None, path)
+    content = json.loads(path.read_text())
+    content["subjects"][PRESET]["facts"]["flops"]["decode"] -= 1
+    path.write_text(json.dumps(content))
+    report, found = regress.check(build, path), measured()[1]["flops"]["decode"]
+    assert [(failure.subject, failure.what) for failure in report.failures] == [(PRESET, "flops.decode")]
+    assert report.facts == len(list(leaves(measured()[1]))) and not report.passed
+    assert report.notes == [f"{PRESET}: the baseline holds no timed measures"]
+    assert f"1/3: flops.decode: baseline {found - 1:,}, found {found:,}" in str(report)
+
+
+def test_a_model_given_is_optimized(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple] = []
+    monkeypatch.setattr(subject, "optimize", lambda model, config, backend: made.append((model, config, backend)))
+    model, config = shared(LAYERS, KV_HEADS), ViTCoPConfig.preset(PRESET)
+    subject.builder(model, regress.Settings())(config, "eager")
+    assert made == [(model, config, "eager")]
+    subject.builder(None, regress.Settings(hidden=64, layers=3, vision_hidden=64, vision_layers=2))(config, "inductor")
+    toy_config = made[1][0].config
+    assert (toy_config.text_config.hidden_size, toy_config.vision_config.num_hidden_layers) == (64, 2)
+    with pytest.raises(UnsupportedError, match=r"--model \./nowhere cannot be loaded"):
+        subject.builder(None, regress.Settings(model="./nowhere"))
+
+
+@pytest.fixture(scope="module")
+def arms() -> Iterator[gate.Arms]:
+    """Dense and pruned programs of some milliseconds, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sizes = {"hidden": 128, "heads": 2, "layers": 3, "intermediate": 384, "vision_hidden": 64, "vision_heads": 1}
+    model, request = toy.small_llava(**sizes, vision_layers=2, vocab=300, image_size=224), Request(1, 32, 32)
+    configs = {"dense": ViTCoPConfig.dense(), "pruned": ViTCoPConfig.preset("1/9")}
+    yield {name: bind(optimize(model, config), request) for name, config in configs.items()}
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def timed(arms: gate.Arms) -> tuple[dict[str, Timing], int]:
+    """Their baseline and its rounds: more of them, as the error advises, where others keep the machine busy."""
+    for rounds in (7, 14, 28):
+        try:
+            return gate.measure_times(arms, rounds, regress.REPEATS), rounds
+        except ConfigError:
+            continue
+    return gate.measure_times(arms, 56, regress.REPEATS), 56
+
+
+def test_noise_fails_nothing(arms: gate.Arms, timed) -> None:
+    """Twenty checks of one subject, some ten seconds."""
+    baseline, rounds = timed
+    assert baseline["prefill"].ratio > 1.5
+    for _ in range(20):
+        report = regress.Report()
+        gate.compare_times("subject", baseline, arms, rounds, report)
+        assert report.passed and len(report.timed) == 3, report
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode", "ttft"])
+def test_a_program_that_does_its_work_three_times_fails(arms: gate.Arms, timed, name: str) -> None:
+    baseline, rounds = timed
+    once = arms["pruned"][name]
+    slow = arms | {"pruned": arms["pruned"] | {name: lambda: (once(), once(), once())}}
+    report = regress.Report()
+    gate.compare_times("subject", {name: baseline[name]}, slow, rounds, report)
+    assert [failure.what for failure in report.failures] == [f"time.{name} (dense / pruned)"]
+    (judged,) = report.timed
+    assert len(judged.found) == 3 and max(judged.found) < judged.baseline.bound

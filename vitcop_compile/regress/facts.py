@@ -1,0 +1,137 @@
+"""The deterministic facts of a compiled model: what it computes, holds, compiles to and reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from ..backends import backend_of
+from ..bench import Request, inputs
+from ..errors import ConfigError
+from ..optimized import OptimizedModel
+from .calls import Call, bind, runtime_over
+from .counters import counts, generating
+from .flops import count
+from .reads import reads
+from .stream import stream
+
+Facts = dict[str, Any]
+Say = Callable[[str], None]
+
+
+def measure(optimized: OptimizedModel, request: Request, say: Say = lambda what: None) -> tuple[Facts, dict[str, Call]]:
+    """All facts of `optimized` for `request`, and its programs bound to it (`calls.bind`), compiled by then.
+
+    Raises ConfigError if programs of `optimized` exist already: their compilation could not be counted.
+    """
+    if optimized.compiled:
+        raise ConfigError(
+            f"{len(optimized.compiled)} programs of the model are compiled already, and kernels are counted while they "
+            "compile: hand in a fresh model"
+        )
+    since = counts()
+    say("exporting")
+    programs = export(optimized, request)
+    facts = graph_facts(optimized, request, programs)
+    say("counting reads")
+    facts["reads"] = count_reads(optimized, request, programs)
+
+    kernels: Facts = {}
+
+    @contextmanager
+    def counting(name: str) -> Iterator[None]:
+        say(f"compiling {name}")
+        before = counts()
+        yield
+        made = counts().since(before)
+        kernels[name] = {"generated": made.generated, "extern": made.extern}
+
+    with generating():
+        calls = bind(optimized, request, counting)
+    if optimized.backend == "inductor":
+        facts["kernels"] = kernels
+    say("serving a mixed stream of requests")
+    facts["stream"] = stream(optimized, request.text_tokens, since)
+    return facts, calls
+
+
+def export(optimized: OptimizedModel, request: Request) -> dict[str, ExportedProgram]:
+    """The three programs that serve `request`, as the backend is given them."""
+    plan = optimized.on_demand.plan(request.batch, request.text_tokens, request.new_tokens, True)
+    programs, in_place = optimized.programs, backend_of(optimized.backend).in_place
+    return {
+        "vision": programs.export_vision(request.batch),
+        "prefill": programs.export_prefill(request.batch, plan.rows),
+        "decode": programs.export_decode(request.batch, plan.cache_rows, in_place),
+    }
+
+
+def graph_facts(optimized: OptimizedModel, request: Request, programs: dict[str, ExportedProgram]) -> Facts:
+    """What the graphs alone tell. FLOPs, tokens and bytes are of the whole batch at the bucket's length; rows and tokens per
+    layer and prompt. Keys and values are read off the outputs of prefill; `schedule_flops` is what the schedule says."""
+    schedule = optimized.schedule
+    plan = optimized.on_demand.plan(request.batch, request.text_tokens, request.new_tokens, True)
+    text_rows = plan.rows - schedule.image_tokens
+    padded = dataclasses.replace(schedule, text_tokens=text_rows)
+    pairs = 2 * schedule.shape.layers
+    caches = _outputs(programs["prefill"])[-pairs:]
+    rows = [cache.shape[2] for cache in caches[::2]]
+    return {
+        "flops": {name: count(program) for name, program in programs.items()},
+        "schedule_flops": {
+            "vision": request.batch * padded.vision_flops(),
+            "prefill": request.batch * (sum(padded.prefill_flops()) + padded.head_flops()),
+        },
+        "visual_tokens": [held - text_rows for held in rows],
+        "kv_rows": rows,
+        "kv_bytes": sum(cache.numel() * cache.element_size() for cache in caches),
+        "nodes": {name: nodes(program) for name, program in programs.items()},
+    }
+
+
+def nodes(program: ExportedProgram) -> dict[str, int]:
+    """Nodes per operator, by its name."""
+    found = Counter(_name(node.target) for node in program.graph.nodes if node.op == "call_function")
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def count_reads(optimized: OptimizedModel, request: Request, programs: dict[str, ExportedProgram]) -> dict[str, int]:
+    """program: reads inside the vision and prefill programs; entry: what `forward` adds to them. Counted operator by
+    operator, on the graphs that the backend is given."""
+    inside = [0]
+
+    def counted(program: ExportedProgram) -> Callable[..., Any]:
+        module = program.module(check_guards=False)
+
+        def run(*given: Any) -> Any:
+            before = found.count
+            out = module(*given)
+            inside[0] += found.count - before
+            return out
+
+        return run
+
+    vision, prefill = counted(programs["vision"]), counted(programs["prefill"])
+    model = runtime_over(
+        optimized, vision=lambda batch: vision, prefill=lambda batch, rows, image: prefill, decode=optimized.on_demand.decode
+    )
+    prompt = inputs(optimized.model, request)
+    with reads() as found:
+        model.forward(**prompt)
+    return {"program": inside[0], "entry": found.count - inside[0]}
+
+
+def _name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OperatorBase) else f"{target.__module__}.{target.__name__}"
+
+
+def _outputs(program: ExportedProgram) -> list[torch.Tensor]:
+    output = next(iter(reversed(program.graph.nodes)))
+    return [value.meta["val"] for value in output.args[0]]

@@ -1,0 +1,216 @@
+"""The gate itself: measures the subjects of a baseline again, and compares; or measures a new baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..bench import interleave, median_ratio
+from ..config import ViTCoPConfig
+from ..errors import ConfigError
+from ..optimized import OptimizedModel
+from . import facts as fact
+from .baseline import Baseline, Record, here, load, machine, save, versions
+from .calls import Call, bind
+from .compare import MEASURES, Failure, Report, Timing, broken_promises, compare_facts, failure_of, judge, timing_of
+from .subject import GIVEN, TOY, Build, Settings, Source, builder, check_settings
+
+ELSEWHERE = ("refuse", "skip", "compare")
+REPEATS = 7
+LEAST_MS = 5.0
+
+Say = Callable[[str], None]
+Arms = dict[str, dict[str, Call]]
+
+
+def check(
+    source: Source,
+    baseline: str | Path,
+    *,
+    counts_only: bool = False,
+    elsewhere: str = "refuse",
+    say: Say = lambda what: None,
+) -> Report:
+    """Measures the subjects of the file `baseline` on `source` and compares.
+
+    source: a model as `optimize` takes it; or a function (config, backend) -> a fresh `OptimizedModel`, called with the dense
+    configuration too; or None for the model that the baseline names. counts_only: the facts alone, nothing is timed.
+    elsewhere: what to do where the baseline's timings are from another processor, number of threads or device: "refuse"
+    them, "skip" them, or "compare" regardless. say: called with what is being done.
+
+    Raises ConfigError, before anything is compiled, for a baseline that is missing, of another format, of another machine
+    (elsewhere="refuse") or of a model of another shape; what `optimize` raises, too.
+    """
+    stored = load(Path(baseline))
+    if elsewhere not in ELSEWHERE:
+        raise ConfigError(f"elsewhere={elsewhere!r} is unknown: use one of {', '.join(ELSEWHERE)}")
+    build, report = builder(source, stored.settings), Report()
+    timing, dense = not counts_only, None
+    for number, (preset, record) in enumerate(stored.subjects.items()):
+        told = _of(preset, say)
+        told("capturing")
+        pruned = build(ViTCoPConfig.preset(preset), stored.settings.backend)
+        if number == 0:
+            _check_shape(pruned, stored, baseline)
+            timing = _may_time(stored, here(pruned.device), counts_only, elsewhere, report)
+        found, calls = fact.measure(pruned, stored.settings.request, told)
+        _compare(preset, record, found, stored, pruned, report)
+        if timing and record.timed:
+            dense = dense or _dense(build, stored.settings, say)
+            arms = {"dense": dense, "pruned": calls}
+            compare_times(preset, record.timed, arms, stored.settings.rounds, report, told)
+        elif timing:
+            report.notes.append(f"{preset}: the baseline holds no timed measures")
+    return report
+
+
+def update(
+    source: Source,
+    baseline: str | Path,
+    settings: Settings | None = None,
+    *,
+    counts_only: bool = False,
+    repeats: int = REPEATS,
+    say: Say = lambda what: None,
+) -> tuple[Baseline, list[Failure]]:
+    """Measures `settings` on `source`, as `check` does, and writes the file; every timing is repeated `repeats` times, one
+    after the other, for its tolerance. Returns the baseline and what it breaks that no baseline can allow (a graph break, a
+    recompilation, a read in a program); with any of those nothing is written.
+
+    Raises ConfigError for settings out of range, and for timings that spread too far.
+    """
+    settings = settings or Settings()
+    if source is not None and settings.model == TOY:
+        settings = dataclasses.replace(settings, model=GIVEN, hidden=None, layers=None, vision_hidden=None, vision_layers=None)
+    check_settings(settings)
+    if not counts_only and (isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 3):
+        raise ConfigError(f"repeats={repeats!r}: give an integer of at least 3, so that a spread can be told")
+    build = builder(source, settings)
+    records, broken, dense, environment, shape = {}, [], None, {}, {}
+    for preset in settings.presets:
+        told = _of(preset, say)
+        told("capturing")
+        pruned = build(ViTCoPConfig.preset(preset), settings.backend)
+        environment, shape = here(pruned.device), _shape(pruned)
+        found, calls = fact.measure(pruned, settings.request, told)
+        broken += broken_promises(preset, found, settings.backend)
+        timed: dict[str, Timing] = {}
+        if not counts_only:
+            dense = dense or _dense(build, settings, say)
+            arms = {"dense": dense, "pruned": calls}
+            timed = measure_times(arms, settings.rounds, repeats, told)
+        records[preset] = Record(found, timed)
+    made = Baseline(settings, environment, shape, records)
+    if not broken:
+        save(made, Path(baseline))
+    return made, broken
+
+
+def measure_times(arms: Arms, rounds: int, repeats: int, say: Say = lambda what: None) -> dict[str, Timing]:
+    """The baseline of every measure. Repeats go round all measures, so that each one's are spread over the whole time."""
+    ratios: dict[str, list[float]] = {name: [] for name in MEASURES}
+    for repeat in range(repeats):
+        say(f"timing, {repeat + 1} of {repeats}")
+        for name, found in ratios.items():
+            found.append(ratio_of(arms, name, rounds))
+    return {name: timing_of(name, found) for name, found in ratios.items()}
+
+
+def compare_times(
+    subject: str, timed: dict[str, Timing], arms: Arms, rounds: int, report: Report, say: Say = lambda what: None
+) -> None:
+    """Measures every timing of a baseline again, and adds what is found to `report`."""
+    for name, timing in timed.items():
+
+        def attempt(count: int, name: str = name) -> float:
+            say(f"timing {name}, {count} rounds")
+            return ratio_of(arms, name, count)
+
+        judged = judge(subject, name, timing, attempt, rounds)
+        report.timed.append(judged)
+        if judged.verdict == "slower":
+            report.failures.append(failure_of(judged))
+        if judged.verdict == "faster":
+            report.notes.append(
+                f"{subject}: {name} is faster: ratio {judged.found[-1]:.3f} where the baseline has {timing.ratio:.3f}: "
+                "consider --update"
+            )
+
+
+def ratio_of(arms: Arms, name: str, rounds: int) -> float:
+    """Median over interleaved rounds of the dense arm's time over the pruned arm's.
+
+    A call shorter than LEAST_MS is repeated within its round: on a shared machine one step is either interrupted or not, and
+    the median of such rounds jumps between the two.
+    """
+    once = {arm: calls[name] for arm, calls in arms.items()}
+    shortest = min(min(times) for times in interleave(once, 3, warmup=1).values())
+    number = max(1, math.ceil(LEAST_MS / shortest))
+
+    def repeated(call: Call) -> Call:
+        def run() -> None:
+            for _ in range(number):
+                call()
+
+        return run
+
+    times = interleave({arm: repeated(call) for arm, call in once.items()}, rounds)
+    return median_ratio(times["dense"], times["pruned"])
+
+
+def _compare(preset: str, record: Record, found: Any, stored: Baseline, pruned: OptimizedModel, report: Report) -> None:
+    now = here(pruned.device)
+    before = stored.environment
+    failures, notes, compared = compare_facts(
+        preset,
+        record.facts,
+        found,
+        versions=versions(before) if versions(before) != versions(now) else None,
+        device=before["device"] if before["device"] != now["device"] else None,
+    )
+    known = {failure.what for failure in failures}
+    failures += [f for f in broken_promises(preset, found, stored.settings.backend) if f.what not in known]
+    report.failures += failures
+    report.notes += notes
+    report.facts += compared
+
+
+def _may_time(stored: Baseline, now: dict[str, Any], counts_only: bool, elsewhere: str, report: Report) -> bool:
+    """Whether the timings are compared. Raises ConfigError where they must not be and `elsewhere` is "refuse"."""
+    if counts_only:
+        report.notes.append("timed measures not compared: only counts were asked for")
+        return False
+    if machine(stored.environment) == machine(now) or not any(record.timed for record in stored.subjects.values()):
+        return True
+    both = f"the baseline's timings are from {machine(stored.environment)}; this is {machine(now)}"
+    if elsewhere == "refuse":
+        raise ConfigError(f"{both}: measure a baseline here with --update, or pass --elsewhere skip or compare")
+    report.notes.append(f"{both}: timed measures {'not compared' if elsewhere == 'skip' else 'compared all the same'}")
+    return elsewhere == "compare"
+
+
+def _of(preset: str, say: Say) -> Say:
+    return lambda what: say(f"{preset}: {what}")
+
+
+def _dense(build: Build, settings: Settings, say: Say) -> dict[str, Call]:
+    say("compiling the dense model")
+    return bind(build(ViTCoPConfig.dense(), settings.backend), settings.request)
+
+
+def _shape(optimized: OptimizedModel) -> dict[str, Any]:
+    """The model's shape as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(optimized.schedule.shape)))
+
+
+def _check_shape(optimized: OptimizedModel, stored: Baseline, path: str | Path) -> None:
+    found = _shape(optimized)
+    other = [
+        f"{name} {stored.shape.get(name)}, here {value}" for name, value in found.items() if stored.shape.get(name) != value
+    ]
+    if other:
+        raise ConfigError(f"{path} is of a model of another shape ({'; '.join(other)}): check the model it was made of")

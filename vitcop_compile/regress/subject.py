@@ -1,0 +1,122 @@
+"""What a baseline is about: the settings it is measured under, and where its compiled models come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from ..backends import backend_of
+from ..bench import Request
+from ..config import ViTCoPConfig
+from ..errors import ConfigError, UnsupportedError
+from ..optimized import OptimizedModel
+from ..pipeline import optimize
+from ..toy import small_llava
+
+# build(config, backend) -> a fresh model, none of whose programs is compiled yet.
+Build = Callable[[ViTCoPConfig, str], OptimizedModel]
+Source = PreTrainedModel | Build | None
+
+TOY, GIVEN = "toy", "given"
+_SIZES = ("hidden", "layers", "vision_hidden", "vision_layers")
+_HEAD = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The subjects of a baseline, one for every preset, and the rounds of each timing.
+
+    model: "toy", a random LLaVA of the four sizes; "given", a model or builder that the caller hands in; or a LLaVA-1.5 folder
+    or model on the hub, loaded in float32. The sizes are None for all but "toy". batch: prompts per call; text_tokens and
+    new_tokens: of each prompt; rounds: interleaved rounds of one timing.
+    """
+
+    model: str = TOY
+    hidden: int | None = 512
+    layers: int | None = 8
+    vision_hidden: int | None = 256
+    vision_layers: int | None = 4
+    presets: tuple[str, ...] = ("1/9",)
+    backend: str = "inductor"
+    batch: int = 1
+    text_tokens: int = 64
+    new_tokens: int = 64
+    rounds: int = 9
+
+    @property
+    def request(self) -> Request:
+        """The request that every subject serves."""
+        return Request(self.batch, self.text_tokens, self.new_tokens)
+
+
+def settings_of(base: Settings, options: dict[str, Any]) -> Settings:
+    """`base` with the `options` that are not None in their place. Raises ConfigError for values out of range."""
+    given = {name: value for name, value in options.items() if value is not None}
+    model = given.get("model", base.model)
+    sizes = sorted(given.keys() & set(_SIZES))
+    if model != TOY:
+        if sizes:
+            raise ConfigError(f"{', '.join(sizes)} were given with model={model!r}: sizes are for the random model alone")
+        given |= dict.fromkeys(_SIZES)
+    elif base.model != TOY:
+        given = {name: getattr(Settings(), name) for name in _SIZES} | given
+    settings = dataclasses.replace(base, **given)
+    check_settings(settings)
+    return settings
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ConfigError for what is out of range, UnsupportedError for a backend that is unknown or cannot work here."""
+    for name in ("batch", "text_tokens", "new_tokens", "rounds"):
+        _at_least(name, getattr(settings, name), 1)
+    if settings.model == TOY:
+        for name, least in zip(_SIZES, (_HEAD, 3, _HEAD, 2)):
+            _at_least(name, getattr(settings, name), least)
+        for name in ("hidden", "vision_hidden"):
+            if getattr(settings, name) % _HEAD:
+                raise ConfigError(f"{name}={getattr(settings, name)} is not a multiple of {_HEAD}, the width of a head")
+    if not settings.presets or len(set(settings.presets)) != len(settings.presets):
+        raise ConfigError(f"presets={', '.join(settings.presets) or 'none'}: name each setting to measure once")
+    for preset in settings.presets:
+        ViTCoPConfig.preset(preset)
+    backend_of(settings.backend)
+
+
+def builder(source: Source, settings: Settings) -> Build:
+    """How to make a compiled model of the subject. Raises UnsupportedError for a model that cannot be loaded."""
+    if settings.model == GIVEN and source is None:
+        raise ConfigError("this baseline is of a model that was handed in: call regress.check(model, baseline) instead")
+    if source is not None and not isinstance(source, PreTrainedModel):
+        return source
+    model = source if source is not None else _load(settings)
+    return lambda config, backend: optimize(model, config, backend=backend)
+
+
+def _load(settings: Settings) -> PreTrainedModel:
+    if settings.model != TOY:
+        try:
+            return AutoModelForImageTextToText.from_pretrained(settings.model, dtype=torch.float32).eval()
+        except (OSError, ValueError, ImportError) as error:
+            raise UnsupportedError(f"--model {settings.model} cannot be loaded: {str(error).splitlines()[0]}") from None
+    hidden, layers, width, depth = (getattr(settings, name) for name in _SIZES)
+    return small_llava(
+        hidden=hidden,
+        layers=layers,
+        heads=hidden // _HEAD,
+        intermediate=-(-hidden * 8 // 3 // _HEAD) * _HEAD,
+        vision_hidden=width,
+        vision_layers=depth,
+        vision_heads=width // _HEAD,
+    )
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r} is not an integer")
+    if value < least:
+        raise ConfigError(f"{name}={value} is below {least}")
