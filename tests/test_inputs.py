@@ -227,12 +227,25 @@ def mixed_types():
     return model
 
 
+def mixed_devices():
+    model = models.llava(3)
+    model.lm_head.to("meta")
+    return model
+
+
+def weights_alone_on_meta():
+    model = models.llava(3).to("meta")
+    model.model.language_model.rotary_emb.inv_freq = torch.ones(8)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "settings_", "words"),
     [
         (llama, {}, ["LlamaForCausalLM", "LlavaForConditionalGeneration"]),
         (lambda: models.llava(3).double(), {}, ["float64", "bfloat16"]),
-        (lambda: models.llava(3).to("meta"), {}, ["meta"]),
+        (mixed_devices, {}, ["cpu, meta", "one device"]),
+        (weights_alone_on_meta, {}, ["cpu, meta", "all of it on 'meta'"]),
         (mixed_types, {}, ["float16", "float32"]),
         (lambda: models.llava(3, vision_feature_select_strategy="full"), {}, ["'full'", "'default'"]),
         (lambda: models.llava(3, vision_feature_layer=[-2, -1]), {}, ["[-2, -1]", "single layer"]),

@@ -82,10 +82,27 @@ def eager(program: ExportedProgram) -> Program:
 @register("inductor")
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
+    _check_loaded(program, "inductor")
     module = lower_linear(program.module(check_guards=False))
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     options: dict[str, Any] = {"triton.cudagraphs": True} | _exact_division() if on_cuda else {}
     return torch.compile(module, fullgraph=True, dynamic=False, options=options or None)
+
+
+def _check_aotinductor() -> None:
+    from .aoti_backend import check
+
+    check()
+
+
+@register("aotinductor", check=_check_aotinductor)
+def aotinductor(program: ExportedProgram) -> Program:
+    """The program compiled by AOTInductor before its first call, on the model's own weights; without CUDA graphs."""
+    from .aoti_backend import compile_ahead
+
+    _check_loaded(program, "aotinductor")
+    on_cuda = any(tensor.is_cuda for tensor in program.state_dict.values())
+    return compile_ahead(program, _exact_division() if on_cuda else {})
 
 
 def _check_tensorrt() -> None:
@@ -107,7 +124,16 @@ def onnxruntime(program: ExportedProgram) -> Program:
     """The program as an ONNX file in a temporary folder, run by onnxruntime on the CPU; weights are held twice."""
     from .export.ort_backend import load
 
+    _check_loaded(program, "onnxruntime")
     return load(program)
+
+
+def _check_loaded(program: ExportedProgram, name: str) -> None:
+    if any(tensor.is_meta for tensor in program.state_dict.values()):
+        raise UnsupportedError(
+            f"backend={name!r} compiles for weights, and these are on meta, which holds none: load the model, or use "
+            "backend='eager', which computes shapes there"
+        )
 
 
 def _exact_division() -> dict[str, bool]:

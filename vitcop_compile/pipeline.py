@@ -25,12 +25,12 @@ def optimize(
     attention: str = "sdpa",
     text_buckets: Sequence[int] = TEXT_BUCKETS,
 ) -> OptimizedModel:
-    """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded.
+    """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded, or wholly on "meta".
 
     config: what to prune, preset "1/3" by default; backend: a name in `backends.BACKENDS`; attention: "sdpa" or
     "flash_attn", the kernels that attention lowers to; text_buckets: ascending numbers of text tokens that prompts are
     padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
-    through `warmup`.
+    through `warmup`. A model on the meta device is for planning: it has a schedule and its programs can be exported.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
     the model's shape cannot meet; both before anything is traced.
@@ -50,10 +50,16 @@ def optimize(
 
 
 def _check_weights(model: PreTrainedModel) -> None:
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if "meta" in devices:
+        # Some ways to build a model without weights make its buffers for real: its graphs would copy between devices.
+        devices |= {str(buffer.device) for buffer in model.buffers()}
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if len(devices) != 1 or devices[0] == "meta":
-        raise UnsupportedError(f"the weights are on {', '.join(devices)}: load the whole model on one device")
+    if len(devices) != 1:
+        raise UnsupportedError(
+            f"the weights are on {', '.join(sorted(devices))}: load the whole model on one device, or to plan without weights "
+            "build all of it on 'meta'"
+        )
     allowed = (torch.float32, torch.float16, torch.bfloat16)
     if len(dtypes) != 1 or not dtypes <= set(allowed):
         names = ", ".join(sorted(map(str, dtypes)))
