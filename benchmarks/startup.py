@@ -31,6 +31,7 @@ LLAVA_7B = {
     "hidden": 4096, "layers": 32, "heads": 32, "intermediate": 11008, "vocab": 32064,
     "vision_hidden": 1024, "vision_layers": 24, "vision_heads": 16,
 }  # fmt: skip
+_STEPS = {"rewrite + export": "export_s", "compile": "compile_s", "first call": "first_call_s"}
 _PROCESS = Path(__file__).with_name("startup_process.py")
 
 
@@ -64,20 +65,23 @@ def measure(
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Seconds of every step, and hits and misses of both caches together, a line per program."""
+    """Seconds of every step, and what both caches counted together, a line per program."""
     out = Table(title="start-up, seconds")
-    for name in ("process", "import", "optimize", "optimize, CPU", "program", "rewrite + export", "compile", "first call", "hits"):
+    for name in ("process", "import", "optimize", "optimize, CPU", "program", *_STEPS, "hits", "misses, bypasses"):
         out.add_column(name, justify="left" if name in ("process", "program") else "right")
-    out.add_column("misses, bypasses", justify="right")
     for row in results["rows"]:
         head = [row["process"], *(f"{row[name]:.1f}" for name in ("import_s", "optimize_s", "optimize_cpu_s"))]
         for program in row["programs"]:
-            seconds = [f"{program[name]:.1f}" if name in program else "-" for name in ("export_s", "compile_s", "first_call_s")]
-            hits = [program[name] for name in program if name.endswith("_hit")]
-            others = [program[name] for name in program if name.endswith(("_miss", "_bypass"))]
-            out.add_row(*head, program["program"], *seconds, *(str(sum(found)) if found else "-" for found in (hits, others)))
+            seconds = [f"{program[name]:.1f}" if name in program else "-" for name in _STEPS.values()]
+            counts = [_sum(program, "_hit"), _sum(program, "_miss", "_bypass")]
+            out.add_row(*head, program["program"], *seconds, *counts)
             head = [""] * len(head)
     return out
+
+
+def _sum(program: dict[str, Any], *endings: str) -> str:
+    found = [value for name, value in program.items() if name.endswith(endings)]
+    return str(sum(found)) if found else "-"
 
 
 def main(

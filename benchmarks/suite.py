@@ -41,10 +41,22 @@ def of_cases(cases: list[bench.Case], rounds: int, columns: Columns | None = Non
 
 
 def cpu() -> list[bench.Case]:
-    """Every backend with every preset at batch 1."""
-    stock = ("stock_eager", "stock_compile")
-    backends = {"inductor": stock, "aotinductor": stock, "onnxruntime": stock, "eager": (*stock, "by_the_book")}
-    return [bench.Case(bench.Shape(), backend, against=against) for backend, against in backends.items()]
+    """Every backend with every preset at batch 1, beside what a user could run instead."""
+    against = {
+        "inductor": ("stock_eager", "stock_compile"),
+        "aotinductor": ("stock_compile",),
+        "onnxruntime": ("stock_compile",),
+        "eager": ("by_the_book",),
+    }
+    return [bench.Case(bench.Shape(), backend, against=others) for backend, others in against.items()]
+
+
+def memory() -> list[bench.Case]:
+    """Peak memory of a process that serves one arm."""
+    against = {"inductor": ("stock_eager", "stock_compile"), "aotinductor": (), "onnxruntime": ()}
+    return [
+        bench.Case(bench.Shape(), backend, ("1/9",), against=others, stages=("ttft",)) for backend, others in against.items()
+    ]
 
 
 def decode() -> list[bench.Case]:
@@ -84,6 +96,14 @@ DECODE_COLUMNS: Mapping[str, Callable] = {
     "ratio / bytes": against_ideal("decode", "decode_byte_ratio", "decode_realized_over_ideal"),
     "ratio to stock_compile": ratio("decode", "stock_compile"),
 }
+MEMORY_COLUMNS: Mapping[str, Callable] = {
+    "backend": lambda row: row["backend"],
+    "arm": lambda row: row["arm"],
+    "preset": lambda row: row["preset"],
+    "peak, MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:.0f}",
+    "before the request, MiB": lambda row: f"{row['resident_memory_bytes'] / 2**20:.0f}",
+    "KV cache, MiB": lambda row: f"{row['kv_bytes'] / 2**20:.1f}",
+}
 VISION_COLUMNS: Mapping[str, Callable] = {
     "settings": lambda row: row["preset"],
     "vision": milliseconds("vision"),
@@ -100,7 +120,8 @@ SELECTION_COLUMNS: Mapping[str, Callable] = {
     "linear": lambda row: "yes" if row["linear"] else "no",
 }
 TABLES = {
-    "cpu": of_cases(cpu(), rounds=15, memory=True),
+    "cpu": of_cases(cpu(), rounds=11),
+    "memory": of_cases(memory(), rounds=3, columns=MEMORY_COLUMNS, memory=True),
     "decode": of_cases(decode(), rounds=21, columns=DECODE_COLUMNS),
     "vision_layer": of_cases(vision_layer(), rounds=15, columns=VISION_COLUMNS),
     "selection": Table(

@@ -38,11 +38,9 @@ def take_along(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def count(mask: Tensor, keepdim: bool = False) -> Tensor:
-    """True entries of the last dimension of a bool tensor, int64. Exact up to 2^24 of them.
-
-    Summed as floats: engines add those several times faster than integers.
-    """
-    return mask.float().sum(-1, keepdim=keepdim).long()
+    """True entries in the last dimension of a bool tensor, as fp32: exact up to 2^24, and engines add floats several times
+    faster than integers."""
+    return mask.float().sum(-1, keepdim=keepdim)
 
 
 def compact(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +67,7 @@ def earlier(n: int, device: torch.device) -> Tensor:
 def rank(values: Tensor) -> Tensor:
     """Ascending rank int64 [B, n] of every value [B, n], counted from all pairs; equal values rank by index."""
     of_i, of_j = values.unsqueeze(2), values.unsqueeze(1)
-    return count((of_j < of_i) | ((of_j == of_i) & earlier(values.shape[1], values.device)))
+    return count((of_j < of_i) | ((of_j == of_i) & earlier(values.shape[1], values.device))).long()
 
 
 def lowest(values: Tensor, number: int) -> Tensor:
@@ -79,21 +77,20 @@ def lowest(values: Tensor, number: int) -> Tensor:
     how many values lie below the last one does not.
     """
     last = values.topk(number, largest=False).values[:, -1:]
-    return compact(_up_to(values, last, values == last, number), number)[0]
+    return compact(_up_to(values, last, number), number)[0]
 
 
-def least(values: Tensor, number: Tensor, eligible: Tensor) -> Tensor:
-    """bool [B, n]: the `number` least of the `eligible` values of every row; ties go to the lower index.
+def least(values: Tensor, number: Tensor) -> Tensor:
+    """bool [..., n]: the `number` least of the values of every row that are not inf; ties go to the lower index.
 
-    values: finite [B, n]; number: int64 [B, 1], below 1 is none and beyond the eligible is all; eligible: bool [B, n].
+    values: fp32 [..., n]; number: fp32 [..., 1], below 1 is none and beyond what is finite is all.
     """
-    n = values.shape[1]
-    values = torch.where(eligible, values, torch.inf)
-    last = values.topk(n, largest=False).values.gather(1, (number - 1).clamp(0, n - 1))
-    return eligible & (number > 0) & _up_to(values, last, eligible & (values == last), number)
+    n = values.shape[-1]
+    last = values.topk(n, largest=False).values.gather(-1, (number.long() - 1).clamp(0, n - 1))
+    return _up_to(values, last.clamp_max(torch.finfo(torch.float32).max), number)
 
 
-def _up_to(values: Tensor, last: Tensor, equal: Tensor, number: Tensor | int) -> Tensor:
-    """What lies below `last`, and of what is `equal` to it the first entries, `number` together."""
-    below = values < last
-    return below | (equal & (equal.long().cumsum(1) <= number - count(below, keepdim=True)))
+def _up_to(values: Tensor, last: Tensor, number: Tensor | int) -> Tensor:
+    """What lies below `last`, and of what equals it the first entries, `number` together."""
+    below, equal = values < last, values == last
+    return below | (equal & (equal.float().cumsum(-1) <= number - count(below, keepdim=True)))

@@ -78,29 +78,35 @@ def _plan(saliency: Tensor, labels: Tensor, budget: int, images: int) -> _Plan:
     keep = count(precedes) < quota.reshape(blocks, each).gather(1, speaker)
     together = same & ~keep.unsqueeze(1) & ~keep.unsqueeze(2)
     member = count(together & before)
-    seat = ~keep & (member == count(together) // 2)
+    seat = ~keep & (member == _half(count(together)))
 
     shared = ~whole.reshape(blocks, each).gather(1, speaker).reshape(batch, n)
-    rank = shared.long().cumsum(1) - 1
-    middle = shared & (rank == count(shared, keepdim=True) // 2)
+    middle = shared & (shared.float().cumsum(1) - 1 == _half(count(shared, keepdim=True)))
     return _Plan(keep.reshape(batch, n), middle | (~shared & seat.reshape(batch, n)), shared, together)
 
 
 def _quotas(total: Tensor, size: Tensor, first: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """(quota int64 [B, n], whole bool [B, n]) at the first token of each cluster: how many of its tokens stay as they are,
+    """(quota fp32 [B, n], whole bool [B, n]) at the first token of each cluster: how many of its tokens stay as they are,
     and whether it forms a group of its own (all do, unless there are more clusters than `budget`)."""
     clusters = count(first, keepdim=True)
     # fp32 in this order of operations: the rounding is part of the method.
-    spare = (size.shape[1] - clusters).clamp_min(1).float()
-    quota = torch.round((size - 1).float() / spare * (budget - clusters).float()).long()
-    quota = torch.where(first, torch.minimum(quota, size - 1), 0)
+    spare = (size.shape[1] - clusters).clamp_min(1)
+    quota = torch.round((size - 1) / spare * (budget - clusters))
+    quota = torch.where(first, torch.minimum(quota, size - 1), 0.0)
     missing = budget - clusters - quota.sum(-1, keepdim=True)
-    up = least(total, missing, first & (quota < size - 1))
-    down = least(-total, -missing, first & (quota > 0))
     many = clusters > budget
-    quota = torch.where(many, 0, quota + up.long() - down.long())
-    # With fewer clusters than the budget, all of them are among the least `budget`.
-    return quota, least(total, torch.where(many, budget - 1, budget), first)
+    # Three questions of one kind: who takes one more, who gives one up, and who is merged alone. With no more clusters than
+    # the budget, all of them are among the least `budget`.
+    asked = torch.stack((first & (quota < size - 1), first & (quota > 0), first), 1)
+    values = torch.where(asked, torch.stack((total, -total, total), 1), torch.inf)
+    alone = torch.where(many, budget - 1.0, float(budget))
+    up, down, whole = least(values, torch.stack((missing, -missing, alone), 1)).unbind(1)
+    return torch.where(many, 0.0, quota + up.float() - down.float()), whole
+
+
+def _half(number: Tensor) -> Tensor:
+    """Half of whole fp32 numbers, rounded down."""
+    return torch.floor(number * 0.5)
 
 
 def _means(hidden: Tensor, index: Tensor, plan: _Plan, images: int) -> Tensor:
