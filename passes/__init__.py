@@ -4,7 +4,7 @@
     prefill   clean -> prune_decoder -> return_kv -> lower_attention
     decode    clean -> decode_cache -> lower_attention
 
-The inductor backend ends with one more on every exported program: lower_linear.
+The backends inductor and aotinductor end with one more on every exported program: lower_linear.
 """
 
 from __future__ import annotations

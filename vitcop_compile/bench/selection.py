@@ -19,9 +19,10 @@ from .timing import Call
 class SelectionOnly(nn.Module):
     """The very functions the passes insert, and nothing else: what selection costs inside vision and prefill together.
 
-    query, key: [B, prefix + patches, heads, hd] of the encoder's scoring layer, as its projections leave them; patches: [B, prefix + patches, C], its
-    output; hidden: [B, L0, D], what enters the shallow stage; first, second: [B, kv_heads, rows, hd], the keys before the
-    shallow and the deep stage; visual: int64 [B, n], the visual rows. Returns what leaves the vision and the deep stage.
+    query, key: [B, prefix + patches, heads, hd] of the encoder's scoring layer, as its projections leave them; patches:
+    [B, prefix + patches, C], its output; hidden: [B, L0, D], what enters the shallow stage; first, second: [B, kv_heads,
+    rows, hd], the keys before the shallow and the deep stage; visual: int64 [B, n], the visual rows. Returns what leaves the
+    vision and the deep stage.
     """
 
     def __init__(self, schedule: Schedule):
