@@ -13,7 +13,7 @@ from ..errors import ConfigError
 # What is timed: ratios dense / pruned of these calls.
 MEASURES = ("prefill", "decode", "ttft")
 # Below this no tolerance goes: a process differs from the next one by more than its own repeats show.
-FLOOR = 0.05
+FLOOR = 0.1
 # Robust standard deviations that a measure may fall below its baseline.
 DEVIATIONS = 4.0
 # Above this a timing would let almost anything pass.
