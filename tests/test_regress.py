@@ -161,13 +161,13 @@ def test_every_tampered_fact_fails_and_is_named(command: Command) -> None:
 
 
 def test_a_slow_down_fails_and_a_speed_up_passes_aloud(command: Command) -> None:
-    command.ratios["prefill"] = 4.0 * 0.94
+    command.ratios["prefill"] = 4.0 * 0.88
     output = command(code=1)
-    assert "time.prefill (dense / pruned)" in output and "4.000, at least 3.800" in output and "1 failed" in output
-    assert "3.760, 3.760, 3.760" in output
-    command.ratios["prefill"] = 4.0 * 1.06
+    assert "time.prefill (dense / pruned)" in output and "4.000, at least 3.600" in output and "1 failed" in output
+    assert "3.520, 3.520, 3.520" in output
+    command.ratios["prefill"] = 4.0 * 1.12
     output = command()
-    assert "prefill is faster: ratio 4.240 where the baseline has 4.000: consider --update" in output and "all pass" in output
+    assert "prefill is faster: ratio 4.480 where the baseline has 4.000: consider --update" in output and "all pass" in output
 
 
 def test_counts_alone_are_compared_without_a_clock(command: Command) -> None:
@@ -210,7 +210,7 @@ def test_an_update_prints_what_changed(command: Command) -> None:
     assert rows == [
         ["", "rounds", "9", "5"],
         [PRESET, "kv_bytes", f"{size - 1000:,}", f"{size:,}"],
-        [PRESET, "time.ttft", "2.500, tolerance 5.0%", "3.000, tolerance 5.0%"],
+        [PRESET, "time.ttft", "2.500, tolerance 10.0%", "3.000, tolerance 10.0%"],
     ]
     assert "all pass" in command("--rounds", 5)
 
