@@ -43,11 +43,11 @@ def compile_ahead(program: ExportedProgram, options: dict[str, Any]) -> AheadPro
     from torch._inductor import aot_compile, aoti_load_package
     from torch._inductor.package import package_aoti
 
-    inputs, _ = program.example_inputs or ((), {})
+    inputs: tuple[Tensor, ...] = (program.example_inputs or ((), {}))[0]
     module = _named(lower_linear(program.module(check_guards=False), ahead=True))
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="vitcop-") as folder:
         files = aot_compile(module, tuple(inputs), options=_OPTIONS | options)
-        path = package_aoti(str(Path(folder) / "program.pt2"), files)
+        path = package_aoti(str(Path(folder) / "program.pt2"), files)  # type: ignore[arg-type]
         device = inputs[0].device
         loaded = aoti_load_package(path, device_index=device.index if device.index is not None else -1)
     return AheadProgram(loaded, _constants(module, loaded.get_constant_fqns()), inputs)

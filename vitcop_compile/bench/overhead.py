@@ -33,7 +33,8 @@ class _Replay:
 
     def _replay(self, kind: str, *key: Any) -> Callable[..., Any]:
         if (kind, *key) not in self._made:
-            program, outputs = getattr(self._provider, kind)(*key), []
+            program = getattr(self._provider, kind)(*key)
+            outputs: list[Any] = []
 
             def replay(*given: Any) -> Any:
                 if not outputs:
