@@ -175,9 +175,10 @@ def test_unknown_constants_are_refused():
 def test_no_compiler_is_said_before_anything_is_traced(monkeypatch):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("traced"))
-    with pytest.raises(UnsupportedError, match=r"compiles C\+\+ .*no-such-compiler.*install g\+\+.*backend='onnxruntime'"):
+    message = r"compiles C\+\+ .*no-such-compiler.*install g\+\+.*backend='onnxruntime'"
+    # The config's own patch: monkeypatch would take the setting away when it restores it.
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(UnsupportedError, match=message):
         optimize(models.shared(3), CONFIGS["dense"], backend="aotinductor")
 
 

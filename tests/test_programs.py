@@ -96,8 +96,8 @@ def test_prefill_holds_no_token_by_token_matrix(prefill):
     for where, shape in squares:
         assert not any(shape[-2] == shape[-1] == length for length in {*LENGTHS, TOKENS - N}), (where, shape)
         assert shape.count(TOKENS) <= 1, (where, shape)
-    # The stages compare visual tokens with each other, and nothing else is compared.
-    assert {shape[-1] for _, shape in squares if shape[-1] == shape[-2]} - {1} == {N, MERGED}
+    # Merging compares the visual tokens with each other, and nothing else is compared.
+    assert {shape[-1] for _, shape in squares if shape[-1] == shape[-2]} - {1} == {N}
 
 
 def test_softmax_is_inside_attention(vision, prefill, decode):
@@ -106,8 +106,8 @@ def test_softmax_is_inside_attention(vision, prefill, decode):
 
     assert (softmaxes(vision), softmaxes(prefill), softmaxes(decode)) == (1, 0, 0)
     (node,) = [n for n in nodes(vision) if "softmax" in str(n.target)]
-    # Only the CLS row: [B, heads, 1, 1 + patches].
-    assert tuple(node.meta["val"].shape) == (BATCH, 4, 1, 65)
+    # Only the CLS row: [B, 1 + patches, heads].
+    assert tuple(node.meta["val"].shape) == (BATCH, 65, 4)
     assert [len(nodes(p, SDPA)) for p in (vision, prefill, decode)] == [3, LAYERS, LAYERS]
 
 
