@@ -5,6 +5,7 @@ Every table is written to benchmarks/results/NAME.json.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,20 +17,26 @@ import selection_cost
 import typer
 from rich.console import Console
 
-from vitcop_compile import ViTCoPConfig, bench
+from vitcop_compile import ViTCoPConfig, bench, optimize
+from vitcop_compile.bench.overhead import overhead as bench_overhead
 from vitcop_compile.bench.report import Columns, against_ideal, milliseconds, ratio
 from vitcop_compile.cli import errors_as_lines
+from vitcop_compile.config import PRESETS
 from vitcop_compile.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
 TINY = "tiny"
 
 
+Save = Callable[[dict[str, Any]], None]
+
+
 @dataclass(frozen=True)
 class Table:
-    """measure(): the results; fields: what every row has; columns: what is printed, None for the usual ones."""
+    """measure(save): the results, given to `save` as they come; fields: what every row has; columns: what is printed, None
+    for the usual ones."""
 
-    measure: Callable[[], dict[str, Any]]
+    measure: Callable[[Save], dict[str, Any]]
     cases: tuple[bench.Case, ...] = ()
     columns: Columns | None = None
     fields: tuple[str, ...] = ("backend", "arm", "preset", "ratio_to")
@@ -37,7 +44,7 @@ class Table:
 
 def of_cases(cases: list[bench.Case], rounds: int, columns: Columns | None = None, memory: bool = False) -> Table:
     """A table of `bench.run`."""
-    return Table(lambda: bench.run(cases, rounds=rounds, memory=memory), tuple(cases), columns)
+    return Table(lambda save: bench.run(cases, rounds=rounds, memory=memory, save=save), tuple(cases), columns)
 
 
 def cpu() -> list[bench.Case]:
@@ -74,6 +81,20 @@ def vision_layer() -> list[bench.Case]:
     shape = bench.Shape(hidden=256, layers=4, vision_hidden=1024, vision_layers=24, name="CLIP-L")
     configs = {f"vision_layer={layer}": ViTCoPConfig.preset("1/9", vision_layer=layer) for layer in (-2, 18, 14, 10, 6, 2)}
     return [bench.Case(shape, "inductor", (), configs=configs, against=(), stages=("vision",))]
+
+
+def overhead(save: Save) -> dict[str, Any]:
+    """`forward` outside of its programs, on a model of 32 narrow layers: the copy of keys and values hardly counts."""
+    shape = bench.Shape(hidden=64, layers=32, vision_hidden=64, vision_layers=3, name="64x32")
+    model = shape.model()
+    rows = []
+    for preset in PRESETS:
+        optimized = optimize(model, ViTCoPConfig.preset(preset), backend="eager")
+        for batch in (1, 8):
+            found = bench_overhead(optimized, bench.Request(batch))
+            rows.append({"preset": preset, "batch": batch} | {f"{name}_ms": value for name, value in found.items()})
+    conditions = {"device": shape.device, "dtype": shape.dtype, "rounds": 51, "memory": False}
+    return {"environment": bench.environment() | conditions, "rows": rows}
 
 
 def tiny() -> list[bench.Case]:
@@ -118,16 +139,23 @@ SELECTION_COLUMNS: Mapping[str, Callable] = {
     "per image to one": lambda row: f"{row['per_image_to_one']['median']:.2f}",
     "linear": lambda row: "yes" if row["linear"] else "no",
 }
+OVERHEAD_COLUMNS: Mapping[str, Callable] = {
+    "preset": lambda row: row["preset"],
+    "batch": lambda row: str(row["batch"]),
+    "prefill, ms": lambda row: f"{row['prefill_ms']:.2f}",
+    "decode step, ms": lambda row: f"{row['decode_ms']:.3f}",
+}
 TABLES = {
     "cpu": of_cases(cpu(), rounds=11),
     "memory": of_cases(memory(), rounds=3, columns=MEMORY_COLUMNS, memory=True),
     "decode": of_cases(decode(), rounds=21, columns=DECODE_COLUMNS),
     "vision_layer": of_cases(vision_layer(), rounds=7, columns=VISION_COLUMNS),
     "selection": Table(
-        lambda: selection_cost.measure(bench.Shape(), ("inductor", "onnxruntime"), (1, 8, 32), rounds=15),
+        lambda save: selection_cost.measure(bench.Shape(), ("inductor", "onnxruntime"), (1, 8, 32), rounds=15),
         columns=SELECTION_COLUMNS,
         fields=selection_cost.FIELDS,
     ),
+    "overhead": Table(overhead, columns=OVERHEAD_COLUMNS, fields=("preset", "batch", "prefill_ms", "decode_ms")),
     TINY: of_cases(tiny(), rounds=1),
 }
 
@@ -152,7 +180,7 @@ def main(
             if tables:
                 print(f"### {name}\n\n{bench.markdown(bench.read(path, TABLES[name].fields), TABLES[name].columns)}")
                 continue
-            results = TABLES[name].measure()
+            results = TABLES[name].measure(functools.partial(bench.write, path=path))
             bench.write(results, path)
             Console(width=240).print(bench.table(results, TABLES[name].columns))
 

@@ -160,7 +160,7 @@ def test_the_suite_measures_writes_and_prints_a_table(command, tmp_path):
 
 
 def test_the_suite_refuses_what_it_does_not_know(command, tmp_path):
-    assert "table 'huge' is unknown: use some of cpu, decode" in error_of("huge", command=command)
+    assert "table 'huge' is unknown: use some of cpu, memory, decode" in error_of("huge", command=command)
     assert "tiny.json cannot be read: No such file" in error_of("tiny", "--tables", "--output-dir", tmp_path, command=command)
     assert "cannot be written" in error_of("tiny", "--output-dir", tmp_path / "missing", command=command)
     assert not list(tmp_path.iterdir())
@@ -168,7 +168,7 @@ def test_the_suite_refuses_what_it_does_not_know(command, tmp_path):
 
 def test_every_table_of_the_suite_can_be_measured_as_it_stands(suite):
     """Names, settings and shapes; nothing is built."""
-    assert suite.TABLES.keys() == {"cpu", "decode", "vision_layer", "selection", "tiny"}
+    assert suite.TABLES.keys() == {"cpu", "memory", "decode", "vision_layer", "selection", "overhead", "tiny"}
     for table in suite.TABLES.values():
         bench.check_cases(table.cases, rounds=1)
     (case,) = suite.TABLES["vision_layer"].cases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,19 @@ _WARMUP = 3
 
 
 def run(
-    cases: Sequence[Case], *, rounds: int = 15, seed: int = 0, memory: bool = False, console: Console | None = None
+    cases: Sequence[Case],
+    *,
+    rounds: int = 15,
+    seed: int = 0,
+    memory: bool = False,
+    console: Console | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Measures every case: {"environment": ..., "rows": [...]}, the rows as `rows.rows` describes them.
 
     Weights are random, drawn from `seed`, one model per shape. memory: also run each arm alone in a process of its own,
-    for its peak memory. console: where progress is shown, standard error by default.
+    for its peak memory. console: where progress is shown, standard error by default. save: given the results so far after
+    every case, so that a run that is cut short loses one.
 
     Raises ConfigError or UnsupportedError for a case that cannot be measured, before anything is built.
     """
@@ -44,14 +51,19 @@ def run(
         "shapes": {case.shape.name: dataclasses.asdict(case.shape) for case in cases},
     }
     found: dict[int, list[dict[str, Any]]] = {}
+
+    def results() -> dict[str, Any]:
+        return {"environment": conditions, "rows": [row for place in sorted(found) for row in found[place]]}
+
     for shape in dict.fromkeys(case.shape for case in cases):
         with console.status(f"building {shape.name}"):
             model = shape.model(seed)
         for place, case in enumerate(cases):
             if case.shape == shape:
                 found[place] = measure(model, case, rounds, console, seed=seed, memory=memory)
+                save(results())
         del model
-    return {"environment": conditions, "rows": [row for place in sorted(found) for row in found[place]]}
+    return results()
 
 
 def measure(
