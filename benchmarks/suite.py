@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import by_the_book  # noqa: F401  registers the arm
+import matmul_rate
 import selection_cost
 import typer
 from rich.console import Console
@@ -21,7 +22,6 @@ from vitcop_compile import ViTCoPConfig, bench, optimize
 from vitcop_compile.bench.overhead import overhead as bench_overhead
 from vitcop_compile.bench.report import Columns, against_ideal, milliseconds, ratio
 from vitcop_compile.cli import errors_as_lines
-from vitcop_compile.config import PRESETS
 from vitcop_compile.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,16 +84,19 @@ def vision_layer() -> list[bench.Case]:
 
 
 def overhead(save: Save) -> dict[str, Any]:
-    """`forward` outside of its programs, on a model of 32 narrow layers: the copy of keys and values hardly counts."""
-    shape = bench.Shape(hidden=64, layers=32, vision_hidden=64, vision_layers=3, name="64x32")
-    model = shape.model()
+    """`forward` outside of its programs: 32 narrow layers, where the copy of keys and values hardly counts, and the table
+    `cpu`'s model, where it does."""
+    shapes = bench.Shape(hidden=64, layers=32, vision_hidden=64, vision_layers=3, name="64x32"), bench.Shape()
     rows = []
-    for preset in PRESETS:
-        optimized = optimize(model, ViTCoPConfig.preset(preset), backend="eager")
-        for batch in (1, 8):
-            found = bench_overhead(optimized, bench.Request(batch))
-            rows.append({"preset": preset, "batch": batch} | {f"{name}_ms": value for name, value in found.items()})
-    conditions = {"device": shape.device, "dtype": shape.dtype, "rounds": 51, "memory": False}
+    for shape in shapes:
+        model = shape.model()
+        for preset in ("1/3", "1/9"):
+            optimized = optimize(model, ViTCoPConfig.preset(preset), backend="eager")
+            for batch in (1, 8) if shape.hidden == 64 else (1,):
+                found = bench_overhead(optimized, bench.Request(batch), rounds=21)
+                row = {"shape": shape.name, "preset": preset, "batch": batch}
+                rows.append(row | {f"{name}_ms": value for name, value in found.items()})
+    conditions = {"device": shapes[0].device, "dtype": shapes[0].dtype, "rounds": 21, "memory": False}
     return {"environment": bench.environment() | conditions, "rows": rows}
 
 
@@ -140,10 +143,20 @@ SELECTION_COLUMNS: Mapping[str, Callable] = {
     "linear": lambda row: "yes" if row["linear"] else "no",
 }
 OVERHEAD_COLUMNS: Mapping[str, Callable] = {
+    "model": lambda row: row["shape"],
     "preset": lambda row: row["preset"],
     "batch": lambda row: str(row["batch"]),
-    "prefill, ms": lambda row: f"{row['prefill_ms']:.2f}",
-    "decode step, ms": lambda row: f"{row['decode_ms']:.3f}",
+    **{
+        f"{stage}, {where}": lambda row, key=f"{stage}{suffix}_ms": f"{row[key]:.3f}"
+        for stage in ("prefill", "decode")
+        for where, suffix in (("in a request", ""), ("alone", "_alone"))
+    },
+}
+RATE_COLUMNS: Mapping[str, Callable] = {
+    "kernel": lambda row: row["kernel"],
+    "rows": lambda row: str(row["rows"]),
+    "GFLOP/s": lambda row: f"{row['gflops']:.0f}",
+    "to the dense rows": lambda row: f"{row['to_dense']:.2f}",
 }
 TABLES = {
     "cpu": of_cases(cpu(), rounds=11),
@@ -155,7 +168,10 @@ TABLES = {
         columns=SELECTION_COLUMNS,
         fields=selection_cost.FIELDS,
     ),
-    "overhead": Table(overhead, columns=OVERHEAD_COLUMNS, fields=("preset", "batch", "prefill_ms", "decode_ms")),
+    "overhead": Table(overhead, columns=OVERHEAD_COLUMNS, fields=("shape", "preset", "batch", "prefill_ms", "decode_ms")),
+    "matmul_rate": Table(
+        lambda save: matmul_rate.measure(bench.Shape(), rounds=15), columns=RATE_COLUMNS, fields=matmul_rate.FIELDS
+    ),
     TINY: of_cases(tiny(), rounds=1),
 }
 

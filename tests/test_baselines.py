@@ -213,7 +213,7 @@ def test_the_published_form_gives_the_published_results(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, heads", zip(PRUNED, (2, 4, 4, 2), strict=True))
+@pytest.mark.parametrize("name, heads", list(zip(PRUNED, (2, 4, 4, 2), strict=True)))
 def test_pruned_programs_equal_the_published_form(name, heads):
     model = shared(4, heads)
     served, ours = book.ByTheBook(model, PRUNED[name]), optimize_once(model, PRUNED[name])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
+import itertools
 import re
 
 import pytest
@@ -205,6 +207,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.seconds
 
+    def sleep(self, seconds: float) -> None:
+        self.slept = seconds
+
     def arm(self, name: str, milliseconds: dict[str, float], selection: float):
         def build(model, config, request) -> Arm:
             label = f"{name} {'pruned' if config.prune else 'dense'}"
@@ -248,12 +253,38 @@ def test_run_interleaves_the_arms_stage_by_stage(clock):
     assert pruned["attention"] == {"prefill": "flash"} and pruned["peak_memory_bytes"] is None
     built = [name for name, what in clock.log if what == "build"]
     assert built == ["stock_compile dense", "eager dense", "eager pruned"]
-    # One call each to compile, then rounds in which the order turns: three to warm up, two that count.
+    # One call each to compile, three rounds to warm up, two that count, in which every arm takes 40 ms: 20, 5, 3 calls.
     order = [name for name, what in clock.log if what == "prefill"]
-    assert order[:3] == built and len(order) == 3 + 3 * (3 + 2)
-    assert order[3:9] == [*built, *built[1:], built[0]]
+    assert order[:3] == built and len(order) == 3 + 3 * 3 + 2 * (20 + 5 + 3)
+    rounds = [order[start : start + 3] for start in (3, 6, 9)]
+    assert all(sorted(names) == sorted(built) for names in rounds) and rounds[1] == rounds[0][::-1]
+    timed = [name for name, _ in itertools.groupby(order[12:])]
+    assert timed[:3] == rounds[2][::-1] and clock.slept == timing.SETTLE
     last = {stage: max(i for i, (_, what) in enumerate(clock.log) if what == stage) for stage in ("vision", "prefill", "ttft")}
     assert last["vision"] < last["prefill"] < last["ttft"]
+
+
+def test_the_order_of_arms_is_drawn_anew_and_turned_around():
+    called = []
+    arms = {name: functools.partial(called.append, name) for name in "abcd"}
+    times = timing.interleave(arms, rounds=20, warmup=0, settle=0.0)
+    rounds = ["".join(called[start : start + 4]) for start in range(0, 80, 4)]
+    assert all(sorted(names) == list("abcd") for names in rounds) and {len(found) for found in times.values()} == {20}
+    assert all(second == first[::-1] for first, second in zip(rounds[::2], rounds[1::2], strict=True))
+    assert len(set(rounds)) > 8 and len({before for names in rounds for before in itertools.pairwise(names)}) == 12
+
+
+def test_a_short_call_is_repeated_and_its_mean_taken(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    calls = []
+
+    def call():
+        calls.append(None)
+        clock.seconds += 0.003
+
+    times = timing.interleave({"short": call}, rounds=2, warmup=1, least_ms=10)
+    assert times["short"] == pytest.approx([3, 3]) and len(calls) == 1 + 2 * 4
 
 
 def test_only_the_stages_asked_for_are_called(clock):

@@ -168,7 +168,7 @@ def test_the_suite_refuses_what_it_does_not_know(command, tmp_path):
 
 def test_every_table_of_the_suite_can_be_measured_as_it_stands(suite):
     """Names, settings and shapes; nothing is built."""
-    assert suite.TABLES.keys() == {"cpu", "memory", "decode", "vision_layer", "selection", "overhead", "tiny"}
+    assert suite.TABLES.keys() == {"cpu", "memory", "decode", "vision_layer", "selection", "overhead", "matmul_rate", "tiny"}
     for table in suite.TABLES.values():
         bench.check_cases(table.cases, rounds=1)
     (case,) = suite.TABLES["vision_layer"].cases
@@ -189,6 +189,16 @@ def test_pooled_selection_of_one_image_is_the_selection_of_one_prompt(suite):
     given = selection_cost.pooled_inputs(schedule, 3, torch.float32, torch.device("cpu"))
     _, hidden = selection_cost.Pooled(schedule, 3)(*given)
     assert hidden.shape == (1, 8 + 3 * schedule.stages[1].tokens, 32)
+
+
+def test_matmul_rates_are_of_the_rows_a_schedule_leaves(suite):
+    import matmul_rate
+
+    shape = bench.Shape(hidden=64, layers=4, vision_hidden=64, vision_layers=3, vocab=300, image_size=112)
+    visual = set(ViTCoPConfig.preset("1/9").schedule(shape.model_shape(), text_tokens=8).visual_tokens())
+    rows = matmul_rate.measure(shape, rounds=2, text_tokens=8)["rows"]
+    assert [row["rows"] for row in rows] == 2 * sorted({8 + 64} | {8 + tokens for tokens in visual}, reverse=True)
+    assert [row["to_dense"] for row in rows if row["rows"] == 72] == [1, 1] and all(row["gflops"] > 0 for row in rows)
 
 
 def test_selection_cost_has_a_row_per_number_of_images(suite):

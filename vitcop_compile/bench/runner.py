@@ -20,6 +20,7 @@ from .rows import rows
 from .timing import Call, interleave
 
 _WARMUP = 3
+_LEAST_MS = 40.0
 
 
 def run(
@@ -108,7 +109,9 @@ def timed(calls: dict[str, Call], rounds: int, console: Console, title: str) -> 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
         task = progress.add_task(title, total=rounds + _WARMUP)
-        return interleave(calls, rounds, _WARMUP, tick=lambda: progress.update(task, advance=1, refresh=True))
+        return interleave(
+            calls, rounds, _WARMUP, tick=lambda: progress.update(task, advance=1, refresh=True), least_ms=_LEAST_MS
+        )
 
 
 def _times(arms: dict[str, Arm], case: Case, rounds: int, console: Console) -> dict[str, dict[str, list[float]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from .subject import GIVEN, TOY, Build, Settings, Source, builder, check_setting
 
 ELSEWHERE = ("refuse", "skip", "compare")
 REPEATS = 7
-LEAST_MS = 5.0
+LEAST_MS = 20.0
 
 Say = Callable[[str], None]
 Arms = dict[str, dict[str, Call]]
@@ -142,23 +141,8 @@ def compare_times(
 
 
 def ratio_of(arms: Arms, name: str, rounds: int) -> float:
-    """Median over interleaved rounds of the dense arm's time over the pruned arm's.
-
-    A call shorter than LEAST_MS is repeated within its round: on a shared machine one step is either interrupted or not, and
-    the median of such rounds jumps between the two.
-    """
-    once = {arm: calls[name] for arm, calls in arms.items()}
-    shortest = min(min(times) for times in interleave(once, 3, warmup=1).values())
-    number = max(1, math.ceil(LEAST_MS / shortest))
-
-    def repeated(call: Call) -> Call:
-        def run() -> None:
-            for _ in range(number):
-                call()
-
-        return run
-
-    times = interleave({arm: repeated(call) for arm, call in once.items()}, rounds)
+    """Median over interleaved rounds of the dense arm's time over the pruned arm's."""
+    times = interleave({arm: calls[name] for arm, calls in arms.items()}, rounds, least_ms=LEAST_MS)
     return median_ratio(times["dense"], times["pruned"])
 
 

@@ -1,0 +1,59 @@
+"""How fast matrix products alone run at the row counts that a schedule leaves: what no pruning can beat."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.functional import linear
+
+from vitcop_compile import ViTCoPConfig, bench
+from vitcop_compile.bench.runner import timed
+from vitcop_compile.bench.timing import Call, median_ratio
+
+FIELDS = ("kernel", "rows", "gflops", "to_dense")
+KERNELS = {"oneDNN": torch.ops.vitcop.linear, "torch": linear}
+# Enough of them that no cache holds the weights of all.
+LAYERS = 6
+
+
+def measure(shape: bench.Shape, rounds: int, preset: str = "1/9", text_tokens: int = 64) -> dict[str, Any]:
+    """{"environment": ..., "rows": [...]}: a row per kernel and number of rows that a layer of the dense or the pruned prefill
+    has; `gflops` in 1e9 FLOPs a second, `to_dense` the rate over the same kernel's at the dense number of rows."""
+    schedule = ViTCoPConfig.preset(preset).schedule(shape.model_shape(), text_tokens=text_tokens)
+    dense = text_tokens + schedule.shape.patches
+    counts = sorted({dense, *(text_tokens + visual for visual in schedule.visual_tokens())}, reverse=True)
+    widths = (
+        [(shape.hidden, shape.hidden)] * 4 + [(shape.intermediate, shape.hidden)] * 2 + [(shape.hidden, shape.intermediate)]
+    )
+    weights = [torch.randn(width) for _ in range(LAYERS) for width in widths]
+    flops = {rows: 2 * rows * sum(weight.numel() for weight in weights) for rows in counts}
+    calls = {f"{kernel} {rows}": _products(KERNELS[kernel], rows, weights) for kernel in KERNELS for rows in counts}
+    with torch.no_grad():
+        times = timed(calls, rounds, Console(stderr=True), "matrix products")
+    found = []
+    for kernel in KERNELS:
+        for rows in counts:
+            took, of_dense = times[f"{kernel} {rows}"], times[f"{kernel} {dense}"]
+            found.append(
+                {
+                    "kernel": kernel,
+                    "rows": rows,
+                    "gflops": flops[rows] / statistics.median(took) / 1e6,
+                    "to_dense": median_ratio(of_dense, took) * flops[rows] / flops[dense],
+                }
+            )
+    conditions = {"device": "cpu", "dtype": "float32", "rounds": rounds, "memory": False}
+    return {"environment": bench.environment() | conditions, "rows": found}
+
+
+def _products(kernel: Any, rows: int, weights: list[torch.Tensor]) -> Call:
+    inputs = {weight.shape[1]: torch.randn(1, rows, weight.shape[1]) for weight in weights}
+
+    def run() -> None:
+        for weight in weights:
+            kernel(inputs[weight.shape[1]], weight, None)
+
+    return run
