@@ -12,9 +12,13 @@ from .token_axis import anchors, finish, output_node, placeholder
 
 
 def write_row(cache: Tensor, row: Tensor, slot: Tensor) -> Tensor:
-    """Writes row [B, kv_heads, 1, hd] into cache [B, kv_heads, rows, hd] at slot int64 [B], in place; returns cache."""
-    index = slot[:, None, None, None].expand(-1, cache.shape[1], 1, cache.shape[3])
-    return cache.scatter_(2, index, row)
+    """Writes row [B, kv_heads, 1, hd] into cache [B, kv_heads, rows, hd] at slot int64 [B], in place; returns cache.
+
+    As an index_put: inductor keeps that one in place, and would copy the whole cache out and back around a scatter.
+    """
+    batch = torch.arange(cache.shape[0], device=cache.device)[:, None]
+    heads = torch.arange(cache.shape[1], device=cache.device)[None]
+    return cache.index_put_((batch, heads, slot[:, None]), row[:, :, 0])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: Tensor) -> Tensor:

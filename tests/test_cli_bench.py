@@ -175,7 +175,7 @@ def test_every_table_of_the_suite_can_be_measured_as_it_stands(suite):
     layers = {config.schedule(case.shape.model_shape()).vision.layer for config in case.settings().values()}
     assert layers == {22, 18, 14, 10, 6, 2} and case.shape.model_shape().feature_layer == 22
     batches = {(case.backend, case.batch) for case in suite.TABLES["decode"].cases}
-    assert batches == {("inductor", 1), ("inductor", 16), ("onnxruntime", 1), ("onnxruntime", 16)}
+    assert batches == {(backend, batch) for backend in ("inductor", "aotinductor", "onnxruntime") for batch in (1, 16)}
 
 
 def test_pooled_selection_of_one_image_is_the_selection_of_one_prompt(suite):
