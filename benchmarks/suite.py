@@ -108,6 +108,20 @@ def tiny() -> list[bench.Case]:
     ]
 
 
+CPU_COLUMNS: Mapping[str, Callable] = {
+    "arm": lambda row: row["arm"],
+    "preset": lambda row: row["preset"],
+    "vision": milliseconds("vision"),
+    "prefill": milliseconds("prefill"),
+    "prefill ratio / FLOPs": against_ideal("prefill", "flop_ratio", "realized_over_ideal"),
+    "selection": lambda row: (
+        "-" if row["selection_ms"] is None else f"{row['selection_ms']:.2f} ({row['selection_share']:.1%} of prefill)"
+    ),
+    "TTFT": milliseconds("ttft"),
+    "TTFT to stock_compile": ratio("ttft", "stock_compile"),
+    "TTFT to dense": ratio("ttft"),
+    "KV, MiB": lambda row: f"{row['kv_bytes'] / 2**20:.0f}",
+}
 DECODE_COLUMNS: Mapping[str, Callable] = {
     "backend": lambda row: row["backend"],
     "arm": lambda row: row["arm"],
@@ -154,11 +168,12 @@ OVERHEAD_COLUMNS: Mapping[str, Callable] = {
 RATE_COLUMNS: Mapping[str, Callable] = {
     "kernel": lambda row: row["kernel"],
     "rows": lambda row: str(row["rows"]),
+    "ms": lambda row: f"{row['ms']:.1f}",
     "GFLOP/s": lambda row: f"{row['gflops']:.0f}",
     "to the dense rows": lambda row: f"{row['to_dense']:.2f}",
 }
 TABLES = {
-    "cpu": of_cases(cpu(), rounds=11),
+    "cpu": of_cases(cpu(), rounds=11, columns=CPU_COLUMNS),
     "memory": of_cases(memory(), rounds=3, columns=MEMORY_COLUMNS, memory=True),
     "decode": of_cases(decode(), rounds=21, columns=DECODE_COLUMNS),
     "vision_layer": of_cases(vision_layer(), rounds=7, columns=VISION_COLUMNS),
