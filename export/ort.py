@@ -38,9 +38,9 @@ class OrtProgram:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or torch.get_num_threads()
-        # Packed, every program holds all weights again; unpacked they stay in the one mapped file.
         # Every program has a pool of threads; one that still spins when the next program runs takes a core from it.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Packed, every program holds all weights again; unpacked they stay in the one mapped file.
         options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -271,6 +271,11 @@ def test_plan_names_value_and_bound(engine: Callable) -> None:
             model.generate(**arguments)
 
 
+def test_threads_of_a_program_do_not_spin_into_the_next(engine: Callable) -> None:
+    options = engine("dynamic").engines.prefill(1, 8, image=False)._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_programs_check_their_inputs(engine: Callable) -> None:
     engines = engine("dynamic").engines
     run = engines.prefill(1, 8, image=False)
