@@ -22,6 +22,7 @@ from vitcop_compile import ViTCoPConfig
 from vitcop_compile.bench.arms import Arm, Request, inputs, register
 from vitcop_compile.bench.kernels import recorded
 from vitcop_compile.bench.stock import check_stock
+from vitcop_compile.cache import CACHE_NAME
 from vitcop_compile.errors import ConfigError
 from vitcop_compile.families import family_of
 from vitcop_compile.schedule import Schedule
@@ -181,9 +182,9 @@ class ByTheBook:
                 hidden,
                 attention_mask=mask,
                 position_ids=positions[None],
-                past_key_values=cache,
                 use_cache=True,
                 position_embeddings=tables,
+                **{CACHE_NAME: cache},
             )
         return hidden
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ class EngineFolder:
         self.schedule, self.image = manifest.schedule, manifest.image
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self._loaded: dict[str, Runner] = {}
+        self._loading = threading.Lock()
         self._step: Runner | None = None
 
     def plan(self, batch: int, text: int, new_tokens: int, image: bool) -> Plan:
@@ -79,7 +81,9 @@ class EngineFolder:
 
     def _get(self, spec: ProgramSpec) -> Runner:
         if spec.file not in self._loaded:
-            self._loaded[spec.file] = self._load(self._folder / spec.file, spec)
+            with self._loading:
+                if spec.file not in self._loaded:
+                    self._loaded[spec.file] = self._load(self._folder / spec.file, spec)
         return self._loaded[spec.file]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..errors import UnsupportedError
+from ..isolation import tracing
 from .manifest import OPSETS, TensorSpec
 
 WEIGHTS = "weights.bin"
@@ -65,7 +66,7 @@ def write_onnx(
     onnx_ir = _require("onnx_ir")
     if opset not in OPSETS:
         raise UnsupportedError(f"opset={opset} is out of range: choose {OPSETS.start} to {OPSETS.stop - 1}")
-    with _quiet():
+    with tracing(), _quiet():
         converted = torch.onnx.export(
             program, dynamo=True, opset_version=opset, verbose=False, input_names=inputs, output_names=outputs, optimize=False
         )

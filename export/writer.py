@@ -55,6 +55,7 @@ def export(
         raise UnsupportedError(
             f"opset={opset} has no bfloat16 convolution: choose opset {_BFLOAT16_OPSET} or later, or float16"
         )
+    model.check_weights()
     target = Path(output_dir)
     finish: Callable[[Path, Manifest, Progress], Manifest] | None = None
     if format == "tensorrt":

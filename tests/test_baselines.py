@@ -31,6 +31,7 @@ from vitcop_compile.bench import ours, stock
 from vitcop_compile.bench.arms import ARMS, Arm, Request, build, inputs
 from vitcop_compile.bench.kernels import onnx_kernel, recorded, sdpa_kernel
 from vitcop_compile.bench.selection import SelectionOnly, selection_arm, selection_inputs
+from vitcop_compile.cache import CACHE_NAME
 from vitcop_compile.capture import capture
 from vitcop_compile.toy import small_llava
 
@@ -139,7 +140,7 @@ def test_the_stock_decode_cache_is_as_long_after_a_step_as_before(shallow):
     assert cache.get_seq_length() == PATCHES + REQUEST.text_tokens
     seen = []
     hook = shallow.model.language_model.layers[0].register_forward_hook(
-        lambda module, args, kwargs, output: seen.append(kwargs["past_key_values"]), with_kwargs=True
+        lambda module, args, kwargs, output: seen.append(kwargs[CACHE_NAME]), with_kwargs=True
     )
     try:
         for _ in range(3):

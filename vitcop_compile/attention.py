@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig
 
 from .errors import UnsupportedError
 
@@ -66,14 +66,17 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def anchored(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context `model` traces to anchors, in evaluation mode; afterwards it is as it was."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+def anchored(*modules: torch.nn.Module) -> Iterator[None]:
+    """Within the context `modules` trace to anchors, in evaluation mode; afterwards they are as they were."""
+    found = (getattr(child, "config", None) for module in modules for child in module.modules())
+    configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}.values()
     before = [(config, config._attn_implementation) for config in configs]
     try:
         for config in configs:
             config._attn_implementation = ANCHOR_NAME
-        with evaluating(model):
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(evaluating(module))
             yield
     finally:
         for config, name in before:

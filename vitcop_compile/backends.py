@@ -23,11 +23,13 @@ class Backend:
     """How programs compile.
 
     in_place: whether a decode program may update its caches. Where not, it is exported with `in_place=False`, and
-    `writing_rows` updates them after it. check: raises UnsupportedError where the backend cannot work.
+    `writing_rows` updates them after it. copies_weights: whether programs hold copies of the weights, which do not follow
+    them. check: raises UnsupportedError where the backend cannot work.
     """
 
     compile: Compile
     in_place: bool = True
+    copies_weights: bool = False
     check: Callable[[], None] = lambda: None
 
     def __call__(self, program: ExportedProgram) -> Program:
@@ -37,11 +39,11 @@ class Backend:
 BACKENDS: dict[str, Backend] = {}
 
 
-def register(name: str, in_place: bool = True, check: Callable[[], None] = lambda: None) -> Callable[[Compile], Compile]:
-    """Adds a backend under `name`; the arguments are those of `Backend`."""
+def register(name: str, **properties: Any) -> Callable[[Compile], Compile]:
+    """Adds a backend under `name`; `properties` are those of `Backend`."""
 
     def add(compile: Compile) -> Compile:
-        BACKENDS[name] = Backend(compile, in_place, check)
+        BACKENDS[name] = Backend(compile, **properties)
         return compile
 
     return add
@@ -111,7 +113,7 @@ def _check_tensorrt() -> None:
     check()
 
 
-@register("tensorrt", in_place=False, check=_check_tensorrt)
+@register("tensorrt", in_place=False, copies_weights=True, check=_check_tensorrt)
 def tensorrt(program: ExportedProgram) -> Program:
     """One TensorRT engine per program through torch-tensorrt, without a fallback to PyTorch; needs CUDA."""
     from .tensorrt_backend import compile_whole
@@ -119,7 +121,7 @@ def tensorrt(program: ExportedProgram) -> Program:
     return compile_whole(program)
 
 
-@register("onnxruntime", in_place=False)
+@register("onnxruntime", in_place=False, copies_weights=True)
 def onnxruntime(program: ExportedProgram) -> Program:
     """The program as an ONNX file in a temporary folder, run by onnxruntime on the CPU; weights are held twice."""
     from .export.ort_backend import load

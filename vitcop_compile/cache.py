@@ -10,8 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import InputError
+
+# What transformers calls a cache among arguments and results: it was renamed in 5.24.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Lengths of prompts whose views of a set of buffers are kept.
+_MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Buffers:
             self.length = like.new_zeros(batch, dtype=torch.int64)
             self.token = like.new_zeros(batch, 1, dtype=torch.int64)
             self.offsets = like.new_zeros(groups, dtype=torch.int64)
-        self._parts: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._parts: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor]]] = {}
         if like.is_cuda:
             for tensor in (*self.layers, self.length, self.token, self.offsets):
                 # Without a guard: other addresses record another graph, they do not compile another program.
@@ -142,12 +148,14 @@ class Buffers:
     def write(self, caches: list[Tensor]) -> None:
         """Copies the rows of `caches` in and clears those behind them: what an earlier request left might not be finite, and
         even what no query attends to is multiplied."""
-        rows = caches[0].shape[2]
-        if rows not in self._parts:
-            sizes = [cache.shape[2] for cache in caches]
+        # By the rows of every layer: a prompt with an image and one without may agree in layer 0 and nowhere else.
+        sizes = tuple(cache.shape[2] for cache in caches)
+        if sizes not in self._parts:
+            if len(self._parts) >= _MOST_PARTS:  # an engine with a dynamic text axis has a length for every prompt
+                self._parts.clear()
             heads = [layer[:, :, :size] for layer, size in zip(self.layers, sizes, strict=True)]
-            self._parts[rows] = heads, [layer[:, :, size:] for layer, size in zip(self.layers, sizes, strict=True)]
-        heads, tails = self._parts[rows]
+            self._parts[sizes] = heads, [layer[:, :, size:] for layer, size in zip(self.layers, sizes, strict=True)]
+        heads, tails = self._parts[sizes]
         torch._foreach_copy_(heads, caches)
         torch._foreach_zero_(tails)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .attention import anchored
 from .families import Family
+from .isolation import tracing
 
 # Any size from 2 on traces to a symbol; these differ from each other and from common widths.
 _BATCH, _TOKENS = 2, 11
@@ -28,12 +29,12 @@ class Capture:
 
 
 def capture(family: Family, model: PreTrainedModel) -> Capture:
-    """Traces the encoder and the decoder of `family` once. The model's state is restored afterwards."""
+    """Traces the encoder and the decoder of `family`, which are parts of `model`, once."""
     parameter = next(model.parameters())
     pixels = parameter.new_zeros(_BATCH, _TOKENS, family.shape.vision_hidden)
     embeddings = parameter.new_zeros(_BATCH, _TOKENS, family.shape.hidden)
     positions = torch.arange(_TOKENS, device=parameter.device).repeat(_BATCH, 1)
-    with anchored(model), torch.no_grad():
+    with tracing(family.encoder, family.decoder), anchored(family.encoder, family.decoder):
         return Capture(_trace(family.encoder, pixels), _trace(family.decoder, embeddings, positions))
 
 

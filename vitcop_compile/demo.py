@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from . import picture, toy
 from .backends import backend_of
-from .cache import PrunedCache, Selection
+from .cache import CACHE_NAME, PrunedCache, Selection
 from .config import ViTCoPConfig
 from .errors import ConfigError, InputError, UnsupportedError
 from .explain import table
@@ -184,8 +184,9 @@ def _measure_once(arm: Arm, subject: Subject, new_tokens: int, counts: bool) -> 
     arm.ttft.append(first - start)
     arm.tpot += [(later[-1] - first) / len(later)] if later else []
     arm.tokens = out.sequences[0, subject.inputs["input_ids"].shape[1] :].tolist()
-    arm.kv_bytes = sum(buffer.nbytes for buffer in out.past_key_values.buffers)
-    arm.selection = out.past_key_values.selection
+    cache: PrunedCache = out[CACHE_NAME]
+    arm.kv_bytes = sum(buffer.nbytes for buffer in cache.buffers)
+    arm.selection = cache.selection
 
 
 def _check(options: Options) -> None:
@@ -240,10 +241,11 @@ def _compile(arm: Arm, subject: Subject, new_tokens: int, steps: Steps) -> None:
 
     ids = subject.inputs["input_ids"]
     with steps.step(f"{arm.name}: compiling vision, prefill", made):
-        out = arm.model(**subject.inputs, past_key_values=PrunedCache(max_length=ids.shape[1] + new_tokens))
+        cache = PrunedCache(max_length=ids.shape[1] + new_tokens)
+        arm.model(**subject.inputs, past_key_values=cache)
     if new_tokens > 1:
         with steps.step(f"{arm.name}: compiling decode", made):
-            arm.model(input_ids=ids[:, :1], past_key_values=out.past_key_values)
+            arm.model(input_ids=ids[:, :1], past_key_values=cache)
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -9,13 +9,15 @@ import torch
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from .backends import backend_of, writing_rows
+from .backends import Program, backend_of, writing_rows
 from .cache import PrunedCache
 from .config import ViTCoPConfig
 from .errors import InputError
+from .isolation import compiling_at_first_call, tracing
 from .programs import Programs
 from .prompt import ImageInput
 from .runtime import CompiledModel, Plan, bucket
+from .weights import Weights
 
 TEXT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 NEW_TOKEN_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -29,7 +31,7 @@ class CompiledOnDemand:
 
     def __init__(self, programs: Programs, text_programs: Programs, backend: str, text_buckets: Sequence[int]):
         self.programs, self.text_programs = programs, text_programs
-        self._compile = backend_of(backend)
+        self.backend = backend_of(backend)
         self._text_buckets = _check_buckets(text_buckets)
         self.compiled: dict[tuple, Callable[..., Any]] = {}
         family, parameter = programs.family, next(programs.family.head.parameters())
@@ -62,15 +64,20 @@ class CompiledOnDemand:
 
     def decode(self, batch: int, cache_rows: int) -> Callable[..., Any]:
         """The decode program for `batch` sequences on caches of `cache_rows` rows in layer 0."""
-        key, in_place = ("decode", batch, cache_rows), self._compile.in_place
-        if key not in self.compiled:
-            program = self._compile(self.programs.export_decode(batch, cache_rows, in_place))
-            self.compiled[key] = program if in_place else writing_rows(program, self.schedule.deltas())
-        return self.compiled[key]
+        in_place, deltas = self.backend.in_place, self.schedule.deltas()
+        return self._get(
+            ("decode", batch, cache_rows),
+            lambda: self.programs.export_decode(batch, cache_rows, in_place),
+            lambda program: program if in_place else writing_rows(program, deltas),
+        )
 
-    def _get(self, key: tuple, export: Callable[[], ExportedProgram]) -> Callable[..., Any]:
+    def _get(
+        self, key: tuple, export: Callable[[], ExportedProgram], around: Callable[[Program], Program] = lambda program: program
+    ) -> Program:
         if key not in self.compiled:
-            self.compiled[key] = self._compile(export())
+            with tracing():
+                if key not in self.compiled:  # another thread may have made it while this one waited
+                    self.compiled[key] = compiling_at_first_call(around(self.backend(export())))
         return self.compiled[key]
 
 
@@ -78,7 +85,8 @@ class OptimizedModel(CompiledModel):
     """A pruned, compiled model with transformers' `generate()`, made by `optimize`.
 
     Programs are exported and compiled when a batch size and a bucket of prompt lengths are first seen, and kept; `compiled`
-    lists them, and `warmup` makes them ahead of time. Weights are the model's own, shared by all programs.
+    lists them, and `warmup` makes them ahead of time. Weights are the model's own, shared by all programs: values that change
+    in place are followed, but for backends that copy them; any other change is refused (`check_weights`).
     """
 
     def __init__(self, model: PreTrainedModel, provider: CompiledOnDemand, settings: ViTCoPConfig, backend: str):
@@ -87,6 +95,15 @@ class OptimizedModel(CompiledModel):
         self.model = model
         self.settings = settings
         self.backend = backend
+        self._weights = Weights(model, copied=backend_of(backend).copies_weights)
+
+    def check_weights(self) -> None:
+        """Raises UnsupportedError if the model is no longer what was optimized; every request begins with this."""
+        self._weights.check()
+
+    def _prefill_prompt(self, *request: Any) -> Any:
+        self.check_weights()
+        return super()._prefill_prompt(*request)
 
     @property
     def on_demand(self) -> CompiledOnDemand:

@@ -16,6 +16,7 @@ from .attention import evaluating
 from .capture import Capture
 from .errors import RewriteError
 from .families import Family
+from .isolation import tracing
 from .ops.indexing import put_rows, take_rows
 from .passes import rewrite_decode, rewrite_encoder, rewrite_prefill
 from .passes.decode_cache import offset_groups
@@ -163,7 +164,7 @@ class Programs:
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], axes: tuple | None = None) -> ExportedProgram:
-    with torch.no_grad(), evaluating(module):
+    with tracing(module), evaluating(module):
         return torch.export.export(module, inputs, dynamic_shapes=axes, strict=False)
 
 

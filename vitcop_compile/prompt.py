@@ -85,8 +85,9 @@ def check_pixels(pixels: object, image: ImageInput, batch: int, device: torch.de
             f"{pixels.shape[0]} images for {batch} prompts: exactly one image per prompt is supported; split the request"
         )
     _on(device, "pixel_values", pixels)
-    # One layout for all: a compiled program would compile anew for another.
-    return pixels.detach().to(dtype).contiguous()
+    # One layout for all, and no tensor of inference mode: a compiled program would compile anew for another.
+    plain = pixels.detach().to(dtype).contiguous()
+    return plain.clone() if plain.is_inference() else plain
 
 
 def facts(ids: Tensor, mask: Tensor, pixels: Tensor | None, image_token: int, vocab: int) -> Tensor:

@@ -12,9 +12,10 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import BufferPool, PrunedCache, Selection
+from .cache import CACHE_NAME, BufferPool, PrunedCache, Selection
 from .errors import InputError
 from .explain import explain
+from .isolation import plain
 from .prompt import ImageInput, Prompt, align, check_ids, check_mask, check_pixels, check_vocabulary, facts, refuse
 from .schedule import Schedule
 
@@ -106,7 +107,6 @@ class CompiledModel(GenerationMixin):
     def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         return self.forward(*args, **kwargs)
 
-    @torch.no_grad()
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -116,13 +116,15 @@ class CompiledModel(GenerationMixin):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | None = None,
+        cache: PrunedCache | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast:
         """One forward pass: a whole prompt, or one more token on a filled cache.
 
         input_ids: int64 [B, T], image placeholders expanded by the processor; pixel_values: [B, channels, height, width];
-        attention_mask: [B, T], 0 for pads. Returns logits [B, 1, vocab] *of each prompt's last token only*, wherever its pads
-        stand, and the cache to pass on. A cache made here has room for the smallest bucket of new tokens.
+        attention_mask: [B, T], 0 for pads; past_key_values: what an earlier call returned, also by its newer name `cache`.
+        Returns logits [B, 1, vocab] *of each prompt's last token only*, wherever its pads stand, and the cache to pass on. A
+        cache made here has room for the smallest bucket of new tokens.
 
         Raises InputError for inputs that the programs cannot take, before anything is exported or compiled.
         """
@@ -133,19 +135,19 @@ class CompiledModel(GenerationMixin):
             raise InputError(f"logits_to_keep={logits_to_keep}: only the last token's logits are computed; pass 1 or nothing")
         if use_cache is False:
             raise InputError("use_cache=False is not supported: the decode program works on its KV cache; leave it out")
-        if past_key_values is not None and not isinstance(past_key_values, PrunedCache):
-            raise InputError(
-                f"past_key_values is a {type(past_key_values).__name__}: a compiled model works on the cache it returns"
-            )
+        held = _one_cache(past_key_values, cache)
+        if held is not None and not isinstance(held, PrunedCache):
+            raise InputError(f"past_key_values is a {type(held).__name__}: a compiled model works on the cache it returns")
         ids = check_ids(input_ids, self.device)
         if ids.is_cuda:
             # What earlier calls returned has been copied out: CUDA graphs may write over it.
             torch.compiler.cudagraph_mark_step_begin()
-        if past_key_values is not None and past_key_values.filled:
-            past_key_values.verify()
-            return self._decode(ids, pixel_values, past_key_values)
-        cache = PrunedCache() if past_key_values is None else past_key_values  # an empty Cache is falsy
-        return self._prefill_prompt(ids, pixel_values, attention_mask, cache)
+        with plain():
+            if held is not None and held.filled:
+                held.verify()
+                return self._decode(ids, pixel_values, held)
+            # An empty Cache is falsy.
+            return self._prefill_prompt(ids, pixel_values, attention_mask, PrunedCache() if held is None else held)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with the prompt checked before its loop starts. Raises InputError as `forward` does."""
@@ -155,6 +157,8 @@ class CompiledModel(GenerationMixin):
             raise InputError(f"{', '.join(given)} cannot be used with a compiled model: pass input_ids and pixel_values")
         if self.device.type == "meta":
             raise InputError("the weights are on the meta device, which holds no values: load the model to generate")
+        if CACHE_NAME != "past_key_values" and "past_key_values" in kwargs:
+            kwargs[CACHE_NAME] = _one_cache(kwargs.pop("past_key_values"), kwargs.get(CACHE_NAME))
         self._running.cache = None
         try:
             result = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
@@ -170,17 +174,19 @@ class CompiledModel(GenerationMixin):
         past_key_values: PrunedCache | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        cache: PrunedCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Part of transformers' loop: the whole prompt first, then one token at a time."""
-        if past_key_values is not None and past_key_values.filled:
-            return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
+        held = _one_cache(past_key_values, cache)
+        if held is not None and held.filled:
+            return {"input_ids": input_ids[:, -1:], CACHE_NAME: held}
         rest = {name: kwargs[name] for name in ("use_cache",) if name in kwargs}
         return {
             "input_ids": input_ids,
             "pixel_values": pixel_values,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE_NAME: held,
             **rest,
         }
 
@@ -203,13 +209,12 @@ class CompiledModel(GenerationMixin):
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(generation_config, name, None):
                 raise InputError(f"{name} is not available: a compiled model returns logits and its cache only")
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
+        if model_kwargs.get(CACHE_NAME) is not None:
             raise InputError(
                 "past_key_values cannot be passed to generate(): continuing a conversation on a pruned cache is not "
                 "supported yet; pass the whole conversation"
             )
-        self._running.cache = model_kwargs["past_key_values"] = PrunedCache(max_length=generation_config.max_length)
+        self._running.cache = model_kwargs[CACHE_NAME] = PrunedCache(max_length=generation_config.max_length)
 
     def _prefill_prompt(self, ids: Tensor, pixels: object, mask: object, cache: PrunedCache) -> CausalLMOutputWithPast:
         batch, length = ids.shape
@@ -237,7 +242,7 @@ class CompiledModel(GenerationMixin):
             seen=length,
             room=plan.room,
         )
-        return CausalLMOutputWithPast(logits=_owned(logits), past_key_values=cache)
+        return _answer(logits, cache)
 
     def _check_values(self, ids: Tensor, real: Tensor, images: Tensor | None, cache: PrunedCache) -> None:
         """Raises InputError for values the programs cannot take: at once where reading them is free, else postponed."""
@@ -273,7 +278,7 @@ class CompiledModel(GenerationMixin):
         decode = self._provider.decode(ids.shape[0], cache.rows)
         logits, *_ = decode(cache.token, cache.length, cache.offsets, *cache.buffers)
         cache.advance()
-        return CausalLMOutputWithPast(logits=_owned(logits), past_key_values=cache)
+        return _answer(logits, cache)
 
     def _check_length(self, prompt: int, new_tokens: int) -> None:
         limit = self.schedule.shape.max_positions
@@ -282,6 +287,17 @@ class CompiledModel(GenerationMixin):
                 f"a prompt of {prompt} rows and {new_tokens} new tokens need {prompt + new_tokens} positions, the model has "
                 f"{limit}: shorten the prompt or lower max_new_tokens"
             )
+
+
+def _one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache, by whichever of its names. Raises InputError for two."""
+    if past_key_values is not None and cache is not None:
+        raise InputError("past_key_values and cache were given, two names of one thing: pass one")
+    return cache if past_key_values is None else past_key_values
+
+
+def _answer(logits: Tensor, cache: PrunedCache) -> CausalLMOutputWithPast:
+    return CausalLMOutputWithPast(logits=_owned(logits), **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
 
 def _owned(output: Tensor) -> Tensor:

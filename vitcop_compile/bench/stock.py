@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from ..cache import CACHE_NAME
 from ..config import ViTCoPConfig
 from ..errors import ConfigError
 from ..families import family_of
@@ -66,7 +67,7 @@ def stock_compile(model: PreTrainedModel, config: ViTCoPConfig, request: Request
         # transformers installs its hooks for hidden states in the first call, which dynamo cannot trace: it is this one.
         features = _vision(model, pixels)
         # Filled in eager mode, as generate() does: this allocates the cache, at addresses that CUDA graphs may rely on.
-        model(input_ids=ids, pixel_values=pixels, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
     lengths = [layer.cumulative_length for layer in cache.layers]
 
     def vision(pixels: Tensor) -> Tensor:
@@ -128,18 +129,18 @@ def _prefill(model: Any, ids: Tensor, features: Tensor) -> tuple[Tensor, Dynamic
     image = model.model.get_placeholder_mask(ids, inputs_embeds=embeddings, image_features=features)
     embeddings = embeddings.masked_scatter(image, features)
     outputs = model.model.language_model(inputs_embeds=embeddings, use_cache=True)
-    return model.lm_head(outputs.last_hidden_state[:, -1:]), outputs.past_key_values
+    return model.lm_head(outputs.last_hidden_state[:, -1:]), outputs[CACHE_NAME]
 
 
 def _decode(model: Any, token: Tensor, cache: DynamicCache | StaticCache) -> Tensor:
     """Logits [B, 1, vocab] of one token on a filled cache."""
-    return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits
 
 
 def _whole(model: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, DynamicCache]:
     """(logits [B, 1, vocab], cache) from ids and pixels."""
     outputs = model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
-    return outputs.logits, outputs.past_key_values
+    return outputs.logits, outputs[CACHE_NAME]
 
 
 def _flat(logits: Tensor, cache: Any) -> tuple[Tensor, ...]:

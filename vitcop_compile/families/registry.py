@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedError
+from ..isolation import shell
 from ..schedule import ModelShape
 
 
 @dataclass(frozen=True)
 class Family:
-    """The stock parts of one model, as callables over its own modules. C: encoder width, D: decoder width.
+    """The stock parts of one model, as callables over its own parameters. C: encoder width, D: decoder width.
 
     patches(pixels [B, channels, height, width]) -> [B, prefix + patches, C]: the encoder's input tokens.
     encoder([B, t, C]) -> [B, t, C]: all encoder layers; the passes cut it at `shape.feature_layer`.
@@ -52,11 +53,11 @@ def register(architecture: str, shape: Callable, parts: Callable) -> None:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The parts of `model`. Raises UnsupportedError, naming the supported classes, for any other model."""
+    """The parts of a `shell` of `model`. Raises UnsupportedError, naming the supported classes, for any other model."""
     entry = FAMILIES.get(type(model).__name__)
     if entry is None:
         raise UnsupportedError(f"{type(model).__name__} is not a supported model: use one of {', '.join(sorted(FAMILIES))}")
-    return entry.parts(model)
+    return entry.parts(shell(model))
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
