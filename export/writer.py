@@ -164,7 +164,7 @@ def check_options(
     for name, value, least in (("batch_size", batch, 1), ("max_text_len", text, LEAST_TEXT), ("max_new_tokens", new, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r} is not a count of at least {least}")
-    total, limit = schedule.image_tokens + text + new, schedule.shape.max_positions
+    total, limit = schedule.image_tokens + text + new, schedule.shape.most_tokens
     if total > limit:
         raise ConfigError(
             f"{schedule.image_tokens} image tokens, max_text_len={text} and max_new_tokens={new} need {total} positions, the "

@@ -41,6 +41,7 @@ def test_inductor_with_cuda_graphs_equals_eager(model, request_):
     for _ in range(3):  # warm-up, recording, replay
         found, replayed = greedy(fast, *request_)
     assert torch.equal(found, expected)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     torch.testing.assert_close(replayed, logits, atol=5e-2, rtol=0)
 
 
@@ -50,5 +51,11 @@ def test_flash_attn_equals_sdpa(model, request_):
     expected, logits = greedy(vitcop_compile.optimize(model, config, backend="eager"), *request_)
     fast = vitcop_compile.optimize(model, config, backend="eager", attention="flash_attn")
     found, flashed = greedy(fast, *request_)
-    torch.testing.assert_close(flashed[0], logits[0], atol=5e-2, rtol=0)
-    assert torch.equal(found[:, : request_[0].shape[1]], expected[:, : request_[0].shape[1]])
+    generated = request_[0].shape[1]
+    assert found.shape == expected.shape and found.shape[1] == generated + 8
+    for step in range(8):
+        torch.testing.assert_close(flashed[step], logits[step], atol=5e-2, rtol=0)
+        if found[0, generated + step] != expected[0, generated + step]:
+            best, second = logits[step][0].topk(2).values
+            assert best - second < 0.1, f"token {step} differs beyond rounding"
+            break  # from here on the two see different prompts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers import AttentionInterface, PretrainedConfig
 from .errors import UnsupportedError
 
 ANCHOR_NAME = "vitcop"
+# The window that the model being traced states: an anchor has none, so no prompt may be longer.
+_WINDOW: ContextVar[int | None] = ContextVar("window", default=None)
 
 
 @torch.library.custom_op("vitcop::attention", mutates_args=())
@@ -40,9 +43,15 @@ def _interface(
 ) -> tuple[Tensor, None]:
     if attention_mask is not None:
         raise UnsupportedError("the model hands its own mask to attention; only pure causal or full attention is captured")
-    unsupported = sorted(name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None)
+    unsupported = sorted(name for name in ("softcap", "s_aux") if kwargs.get(name) is not None)
     if unsupported:
         raise UnsupportedError(f"attention with {', '.join(unsupported)} is not supported")
+    window, stated = kwargs.get("sliding_window"), _WINDOW.get()
+    if window is not None and (stated is None or window < stated):
+        raise UnsupportedError(
+            f"a layer attends within a window of {window} tokens, and the model's family states "
+            f"{'none' if stated is None else stated}: prompts would be served beyond it"
+        )
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     causal = bool(getattr(module, "is_causal", False))
@@ -66,11 +75,15 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def anchored(*modules: torch.nn.Module) -> Iterator[None]:
-    """Within the context `modules` trace to anchors, in evaluation mode; afterwards they are as they were."""
+def anchored(*modules: torch.nn.Module, window: int | None = None) -> Iterator[None]:
+    """Within the context `modules` trace to anchors, in evaluation mode; afterwards they are as they were.
+
+    window: `ModelShape.window`. A layer with a narrower one is refused while it is traced.
+    """
     found = (getattr(child, "config", None) for module in modules for child in module.modules())
     configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}.values()
     before = [(config, config._attn_implementation) for config in configs]
+    token = _WINDOW.set(window)
     try:
         for config in configs:
             config._attn_implementation = ANCHOR_NAME
@@ -79,6 +92,7 @@ def anchored(*modules: torch.nn.Module) -> Iterator[None]:
                 stack.enter_context(evaluating(module))
             yield
     finally:
+        _WINDOW.reset(token)
         for config, name in before:
             config._attn_implementation = name
 
@@ -90,11 +104,18 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) 
 
 
 def sdpa_decode(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: Tensor) -> Tensor:
-    """One query [B, heads, 1, hd] against the first slot + 1 rows of caches [B, kv_heads, rows, hd]; slot int64 [B]."""
-    grouped = query.shape[1] != key.shape[1]
+    """One query [B, heads, 1, hd] against the first slot + 1 rows of caches [B, kv_heads, rows, hd]; slot int64 [B].
+
+    Heads that share a key stand as rows of one query: with `enable_gqa` and a mask, torch is left with its math kernel.
+    """
     rows = torch.arange(key.shape[2], device=key.device)
     valid = (rows <= slot.unsqueeze(-1))[:, None, None, :]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=valid, scale=scale, enable_gqa=grouped)
+    if query.shape[1] == key.shape[1]:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=valid, scale=scale)
+    batch, heads, _, width = query.shape
+    shared = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    out = F.scaled_dot_product_attention(shared, key, value, attn_mask=valid, scale=scale)
+    return out.reshape(batch, heads, 1, width)
 
 
 @torch.library.custom_op("vitcop::flash_prefill", mutates_args=())
@@ -103,12 +124,12 @@ def flash_prefill(query: Tensor, key: Tensor, value: Tensor, scale: float, causa
     from flash_attn import flash_attn_func
 
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal).transpose(1, 2).contiguous()
+    return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal).transpose(1, 2)
 
 
 @flash_prefill.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+    return _as_flash_attn_lays_out(query)
 
 
 @torch.library.custom_op("vitcop::flash_decode", mutates_args=())
@@ -118,18 +139,24 @@ def flash_decode(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: 
 
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     lengths = (slot + 1).to(torch.int32)
-    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, softmax_scale=scale).transpose(1, 2).contiguous()
+    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, softmax_scale=scale).transpose(1, 2)
 
 
 @flash_decode.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: Tensor) -> Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+    return _as_flash_attn_lays_out(query)
 
 
-# name -> (what an anchor becomes in encoder and prefill, what it becomes in decode)
+def _as_flash_attn_lays_out(query: Tensor) -> Tensor:
+    """[B, heads, s, hd] in memory as [B, s, heads, hd]: what a layer asks for next, so that nothing is copied."""
+    return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+
+
+# name -> (what an anchor becomes in encoder and prefill, what it becomes in decode). Of a custom operation it is the operator
+# that a graph may hold, and not the Python object that defined it.
 LOWERINGS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "sdpa": (sdpa, sdpa_decode),
-    "flash_attn": (flash_prefill, flash_decode),
+    "flash_attn": (torch.ops.vitcop.flash_prefill.default, torch.ops.vitcop.flash_decode.default),
 }
 
 

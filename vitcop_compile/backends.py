@@ -23,13 +23,17 @@ class Backend:
     """How programs compile.
 
     in_place: whether a decode program may update its caches. Where not, it is exported with `in_place=False`, and
-    `writing_rows` updates them after it. copies_weights: whether programs hold copies of the weights, which do not follow
-    them. check: raises UnsupportedError where the backend cannot work.
+    `writing_rows` updates them after it. exact: whether the backend has float64, as `ops.density_peaks` wants it.
+    copies_weights: whether programs hold copies of the weights, which do not follow them. graphs: whether programs run as
+    CUDA graphs on CUDA, which belong to the thread that recorded them. check: raises UnsupportedError where the backend
+    cannot work.
     """
 
     compile: Compile
     in_place: bool = True
+    exact: bool = True
     copies_weights: bool = False
+    graphs: bool = False
     check: Callable[[], None] = lambda: None
 
     def __call__(self, program: ExportedProgram) -> Program:
@@ -81,14 +85,14 @@ def eager(program: ExportedProgram) -> Program:
     return program.module(check_guards=False)
 
 
-@register("inductor")
+@register("inductor", graphs=True)
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
     _check_loaded(program, "inductor")
     module = lower_linear(program.module(check_guards=False))
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
-    options: dict[str, Any] = {"triton.cudagraphs": True} | _exact_division() if on_cuda else {}
-    return torch.compile(module, fullgraph=True, dynamic=False, options=options or None)
+    options = _cuda_options(decode=bool(program.graph_signature.user_inputs_to_mutate)) if on_cuda else None
+    return torch.compile(module, fullgraph=True, dynamic=False, options=options)
 
 
 def _check_aotinductor() -> None:
@@ -104,7 +108,7 @@ def aotinductor(program: ExportedProgram) -> Program:
 
     _check_loaded(program, "aotinductor")
     on_cuda = any(tensor.is_cuda for tensor in program.state_dict.values())
-    return compile_ahead(program, _exact_division() if on_cuda else {})
+    return compile_ahead(program, _known(_EXACT_DIVISION) if on_cuda else {})
 
 
 def _check_tensorrt() -> None:
@@ -113,7 +117,7 @@ def _check_tensorrt() -> None:
     check()
 
 
-@register("tensorrt", in_place=False, copies_weights=True, check=_check_tensorrt)
+@register("tensorrt", in_place=False, exact=False, copies_weights=True, check=_check_tensorrt)
 def tensorrt(program: ExportedProgram) -> Program:
     """One TensorRT engine per program through torch-tensorrt, without a fallback to PyTorch; needs CUDA."""
     from .tensorrt_backend import compile_whole
@@ -138,7 +142,26 @@ def _check_loaded(program: ExportedProgram, name: str) -> None:
         )
 
 
-def _exact_division() -> dict[str, bool]:
-    """Quotas are rounded in fp32: a division that is off by an ulp could move a token. The option's name has changed."""
-    names = ("eager_numerics.division_rounding", "emulate_division_rounding")
-    return {name: True for name in names if name in torch._inductor.list_options()}
+# Quotas are rounded in fp32: a division that is off by an ulp could move a token. The option's name has changed.
+_EXACT_DIVISION = ("eager_numerics.division_rounding", "emulate_division_rounding")
+
+
+def _cuda_options(decode: bool) -> dict[str, bool]:
+    """Inductor's options on CUDA: a program runs as a CUDA graph, or fails and says why.
+
+    decode: products of a single row, whose kernels are worth a search.
+    """
+    options = {"triton.cudagraphs": True} | _known(("triton.cudagraph_or_error",)) | _known(_EXACT_DIVISION)
+    return options | {"coordinate_descent_tuning": True} if decode else options
+
+
+def _known(names: tuple[str, ...]) -> dict[str, bool]:
+    """{name: True} for the first of inductor's options among `names`. Raises UnsupportedError where it has none of them."""
+    options = torch._inductor.list_options()
+    for name in names:
+        if name in options:
+            return {name: True}
+    raise UnsupportedError(
+        f"inductor of torch {torch.__version__} has no option {' or '.join(names)}, without which results would not be what "
+        "they are elsewhere: use torch 2.11 to 2.13, or backend='eager'"
+    )

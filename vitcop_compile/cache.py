@@ -54,6 +54,7 @@ class PrunedCache(Cache):
         self._seen = 0
         self._room = 0
         self._check: Callable[[], None] | None = None
+        self._strays: Tensor | None = None
 
     def fill(self, buffers: Buffers, caches: list[Tensor], *, length: Tensor, offsets: Tensor, seen: int, room: int) -> None:
         """Takes prefill's keys and values into `buffers`, which are its own from now on.
@@ -85,14 +86,34 @@ class PrunedCache(Cache):
         self._check = check
 
     def verify(self) -> None:
-        """Raises InputError if the prompt's values were not what the programs take. Waits for the device.
+        """Raises InputError if values of the prompt, or tokens after it, were not what the programs take. Waits for the device.
 
-        Where values live on a GPU, reading them back before the first token would stall it: they are checked by the next
-        `forward` on this cache, or when `generate` returns. Whoever uses a single `forward` may call this.
+        Where values live on a GPU, reading them back before the first token would stall it: those of the prompt are checked
+        by the next `forward` on this cache, and all when `generate` returns. Whoever calls `forward` alone may call this.
         """
+        self.verify_prompt()
+        strays, self._strays = self._strays, None
+        if strays is not None and not strays.is_meta and int(strays):
+            raise InputError(f"{int(strays)} input_ids were outside the vocabulary: tokenize for this model")
+
+    def verify_prompt(self) -> None:
+        """`verify` without the tokens after the prompt; waits for the device once."""
         check, self._check = self._check, None
         if check is not None and not self.length.is_meta:
             check()
+
+    def take_token(self, ids: Tensor, vocab: int, check: bool) -> None:
+        """Makes ids int64 [B, 1] the next step's `token`.
+
+        check: count ids outside the vocabulary for `verify`. They are bounded meanwhile: on a GPU an index that leaves its
+        table ends the whole process's use of the device.
+        """
+        if not check:
+            self.token.copy_(ids)
+            return
+        self.token.copy_(ids.clamp(0, vocab - 1))
+        found = (self.token != ids).sum()
+        self._strays = found if self._strays is None else self._strays + found
 
     @property
     def filled(self) -> bool:

@@ -34,7 +34,7 @@ def capture(family: Family, model: PreTrainedModel) -> Capture:
     pixels = parameter.new_zeros(_BATCH, _TOKENS, family.shape.vision_hidden)
     embeddings = parameter.new_zeros(_BATCH, _TOKENS, family.shape.hidden)
     positions = torch.arange(_TOKENS, device=parameter.device).repeat(_BATCH, 1)
-    with tracing(family.encoder, family.decoder), anchored(family.encoder, family.decoder):
+    with tracing(family.encoder, family.decoder), anchored(family.encoder, family.decoder, window=family.shape.window):
         return Capture(_trace(family.encoder, pixels), _trace(family.decoder, embeddings, positions))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _Module = TypeVar("_Module", bound=nn.Module)
 # Tracing swaps parameters for fake ones and patches torch.nn.Module for the whole process: one thread at a time.
@@ -24,7 +24,14 @@ def shell(model: _Module) -> _Module:
     copy, and the user's own model stays usable meanwhile, in other threads too.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copy.deepcopy(model, {id(tensor): _traceable(tensor) for tensor in tensors})
+
+
+def _traceable(tensor: Tensor) -> Tensor:
+    """`tensor` itself; of one made in inference mode, which cannot ask for a gradient when traced, one that does not."""
+    if not tensor.is_inference() or not tensor.requires_grad:
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from .programs import Programs
 from .prompt import ImageInput
 from .runtime import CompiledModel, Plan, bucket
 from .weights import Weights
+from .worker import Worker
 
 TEXT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 NEW_TOKEN_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -34,6 +35,7 @@ class CompiledOnDemand:
         self.backend = backend_of(backend)
         self._text_buckets = _check_buckets(text_buckets)
         self.compiled: dict[tuple, Callable[..., Any]] = {}
+        self._worker: Worker | None = None
         family, parameter = programs.family, next(programs.family.head.parameters())
         self.schedule = programs.schedule
         self.image = ImageInput(family.image_token_id, family.pixel_shape, family.shape.patches)
@@ -55,7 +57,7 @@ class CompiledOnDemand:
 
     def vision(self, batch: int) -> Callable[..., Any]:
         """The vision program for `batch` images."""
-        return self._get(("vision", batch), lambda: self.programs.export_vision(batch))
+        return self._get(("vision", batch), lambda: self.programs.export_vision(batch, self.backend.exact))
 
     def prefill(self, batch: int, rows: int, image: bool) -> Callable[..., Any]:
         """The prefill program for `batch` prompts of `rows` rows."""
@@ -77,8 +79,15 @@ class CompiledOnDemand:
         if key not in self.compiled:
             with tracing():
                 if key not in self.compiled:  # another thread may have made it while this one waited
-                    self.compiled[key] = compiling_at_first_call(around(self.backend(export())))
+                    self.compiled[key] = self._owned(compiling_at_first_call(around(self.backend(export()))))
         return self.compiled[key]
+
+    def _owned(self, program: Program) -> Program:
+        """CUDA graphs belong to the thread that recorded them: one thread calls all programs, whoever asks."""
+        if not self.backend.graphs or self.device.type != "cuda":
+            return program
+        self._worker = self._worker or Worker()
+        return self._worker.calling(program)
 
 
 class OptimizedModel(CompiledModel):
@@ -142,9 +151,11 @@ class OptimizedModel(CompiledModel):
             run = torch.full((batch, image_input.patches), image_input.token_id, device=self.device)
             ids = torch.cat((ids[:, :1], run, ids[:, 1:]), 1)
             pixels = torch.zeros(batch, *image_input.pixel_shape, dtype=self.dtype, device=self.device)
-        cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)
-        self.forward(input_ids=ids, pixel_values=pixels, past_key_values=cache)
-        self.forward(input_ids=ids[:, :1], past_key_values=cache)
+        # CUDA graphs are recorded in the second call, and replayed from the third one on.
+        for _ in range(3 if self.device.type == "cuda" else 1):
+            cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)
+            self.forward(input_ids=ids, pixel_values=pixels, past_key_values=cache)
+            self.forward(input_ids=ids[:, :1], past_key_values=cache)
 
 
 def _check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:

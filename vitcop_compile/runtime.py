@@ -144,7 +144,7 @@ class CompiledModel(GenerationMixin):
             torch.compiler.cudagraph_mark_step_begin()
         with plain():
             if held is not None and held.filled:
-                held.verify()
+                held.verify_prompt()
                 return self._decode(ids, pixel_values, held)
             # An empty Cache is falsy.
             return self._prefill_prompt(ids, pixel_values, attention_mask, PrunedCache() if held is None else held)
@@ -221,7 +221,8 @@ class CompiledModel(GenerationMixin):
         provider, schedule, image = self._provider, self.schedule, pixels is not None
         real = check_mask(mask, ids)
         images = check_pixels(pixels, provider.image, batch, self.device, self.dtype) if image else None
-        self._check_values(ids, real, images, cache)
+        if not self._postpone:
+            self._check_values(ids, real, images, cache)
         kept = schedule.image_tokens if image else 0
         text = length - (schedule.shape.patches if image else 0)
         new_tokens = max(1, cache.max_length - length) if cache.max_length else provider.default_new_tokens()
@@ -242,6 +243,8 @@ class CompiledModel(GenerationMixin):
             seen=length,
             room=plan.room,
         )
+        if self._postpone:  # behind the programs: some sixty small launches that need not come before the first token
+            self._check_values(ids, real, images, cache)
         return _answer(logits, cache)
 
     def _check_values(self, ids: Tensor, real: Tensor, images: Tensor | None, cache: PrunedCache) -> None:
@@ -274,15 +277,16 @@ class CompiledModel(GenerationMixin):
         cache.check_room()
         if not self._postpone:  # a read from a GPU, each step, would cost more than the check is worth
             check_vocabulary(ids, self.schedule.shape.vocab)
-        cache.token.copy_(ids)
+        cache.take_token(ids, self.schedule.shape.vocab, check=self._postpone)
         decode = self._provider.decode(ids.shape[0], cache.rows)
         logits, *_ = decode(cache.token, cache.length, cache.offsets, *cache.buffers)
         cache.advance()
         return _answer(logits, cache)
 
     def _check_length(self, prompt: int, new_tokens: int) -> None:
-        limit = self.schedule.shape.max_positions
-        if prompt + new_tokens > limit:
+        shape = self.schedule.shape
+        if prompt + new_tokens > shape.most_tokens:
+            limit = f"{shape.max_positions}" if shape.most_tokens == shape.max_positions else f"a window of {shape.window}"
             raise InputError(
                 f"a prompt of {prompt} rows and {new_tokens} new tokens need {prompt + new_tokens} positions, the model has "
                 f"{limit}: shorten the prompt or lower max_new_tokens"

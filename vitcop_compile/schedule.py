@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a model that a schedule depends on. Widths are in elements, layers and tokens are counts."""
+    """The numbers of a model that a schedule depends on. Widths are in elements, layers and tokens are counts.
+
+    window: tokens that a decoder layer attends to, itself included, None for all. Programs attend to all, and a prompt with
+    its new tokens must fit into the window, within which that is the same.
+    """
 
     layers: int = 32
     hidden: int = 4096
@@ -31,6 +35,12 @@ class ModelShape:
     patch_features: int = 3 * 14 * 14
     element_bytes: int = 2
     max_positions: int = 4096
+    window: int | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest prompt and its new tokens together."""
+        return self.max_positions if self.window is None else min(self.max_positions, self.window)
 
     @property
     def patches(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..backends import backend_of
 from ..errors import ConfigError
+from ..isolation import tracing
 from ..passes.prune_decoder import prune_tokens
 from ..passes.prune_encoder import cluster_patches, prune_patches
 from ..schedule import Schedule
@@ -25,9 +26,9 @@ class SelectionOnly(nn.Module):
     vision and the deep stage.
     """
 
-    def __init__(self, schedule: Schedule):
+    def __init__(self, schedule: Schedule, exact: bool = True):
         super().__init__()
-        self.schedule = schedule
+        self.schedule, self.exact = schedule, exact
 
     def forward(
         self, query: Tensor, key: Tensor, patches: Tensor, hidden: Tensor, first: Tensor, second: Tensor, visual: Tensor
@@ -39,7 +40,7 @@ class SelectionOnly(nn.Module):
         scale = query.shape[-1] ** -0.5
         kept_hidden, _, kept = prune_patches(patches, query, key, scale, tokens=vision.tokens, prefix=prefix)
         labels = cluster_patches(
-            key, kept, grid=shape.grid, prefix=prefix, centres=vision.centres, dc=vision.dc, k=vision.k, exact=True
+            key, kept, grid=shape.grid, prefix=prefix, centres=vision.centres, dc=vision.dc, k=vision.k, exact=self.exact
         )
         shallow, deep = self.schedule.stages
         hidden, _, visual, index = prune_tokens(hidden, first, visual, labels, policy=shallow.policy, tokens=shallow.tokens)
@@ -86,8 +87,8 @@ def selection_arm(schedule: Schedule, request: Request, backend: str, dtype: tor
         )
     compile = backend_of(backend)
     inputs = selection_inputs(schedule, request.batch, dtype, device)
-    with torch.no_grad():
-        program = compile(torch.export.export(SelectionOnly(schedule).eval(), inputs, strict=False))
+    with tracing():
+        program = compile(torch.export.export(SelectionOnly(schedule, compile.exact).eval(), inputs, strict=False))
 
     @torch.no_grad()
     def call() -> Any:

@@ -51,6 +51,7 @@ def shape(config: Any) -> ModelShape:
         patch_features=vision.num_channels * vision.patch_size**2,
         element_bytes=torch.empty((), dtype=getattr(config, "dtype", None) or torch.float32).element_size(),
         max_positions=text.max_position_embeddings,
+        window=getattr(text, "sliding_window", None),
     )
 
 

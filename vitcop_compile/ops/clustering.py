@@ -17,7 +17,7 @@ def density_peaks(
     n; dc: width of the density kernel, in feature distance; k: reach of a neighbour, in units of the image side.
     Returns int64 [B, n]: 0 to centres - 1, by descending delta * rho of the centre, or -1 for a point whose chain of nearest
     denser neighbours ends in a cycle. Raises ValueError for centres out of range. Computed in fp32 whatever the input, but for
-    one matmul that `exact` carries in fp64; without it, for engines that have none, equal points may count as unequal.
+    one matmul that `exact` carries in fp64 on a CPU; without it, for engines that have none, equal points may count as unequal.
     """
     n = features.shape[1]
     if not 1 <= centres <= n:
@@ -46,7 +46,23 @@ def density_peaks(
 
 
 def _distances(features: Tensor, exact: bool) -> Tensor:
-    """sqrt(|xi - xj|^2 + 1e-8) as fp32 [B, n, n] with a zero diagonal.
+    """sqrt(|xi - xj|^2 + 1e-8) as fp32 [B, n, n] with a zero diagonal."""
+    on_gpu = features.device.type == "cuda"
+    squared = _squared_by_differences(features) if exact and on_gpu else _squared_by_products(features, exact)
+    order = torch.arange(features.shape[1], device=features.device)
+    off = (order.unsqueeze(1) != order).float()
+    return torch.sqrt(squared + 1e-8) * off
+
+
+def _squared_by_differences(features: Tensor) -> Tensor:
+    """|xi - xj|^2 in fp32: exact for equal rows. GPUs carry fp64 at as little as 1/64 of their rate, and differences of rows
+    in a kernel that writes no [n, n, d]."""
+    wide = features.float()
+    return torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+
+
+def _squared_by_products(features: Tensor, exact: bool) -> Tensor:
+    """|xi - xj|^2 as fp32 [B, n, n], by a product.
 
     The Gram form costs one matmul where differences cost [n, n, d]. It cancels, so it is carried in fp64, or centred where
     there is none, and what is left of a distance at the level of rounding is none: the ties of the method depend on equal
@@ -57,10 +73,7 @@ def _distances(features: Tensor, exact: bool) -> Tensor:
     square = gram.diagonal(dim1=-2, dim2=-1)
     both = square.unsqueeze(-1) + square.unsqueeze(-2)
     squared = both - 2 * gram
-    squared = torch.where(squared < both * (1e-13 if exact else 2e-6), 0.0, squared).float()
-    order = torch.arange(features.shape[1], device=features.device)
-    off = (order.unsqueeze(1) != order).float()
-    return torch.sqrt(squared + 1e-8) * off
+    return torch.where(squared < both * (1e-13 if exact else 2e-6), 0.0, squared).float()
 
 
 def _planar_distances(positions: Tensor) -> Tensor:
