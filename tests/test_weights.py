@@ -93,9 +93,7 @@ def test_a_change_is_refused_and_named(name: str, tmp_path) -> None:
         lambda: fast.warmup(),
         lambda: export(fast, tmp_path / "folder", max_text_len=8, max_new_tokens=4),
     ):
-        with pytest.raises(
-            UnsupportedError, match=rf"the model has changed since optimize\(\): .*({words}).*: optimize again"
-        ):
+        with pytest.raises(UnsupportedError, match=rf"model has changed since optimize\(\): .*({words}).*: optimize again"):
             ask()
     assert not list(tmp_path.iterdir())
 
@@ -135,9 +133,7 @@ def test_values_that_change_in_place_are_refused_where_programs_hold_copies() ->
     model, fast = made("onnxruntime")
     with torch.no_grad():
         attention(model).q_proj.weight.mul_(1.5)
-    with pytest.raises(
-        UnsupportedError, match=r"changed in place, and the programs of this backend hold copies.*optimize again"
-    ):
+    with pytest.raises(UnsupportedError, match=r"changed in place, and .* this backend hold copies.*optimize again"):
         logits(fast)
 
 

@@ -146,7 +146,7 @@ def _check_loaded(program: ExportedProgram, name: str) -> None:
 _EXACT_DIVISION = ("eager_numerics.division_rounding", "emulate_division_rounding")
 
 
-def _cuda_options(decode: bool) -> dict[str, bool]:
+def _cuda_options(decode: bool) -> dict[str, Any]:
     """Inductor's options on CUDA: a program runs as a CUDA graph, or fails and says why.
 
     decode: products of a single row, whose kernels are worth a search.

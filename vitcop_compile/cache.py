@@ -86,7 +86,7 @@ class PrunedCache(Cache):
         self._check = check
 
     def verify(self) -> None:
-        """Raises InputError if values of the prompt, or tokens after it, were not what the programs take. Waits for the device.
+        """Raises InputError if values of the prompt, or tokens after it, were not what programs take. Waits for the device.
 
         Where values live on a GPU, reading them back before the first token would stall it: those of the prompt are checked
         by the next `forward` on this cache, and all when `generate` returns. Whoever calls `forward` alone may call this.

@@ -47,10 +47,9 @@ class Weights:
             if children.get(name) is not child:
                 self._refuse(f"module {self._path(children, name)} was replaced")
         for contents, name, tensor, address, dtype in self._tensors:
-            now = contents.get(name)
-            if now is not tensor:
+            if contents.get(name) is not tensor:
                 self._refuse(f"{self._path(contents, name)} was replaced")
-            if _address(now) != address or now.dtype != dtype:
+            if _address(tensor) != address or tensor.dtype != dtype:
                 self._refuse(f"{self._path(contents, name)} was moved or converted")
         if self._copied and self._sum_of_versions() != self._versions:
             self._refuse("weights were changed in place, and the programs of this backend hold copies")

@@ -17,7 +17,7 @@ def density_peaks(
     n; dc: width of the density kernel, in feature distance; k: reach of a neighbour, in units of the image side.
     Returns int64 [B, n]: 0 to centres - 1, by descending delta * rho of the centre, or -1 for a point whose chain of nearest
     denser neighbours ends in a cycle. Raises ValueError for centres out of range. Computed in fp32 whatever the input, but for
-    one matmul that `exact` carries in fp64 on a CPU; without it, for engines that have none, equal points may count as unequal.
+    one matmul that `exact` carries in fp64 on a CPU; without it, in engines without, equal points may count as unequal.
     """
     n = features.shape[1]
     if not 1 <= centres <= n:
