@@ -30,6 +30,7 @@ from vitcop_compile.bench.rows import rows
 from vitcop_compile.bench.runner import timed
 from vitcop_compile.cli import errors_as_lines
 from vitcop_compile.families.registry import shape_of
+from vitcop_compile.progress import Steps
 from vitcop_compile.schedule import ModelShape, Schedule
 
 STAGES = ("vision", "prefill", "decode", "ttft")
@@ -232,7 +233,7 @@ def measure(model: Any, case: Case, limits: dict[str, float], rounds: int, conso
         times = {}
         for stage in (*STAGES, "selection"):
             group = {key: of_arm[stage] for key, of_arm in calls.items() if stage in of_arm}
-            times[stage] = timed(group, rounds, console, f"{title}: {stage}")
+            times[stage] = timed(group, rounds, Steps(console), f"{title}: {stage}")
     attention = {key: arm.attention for key, arm in arms.items()}
     found = rows(case, case.shape.model_shape(), times, attention, {})
     for row, entrant in zip(found, case.entrants(), strict=True):

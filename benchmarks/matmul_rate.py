@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from vitcop_compile import ViTCoPConfig, bench
 from vitcop_compile.bench.runner import timed
 from vitcop_compile.bench.timing import Call, median_ratio
+from vitcop_compile.progress import Steps
 
 FIELDS = ("kernel", "rows", "ms", "gflops", "to_dense")
 KERNELS = ("oneDNN", "oneDNN, packed", "torch")
@@ -35,7 +36,7 @@ def measure(shape: bench.Shape, rounds: int, preset: str = "1/9", text_tokens: i
     flops = {rows: 2 * rows * sum(weight.numel() for weight in weights) for rows in counts}
     calls = {f"{kernel} {rows}": _products(kernel, rows, weights) for kernel in KERNELS for rows in counts}
     with torch.no_grad():
-        times = timed(calls, rounds, Console(stderr=True), "matrix products")
+        times = timed(calls, rounds, Steps(Console(stderr=True)), "matrix products")
     found = []
     for kernel in KERNELS:
         for rows in counts:

@@ -16,6 +16,7 @@ from vitcop_compile import ViTCoPConfig, bench
 from vitcop_compile.backends import backend_of
 from vitcop_compile.bench.runner import timed
 from vitcop_compile.bench.timing import Call
+from vitcop_compile.progress import Steps
 from vitcop_compile.schedule import Schedule
 
 FIELDS = ("backend", "preset", "images", "prompts", "selection_ms", "ms_per_image")
@@ -92,7 +93,7 @@ def measure(
                 if images > 1:
                     calls[f"{images} 1"] = _pooled(schedule, images, backend, dtype, device)
         with torch.no_grad():
-            times = timed(calls, rounds, console, f"{backend}: selection")
+            times = timed(calls, rounds, Steps(console), f"{backend}: selection")
         rows += [_row(backend, preset, key, times) for key in calls]
     conditions = {"device": shape.device, "dtype": shape.dtype, "rounds": rounds, "memory": False}
     return {"environment": bench.environment() | conditions, "rows": rows}

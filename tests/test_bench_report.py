@@ -150,6 +150,7 @@ def test_the_commit_is_that_of_the_checkout_and_marked_when_code_differs(tmp_pat
     assert commit(file) == f"{head}-dirty"
 
 
+@pytest.mark.slow
 @LINUX
 def test_the_peak_is_that_of_the_request_and_not_of_what_came_before():
     def touch(mebibytes: int) -> None:
@@ -160,6 +161,24 @@ def test_the_peak_is_that_of_the_request_and_not_of_what_came_before():
     assert 95 * MIB < peak - before < 110 * MIB
     peak, before = memory.around(lambda: None)
     assert peak - before < 8 * MIB
+
+
+def test_the_peak_is_forgotten_before_the_request(monkeypatch, tmp_path):
+    """With a stand-in for /proc: figures of a real process are checked by the slow tests."""
+    status, clear, resident = tmp_path / "status", tmp_path / "clear_refs", {"VmHWM": 900, "VmRSS": 500}
+    monkeypatch.setattr(memory, "_STATUS", status)
+    monkeypatch.setattr(memory, "_CLEAR", clear)
+
+    def say() -> None:
+        status.write_text("Name:\tpython\n" + "".join(f"{name}:\t  {kib} kB\n" for name, kib in resident.items()))
+
+    def request() -> None:
+        assert clear.read_text() == "5"
+        resident["VmHWM"] = 740
+        say()
+
+    say()
+    assert memory.around(request) == (740 * 1024, 500 * 1024)
 
 
 ALONE = """
@@ -174,6 +193,7 @@ def alone(model, config, request):
 """
 
 
+@pytest.mark.slow
 @LINUX
 def test_an_arm_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch):
     """Some seconds, which importing torch takes. The arm comes from a file outside the package, as foreign ones do."""

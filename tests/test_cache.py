@@ -1,7 +1,6 @@
 """Buffers that serve request after request, and checks that wait for the host to wait anyway."""
 
 import gc
-import time
 
 import models
 import pytest
@@ -9,7 +8,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import vitcop_compile
-from vitcop_compile import InputError, ViTCoPConfig
+from vitcop_compile import InputError, ViTCoPConfig, runtime
 from vitcop_compile.bench import Request
 from vitcop_compile.bench.overhead import overhead
 from vitcop_compile.cache import BufferPool, PrunedCache
@@ -154,20 +153,38 @@ def test_a_refused_request_does_not_trouble_the_next(postponing, request_):
 # What the runtime costs
 
 
-def test_overhead_times_the_runtime_and_not_the_programs(fast, monkeypatch):
-    program = fast.on_demand.prefill
+class Clock:
+    """A clock that stands still unless it is moved."""
 
-    def slow(*key):
-        def run(*given):
-            time.sleep(0.1)
-            return program(*key)(*given)
+    seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    def taking(self, seconds: float, call):
+        def run(*given, **named):
+            self.seconds += seconds
+            return call(*given, **named)
 
         return run
 
-    monkeypatch.setattr(fast.on_demand, "prefill", slow)
+
+def test_overhead_times_the_runtime_and_not_the_programs(fast, monkeypatch):
+    """A prefill program takes 100 ms, a decode program 10; the runtime 3 ms for a prompt and 1 for a token."""
+    clock, provider = Clock(), fast.on_demand
+    monkeypatch.setattr("vitcop_compile.bench.overhead.time", clock)
+    monkeypatch.setattr("vitcop_compile.bench.timing.time", clock)
+    for name, seconds in (("prefill", 0.1), ("decode", 0.01)):
+        made = getattr(provider, name)
+        monkeypatch.setattr(provider, name, lambda *key, made=made, s=seconds: clock.taking(s, made(*key)))
+    monkeypatch.setattr("vitcop_compile.runtime.align", clock.taking(0.003, runtime.align))
+    monkeypatch.setattr(PrunedCache, "take_token", clock.taking(0.001, PrunedCache.take_token))
     cost = overhead(fast, Request(text_tokens=14), rounds=5)
-    assert set(cost) == {"prefill", "decode", "prefill_alone", "decode_alone"}
-    assert all(0 < value < 90 for value in cost.values())
+    expected = {"prefill": 3.0, "decode": 1.0, "prefill_alone": 3.0, "decode_alone": 1.0}
+    assert cost == pytest.approx(expected)
 
 
 # Nothing is read back

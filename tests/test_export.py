@@ -239,6 +239,7 @@ print(json.dumps([weights, size, resource.getrusage(resource.RUSAGE_SELF).ru_max
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
 def test_peak_memory_and_size(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", _PEAK, tmp_path / "f"], capture_output=True, text=True, check=True)

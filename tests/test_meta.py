@@ -5,8 +5,6 @@ LLaVA-1.5-7B's shape is captured here, which takes several seconds.
 
 from __future__ import annotations
 
-import time
-
 import models
 import pytest
 import torch
@@ -20,13 +18,11 @@ from vitcop_compile.backends import backend_of
 NINTH = ViTCoPConfig.preset("1/9")
 # Published settings of preset 1/9: 172 visual tokens, 77 from layer 2 on, 15 from layer 22 on; 64 text tokens beside them.
 TEXT, TOKENS = 64, [172] * 2 + [77] * 20 + [15] * 10
-# The goal is 15 s of a quiet machine. Processor time is asserted instead, which other processes hardly lengthen; it was 6 s.
-OPTIMIZE_CPU_S = 15
 
 
 @pytest.fixture(scope="module")
 def llava_7b():
-    """(compiled model, processor seconds that `optimize` took) of LLaVA-1.5-7B as its config states it."""
+    """LLaVA-1.5-7B as its config states it."""
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -49,19 +45,17 @@ def llava_7b():
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, dtype=torch.bfloat16)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
-    start = time.process_time()
-    fast = vitcop_compile.optimize(model, NINTH)
-    return fast, time.process_time() - start
+    return vitcop_compile.optimize(model, NINTH)
 
 
-def test_7b_is_optimized_in_time(llava_7b):
-    fast, seconds = llava_7b
-    assert seconds <= OPTIMIZE_CPU_S
-    assert all(parameter.is_meta for parameter in fast.model.parameters())
+def test_7b_is_optimized_without_a_weight(llava_7b):
+    """How long it takes is what `python benchmarks/startup.py` measures."""
+    assert all(parameter.is_meta for parameter in llava_7b.model.parameters())
+    assert not llava_7b.compiled
 
 
 def test_7b_is_planned(llava_7b):
-    fast, _ = llava_7b
+    fast = llava_7b
     assert fast.schedule == NINTH.schedule()
     assert list(fast.schedule.visual_tokens()) == TOKENS
     words = fast.explain()
@@ -69,7 +63,7 @@ def test_7b_is_planned(llava_7b):
 
 
 def test_7b_prefill_has_the_published_rows(llava_7b):
-    program = llava_7b[0].programs.export_prefill(1, TEXT + 172)
+    program = llava_7b.programs.export_prefill(1, TEXT + 172)
     outputs = [tuple(value.meta["val"].shape) for value in program.graph.output_node().args[0]]
     assert outputs[:3] == [(1, 1, 32064), (1, 77), (1, 15)]
     assert outputs[3:] == [(1, 32, TEXT + tokens, 128) for tokens in TOKENS for _ in "kv"]

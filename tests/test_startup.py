@@ -31,6 +31,7 @@ def results():
         return startup.measure(TINY, "inductor", "1/3", Console(file=io.StringIO()), text_tokens=16, planned=False)
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_every_program_compiled(results):
     first, second = results["rows"]
     for row, happened in ((first, "miss"), (second, "hit")):
@@ -41,14 +42,12 @@ def test_a_second_process_finds_every_program_compiled(results):
                 assert counted == {event: int(event == happened) for event in EVENTS}, (row["process"], program)
 
 
+@pytest.mark.slow
 def test_every_step_is_reported(results):
     for row in results["rows"]:
         assert min(row["import_s"], row["optimize_s"], row["optimize_cpu_s"]) > 0
         for program in row["programs"]:
             assert min(program[name] for name in ("export_s", "compile_s", "first_call_s")) > 0 and program["nodes"] > 100
-    # Compiling takes many seconds, what is found takes few.
-    first, second = (sum(program["first_call_s"] for program in row["programs"]) for row in results["rows"])
-    assert second < first
     text = io.StringIO()
     Console(width=140, file=text).print(startup.table(results))
     assert all(text.getvalue().count(name) == 2 for name in PROGRAMS)

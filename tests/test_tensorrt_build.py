@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import itertools
 import sys
-import time
 import types
 
 import onnx_ir
@@ -191,11 +190,9 @@ def test_death_of_the_builder_is_an_error_message(tmp_path, monkeypatch, code, m
 
 
 def test_builder_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt, "_command", lambda: [sys.executable, "-c", "import time; time.sleep(60)"])
-    start = time.monotonic()
+    monkeypatch.setattr(tensorrt, "_command", lambda: [sys.executable, "-c", "import time; time.sleep(3600)"])
     with pytest.raises(UnsupportedError, match=r"not done after timeout=0\.3 s; raise it"):
         build_one(tmp_path / "a.onnx", timeout=0.3)
-    assert time.monotonic() - start < 20
 
 
 @needs_rtx

@@ -60,6 +60,10 @@ def parametrize(model) -> None:
     nn.utils.parametrizations.weight_norm(attention(model).q_proj)
 
 
+def add_bias(model) -> None:
+    attention(model).q_proj.bias = nn.Parameter(torch.ones(64))
+
+
 def remove(model) -> None:
     attention(model).o_proj = None
 
@@ -75,6 +79,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "head": (lambda model: setattr(model, "lm_head", nn.Linear(64, models.VOCAB, bias=False)), "module lm_head was replaced"),
     "buffer": (lambda model: model.lm_head.register_buffer("scale", torch.ones(1)), "lm_head has gained or lost"),
     "child": (lambda model: model.add_module("extra", nn.Identity()), "the model itself has gained or lost"),
+    "bias": (add_bias, r"layers\.1\.self_attn\.q_proj\.bias was replaced"),
     "removed": (remove, r"module model\.language_model\.layers\.1\.self_attn\.o_proj was replaced"),
     "resized": (lambda model: model.resize_token_embeddings(models.VOCAB + 8), "was replaced"),
 }

@@ -15,14 +15,13 @@ from rich.text import Text
 from transformers import AutoConfig
 
 from . import cli_bench, cli_export, cli_regress
-from .config import PRESETS, ViTCoPConfig
+from .config import DEFAULT_PRESET, PRESETS, ViTCoPConfig
 from .demo import Options, run
 from .errors import ConfigError, UnsupportedError, VitcopError
 from .explain import table
 from .families.registry import shape_of
 from .schedule import ModelShape
 
-DEFAULT_PRESET = Options.preset
 TABLE_WIDTH = 120
 
 app = typer.Typer(
@@ -63,7 +62,7 @@ def demo_command(
     model: Annotated[
         str | None, typer.Option(help="A LLaVA-1.5 folder or model on the hub; default: a small one, random weights.")
     ] = None,
-    preset: Annotated[str, typer.Option(help=f"A published setting: {_PRESETS}.")] = DEFAULT_PRESET,
+    preset: Annotated[str, typer.Option(help=f"A published setting: {_PRESETS}.")] = Options.preset,
     backend: Annotated[str, typer.Option(help="What the programs compile with: inductor, eager.")] = Options.backend,
     prompt: Annotated[str, typer.Option(help="The question.")] = Options.prompt,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = Options.max_new_tokens,

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from .config import PRESETS
+from .config import DEFAULT_PRESET, PRESETS
 from .errors import ConfigError
 
 _TABLE_WIDTH = 240
 _NONE = "none"
+# What is measured unless options say otherwise: in under three minutes on two cores, and as in the README.
+_QUICK = {"presets": (DEFAULT_PRESET,), "layers": 6, "vision_layers": 4, "rounds": 5}
+_FULL = {"presets": tuple(PRESETS), "layers": 12, "vision_layers": 8, "rounds": 15}
+
+
+def _or(name: str) -> str:
+    return f"{_QUICK[name]}, with --full {_FULL[name]}"
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +32,8 @@ def register(app: typer.Typer) -> None:
 
 def bench_command(
     preset: Annotated[
-        list[str] | None, typer.Option(help=f"Published settings to measure: {', '.join(PRESETS)}; default: all.")
+        list[str] | None,
+        typer.Option(help=f"Published settings to measure: {', '.join(PRESETS)}; default: {DEFAULT_PRESET}, with --full all."),
     ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backends to measure; default: inductor.")] = None,
     against: Annotated[
@@ -33,18 +41,21 @@ def bench_command(
         typer.Option(help="Arms to compare with, in the same rounds; default: stock_compile; none: nothing but dense."),
     ] = None,
     hidden: Annotated[int, typer.Option(help="Width of the language model.")] = 1024,
-    layers: Annotated[int, typer.Option(help="Layers of the language model.")] = 12,
+    layers: Annotated[int | None, typer.Option(help=f"Layers of the language model; default: {_or('layers')}.")] = None,
     vision_hidden: Annotated[int, typer.Option(help="Width of the vision encoder.")] = 1024,
-    vision_layers: Annotated[int, typer.Option(help="Layers of the vision encoder.")] = 8,
+    vision_layers: Annotated[
+        int | None, typer.Option(help=f"Layers of the vision encoder; default: {_or('vision_layers')}.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Prompts per call.")] = 1,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt, beside 576 image tokens.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Cache rows for new tokens.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 15,
+    rounds: Annotated[int | None, typer.Option(help=f"Measured rounds; default: {_or('rounds')}.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[
         bool, typer.Option("--memory", help="Also run each arm alone in a process, for its peak memory.")
     ] = False,
+    full: Annotated[bool, typer.Option("--full", help="All settings at the README's size: some ten minutes more.")] = False,
     json: Annotated[Path | None, typer.Option(help="Where to write environment and rows.")] = None,
 ) -> None:
     """Measure dense and pruned programs of a random LLaVA, stage by stage, in rounds interleaved with other arms."""
@@ -54,11 +65,13 @@ def bench_command(
         warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about its own internals
         from . import bench
 
+        given = {"presets": tuple(preset or ()) or None, "layers": layers, "vision_layers": vision_layers, "rounds": rounds}
+        chosen: dict[str, Any] = (_FULL if full else _QUICK) | {k: value for k, value in given.items() if value is not None}
         shape = bench.Shape(
             hidden=hidden,
-            layers=layers,
+            layers=chosen["layers"],
             vision_hidden=vision_hidden,
-            vision_layers=vision_layers,
+            vision_layers=chosen["vision_layers"],
             dtype=dtype,
             device=device,
         )
@@ -66,7 +79,7 @@ def bench_command(
             bench.Case(
                 shape,
                 backend=name,
-                presets=tuple(preset or PRESETS),
+                presets=chosen["presets"],
                 batch=batch,
                 text_tokens=text_tokens,
                 new_tokens=new_tokens,
@@ -76,10 +89,12 @@ def bench_command(
         ]
         if json is not None:
             bench.check_target(json)
-        results = bench.run(cases, rounds=rounds, memory=memory)
+        results = bench.run(cases, rounds=chosen["rounds"], memory=memory)
         console = Console()
         wide = console if console.is_terminal else Console(width=max(console.width, _TABLE_WIDTH))
         wide.print(bench.table(results))
+        if not full:
+            wide.print(Text("--full measures every setting on a larger model, as in the README", style="dim"))
         if json is not None:
             bench.write(results, json)
 

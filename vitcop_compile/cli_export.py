@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 from transformers.generation.streamers import BaseStreamer
 
 from . import picture, toy
-from .config import PRESETS, ViTCoPConfig
+from .config import DEFAULT_PRESET, PRESETS, ViTCoPConfig
 from .errors import ConfigError, InputError, UnsupportedError
 from .export.manifest import DTYPES, FolderError
 from .export.writer import FORMATS
@@ -37,7 +37,7 @@ def export_command(
     output_dir: Annotated[Path, typer.Option(help="The folder to write; it appears whole or not at all.")],
     retention: Annotated[
         str, typer.Option(help=f"A published setting ({', '.join(PRESETS)}), or the share of the visual tokens to keep.")
-    ] = "1/9",
+    ] = DEFAULT_PRESET,
     format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "onnx",
     dtype: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; default: float32 for onnx, float16 for tensorrt.")

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .config import PRESETS
+from .config import DEFAULT_PRESET, PRESETS
 from .errors import ConfigError
 
 _ELSEWHERE = ("refuse", "skip", "compare")
@@ -30,7 +30,9 @@ def regress_command(
         str | None,
         typer.Option(help="A LLaVA-1.5 folder or model on the hub; default: toy, a random LLaVA of these sizes."),
     ] = None,
-    preset: Annotated[list[str] | None, typer.Option(help=f"Published settings: {', '.join(PRESETS)}; default: 1/9.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help=f"Published settings: {', '.join(PRESETS)}; default: {DEFAULT_PRESET}.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="What the programs compile with; default: inductor.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the random language model; default: 512.")] = None,
     layers: Annotated[int | None, typer.Option(help="Its layers; default: 8.")] = None,

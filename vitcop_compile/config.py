@@ -22,6 +22,8 @@ PRESETS: dict[str, tuple[float, float, float]] = {
     "2/9": (0.4, 0.15, 0.2222),
     "1/9": (0.3, 0.12, 0.1111),
 }
+# Of `optimize` without a config, and of every command.
+DEFAULT_PRESET = "1/9"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -24,11 +22,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from . import picture, toy
 from .backends import backend_of
 from .cache import CACHE_NAME, PrunedCache, Selection
-from .config import ViTCoPConfig
+from .config import DEFAULT_PRESET, ViTCoPConfig
 from .errors import ConfigError, InputError, UnsupportedError
 from .explain import table
 from .optimized import OptimizedModel
 from .pipeline import optimize
+from .progress import Steps
 
 # Sizes of the stand-in for LLaVA-1.5: the image and its 576 patches are the real ones.
 SMALL: dict[str, int] = {"vision_hidden": 256, "vision_layers": 6, "hidden": 512, "layers": 12, "vocab": 2048}
@@ -46,7 +45,7 @@ class Options:
 
     image: Path | None = None
     model: str | None = None
-    preset: str = "1/9"
+    preset: str = DEFAULT_PRESET
     backend: str = "inductor"
     prompt: str = "Who is this, and what is the person wearing?"
     max_new_tokens: int = 32
@@ -92,45 +91,6 @@ class Report:
     pruned: Arm
     peak_bytes: int
     picture: Path
-
-
-class Steps:
-    """Progress: a spinner with the seconds while a step runs, a line with its time when it is done."""
-
-    def __init__(self, console: Console):
-        self._console = console
-
-    @contextmanager
-    def step(self, text: str, detail: Callable[[], str] = lambda: "") -> Iterator[None]:
-        """Runs a step named `text`; `detail` is asked again and again for what it is at."""
-        start = time.perf_counter()
-        with self._console.status(_Running(text, detail, start)):
-            yield
-        self._done(text, start)
-
-    @contextmanager
-    def bar(self, text: str, total: int) -> Iterator[Callable[[], None]]:
-        """A step in `total` parts; call what it gives after each. It draws only then: a spinner would disturb timings."""
-        start = time.perf_counter()
-        with Progress(
-            console=self._console, auto_refresh=False, transient=True, disable=not self._console.is_terminal
-        ) as progress:
-            task = progress.add_task(text, total=total)
-            yield lambda: progress.update(task, advance=1, refresh=True)
-        self._done(text, start)
-
-    def _done(self, text: str, start: float) -> None:
-        self._console.print(Text.assemble(("  done ", "green"), text, f"  {time.perf_counter() - start:.1f} s"))
-
-
-@dataclass
-class _Running:
-    text: str
-    detail: Callable[[], str]
-    start: float
-
-    def __rich__(self) -> Text:
-        return Text.assemble(self.text, " ", (self.detail(), "cyan"), f"  {time.perf_counter() - self.start:.0f} s")
 
 
 def run(options: Options, console: Console) -> Report:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .attention import check_lowering
 from .backends import backend_of
 from .capture import capture
-from .config import ViTCoPConfig
+from .config import DEFAULT_PRESET, ViTCoPConfig
 from .errors import UnsupportedError
 from .families import family_of
 from .optimized import TEXT_BUCKETS, CompiledOnDemand, OptimizedModel
@@ -27,7 +27,7 @@ def optimize(
 ) -> OptimizedModel:
     """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded, or wholly on "meta".
 
-    config: what to prune, preset "1/3" by default; backend: a name in `backends.BACKENDS`; attention: "sdpa" or
+    config: what to prune, `DEFAULT_PRESET` by default; backend: a name in `backends.BACKENDS`; attention: "sdpa" or
     "flash_attn", the kernels that attention lowers to; text_buckets: ascending numbers of text tokens that prompts are
     padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
     through `warmup`. A model on the meta device is for planning: it has a schedule and its programs can be exported.
@@ -35,7 +35,7 @@ def optimize(
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
     the model's shape cannot meet; both before anything is traced.
     """
-    config = config or ViTCoPConfig.preset("1/3")
+    config = config or ViTCoPConfig.preset(DEFAULT_PRESET)
     family = family_of(model)
     _check_weights(model)
     backend_of(backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError
@@ -26,11 +27,10 @@ class Weights:
             (module._modules, name, child) for _, module in model.named_modules() for name, child in module._modules.items()
         ]
         self._tensors = [
-            (contents, name, tensor, _address(tensor), tensor.dtype)
+            (contents, name, tensor, _address(tensor), _dtype(tensor))
             for module in model.modules()
             for contents in (module._parameters, module._buffers)
             for name, tensor in contents.items()
-            if tensor is not None
         ]
         self._versions = self._sum_of_versions()
 
@@ -49,13 +49,14 @@ class Weights:
         for contents, name, tensor, address, dtype in self._tensors:
             if contents.get(name) is not tensor:
                 self._refuse(f"{self._path(contents, name)} was replaced")
-            if _address(tensor) != address or tensor.dtype != dtype:
+            if _address(tensor) != address or _dtype(tensor) != dtype:
                 self._refuse(f"{self._path(contents, name)} was moved or converted")
         if self._copied and self._sum_of_versions() != self._versions:
             self._refuse("weights were changed in place, and the programs of this backend hold copies")
 
     def _sum_of_versions(self) -> int:
-        return sum(tensor._version for _, _, tensor, *_ in self._tensors if not tensor.is_inference())
+        tensors = (tensor for _, _, tensor, *_ in self._tensors if tensor is not None)
+        return sum(tensor._version for tensor in tensors if not tensor.is_inference())
 
     def _path(self, contents: dict, name: str) -> str:
         for path, module in self._model.named_modules():
@@ -69,9 +70,13 @@ class Weights:
         )
 
 
-def _address(tensor: Tensor) -> int:
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def _address(tensor: Tensor | None) -> int:
     """Where the values are; 0 where there are none, as on meta and in fake tensors."""
     try:
-        return tensor.data_ptr()
+        return 0 if tensor is None else tensor.data_ptr()
     except RuntimeError:
         return 0

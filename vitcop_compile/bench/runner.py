@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel
 
+from ..progress import Steps
 from .arms import Arm, build
 from .cases import Case, Entrant, check_cases
 from .environment import environment
@@ -21,6 +21,8 @@ from .timing import Call, interleave
 
 _WARMUP = 3
 _LEAST_MS = 40.0
+# What compiling one stage of an arm takes, in calls of it: a guess, for the estimate of what is left.
+_COMPILE = 8.0
 
 
 def run(
@@ -52,28 +54,29 @@ def run(
         "shapes": {case.shape.name: dataclasses.asdict(case.shape) for case in cases},
     }
     found: dict[int, list[dict[str, Any]]] = {}
+    steps = Steps(console, sum(_weight(case, rounds) for case in cases))
 
     def results() -> dict[str, Any]:
         return {"environment": conditions, "rows": [row for place in sorted(found) for row in found[place]]}
 
     for shape in dict.fromkeys(case.shape for case in cases):
-        with console.status(f"building {shape.name}"):
+        with steps.step(f"building {shape.name}"):
             model = shape.model(seed)
         for place, case in enumerate(cases):
             if case.shape == shape:
-                found[place] = measure(model, case, rounds, console, seed=seed, memory=memory)
+                found[place] = measure(model, case, rounds, steps, seed=seed, memory=memory)
                 save(results())
         del model
     return results()
 
 
 def measure(
-    model: PreTrainedModel, case: Case, rounds: int, console: Console, *, seed: int = 0, memory: bool = False
+    model: PreTrainedModel, case: Case, rounds: int, steps: Steps, *, seed: int = 0, memory: bool = False
 ) -> list[dict[str, Any]]:
     """The rows of one case on `model`, which is of the case's shape and was made from `seed`."""
     with torch.no_grad(), _measured_as_compiled():
-        arms = {entrant.key: _built(model, case, entrant, console) for entrant in case.entrants()}
-        times = _times(arms, case, rounds, console)
+        arms = {entrant.key: _built(model, case, entrant, steps) for entrant in case.entrants()}
+        times = _times(arms, case, rounds, steps)
     attention = {key: arm.attention for key, arm in arms.items()}
     del arms
     gc.collect()
@@ -82,17 +85,17 @@ def measure(
         from .memory import peak  # not above: `python -m` runs that file as a module that nothing has imported yet
 
         for entrant in case.entrants():
-            with console.status(f"{_title(case)}: memory of {entrant.key}"):
+            with steps.step(f"{_title(case)}: memory of {entrant.key}"):
                 peaks[entrant.key] = peak(case, entrant, seed)
     return rows(case, case.shape.model_shape(), times, attention, peaks)
 
 
-def _built(model: PreTrainedModel, case: Case, entrant: Entrant, console: Console) -> Arm:
+def _built(model: PreTrainedModel, case: Case, entrant: Entrant, steps: Steps) -> Arm:
     """The arm, with every measured stage run once: programs compile at their first call."""
-    with console.status(f"{_title(case)}: building {entrant.key}") as status:
+    at = "capturing"
+    with steps.step(f"{_title(case)}: compiling {entrant.key}", lambda: f"[{at}]", _COMPILE * len(case.stages)):
         arm = build(entrant.arm, model, entrant.config, case.request)
-        for stage, call in _calls(arm, case).items():
-            status.update(f"{_title(case)}: compiling {entrant.key}, {stage}")
+        for at, call in _calls(arm, case).items():  # noqa: B007  (shown while the step runs)
             call()
     return arm
 
@@ -104,24 +107,25 @@ def _calls(arm: Arm, case: Case) -> dict[str, Call]:
     return calls
 
 
-def timed(calls: dict[str, Call], rounds: int, console: Console, title: str) -> dict[str, list[float]]:
+def timed(calls: dict[str, Call], rounds: int, steps: Steps, title: str) -> dict[str, list[float]]:
     """`interleave` with a bar, which is drawn between rounds only: a thread that draws would disturb what is timed."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        task = progress.add_task(title, total=rounds + _WARMUP)
-        return interleave(
-            calls, rounds, _WARMUP, tick=lambda: progress.update(task, advance=1, refresh=True), least_ms=_LEAST_MS
-        )
+    with steps.bar(title, rounds + _WARMUP, len(calls) * (rounds + _WARMUP)) as advance:
+        return interleave(calls, rounds, _WARMUP, tick=advance, least_ms=_LEAST_MS)
 
 
-def _times(arms: dict[str, Arm], case: Case, rounds: int, console: Console) -> dict[str, dict[str, list[float]]]:
+def _times(arms: dict[str, Arm], case: Case, rounds: int, steps: Steps) -> dict[str, dict[str, list[float]]]:
     calls = {key: _calls(arm, case) for key, arm in arms.items()}
     times = {}
     for stage in (*case.stages, "selection"):
         group = {key: of_arm[stage] for key, of_arm in calls.items() if stage in of_arm}
         if group:
-            times[stage] = timed(group, rounds, console, f"{_title(case)}: {stage}")
+            times[stage] = timed(group, rounds, steps, f"{_title(case)}: timing {stage}")
     return times
+
+
+def _weight(case: Case, rounds: int) -> float:
+    """Of all steps of a case together; stages that an arm lacks are counted as if it had them."""
+    return len(case.entrants()) * len(case.stages) * (_COMPILE + rounds + _WARMUP)
 
 
 @contextmanager

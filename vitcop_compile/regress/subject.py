@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from ..backends import backend_of
 from ..bench import Request
-from ..config import ViTCoPConfig
+from ..config import DEFAULT_PRESET, ViTCoPConfig
 from ..errors import ConfigError, UnsupportedError
 from ..optimized import OptimizedModel
 from ..pipeline import optimize
@@ -41,7 +41,7 @@ class Settings:
     layers: int | None = 8
     vision_hidden: int | None = 256
     vision_layers: int | None = 4
-    presets: tuple[str, ...] = ("1/9",)
+    presets: tuple[str, ...] = (DEFAULT_PRESET,)
     backend: str = "inductor"
     batch: int = 1
     text_tokens: int = 64
