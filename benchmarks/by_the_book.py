@@ -120,7 +120,7 @@ class ByTheBook:
         score = weights[0, :, 0, 1:].sum(0)
         kept = score.topk(stage.tokens).indices.sort().values
         places = torch.stack((kept // side, kept % side), 1) / side
-        return kept, cluster(keys[0, 1:][kept], places, stage.centres, stage.dc, stage.k, self._host)
+        return kept, cluster(keys[0, 1:][kept], places, stage.centers, stage.density_width, stage.reach, self._host)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, seen: Seen) -> Prefilled:
@@ -204,22 +204,22 @@ def attend(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hidden + layer.mlp(layer.layer_norm2(hidden)), weights, keys
 
 
-def cluster(features: Tensor, places: Tensor, centres: int, dc: float, k: float, host: Host) -> Tensor:
-    """Labels int64 [n] by density peaks among spatial neighbours, -1 where a chain of neighbours reaches no centre.
+def cluster(features: Tensor, places: Tensor, centers: int, density_width: float, reach: float, host: Host) -> Tensor:
+    """Labels int64 [n] by density peaks among spatial neighbours, -1 where a chain of neighbours reaches no center.
 
     features [n, d]; places [n, 2] in units of the image side.
     """
     distance = ((features.unsqueeze(1) - features.unsqueeze(0)).square().sum(-1) + 1e-8).sqrt()
     distance.fill_diagonal_(0)
-    density = (-((distance / dc) ** 2)).exp().sum(1)
+    density = (-((distance / density_width) ** 2)).exp().sum(1)
     apart = (places.unsqueeze(1) - places.unsqueeze(0)).square().sum(-1).sqrt()
-    candidate = (density.unsqueeze(0) >= density.unsqueeze(1)) & (apart <= k)
+    candidate = (density.unsqueeze(0) >= density.unsqueeze(1)) & (apart <= reach)
     candidate.fill_diagonal_(False)
     delta, nearest = distance.masked_fill(~candidate, torch.inf).min(1)
     nearest = torch.where(delta.isinf(), 0, nearest)
-    peaks = (delta * density).topk(centres).indices
+    peaks = (delta * density).topk(centers).indices
     labels = torch.full_like(nearest, -1)
-    labels[peaks] = torch.arange(centres, device=labels.device)
+    labels[peaks] = torch.arange(centers, device=labels.device)
     settled = labels >= 0
     while True:
         taken = torch.where(settled, labels, labels[nearest])

@@ -45,7 +45,14 @@ class Pooled(nn.Module):
         scale = query.shape[-1] ** -0.5
         kept_hidden, _, kept = prune_patches(patches, query, key, scale, tokens=vision.tokens, prefix=prefix)
         labels = cluster_patches(
-            key, kept, grid=shape.grid, prefix=prefix, centres=vision.centres, dc=vision.dc, k=vision.k, exact=True
+            key,
+            kept,
+            grid=shape.grid,
+            prefix=prefix,
+            centers=vision.centers,
+            density_width=vision.density_width,
+            reach=vision.reach,
+            exact=True,
         ).reshape(1, -1)
         shallow, deep = self.schedule.stages
         hidden, _, visual, index = prune_tokens(

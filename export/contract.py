@@ -13,7 +13,7 @@ def check_programs(manifest: Manifest) -> None:
     expected = expected_programs(manifest)
     kinds = [(spec.kind, spec.rows) for spec in manifest.programs]
     if kinds != [(spec.kind, spec.rows) for spec in expected]:
-        raise FolderError(f"{NAME}: programs {kinds} are not those of max_text_len and text_buckets")
+        raise FolderError(f"{NAME}: programs {kinds} are not those of max_text_len and prompt_buckets")
     for found, right in zip(manifest.programs, expected, strict=True):
         for side in ("inputs", "outputs"):
             listed, wanted = getattr(found, side), getattr(right, side)
@@ -33,7 +33,7 @@ def expected_programs(manifest: Manifest) -> list[ProgramSpec]:
     features = TensorSpec("features", float_, (batch, n, manifest.shape.hidden))
     pixels = TensorSpec("pixels", float_, (batch, *manifest.image.pixel_shape))
     programs = [ProgramSpec("vision", "", None, (pixels,), (features, *selection))]
-    spans = [(LEAST_TEXT, text)] if manifest.text_buckets is None else [(size, size) for size in manifest.text_buckets]
+    spans = [(LEAST_TEXT, text)] if manifest.prompt_buckets is None else [(size, size) for size in manifest.prompt_buckets]
     for least, most in spans:
         programs.append(_prefill(manifest, features, n + least, n + most, True))
         programs.append(_prefill(manifest, features, least, most, False))
@@ -64,7 +64,7 @@ def _prefill(manifest: Manifest, features: TensorSpec, least: int, most: int, im
 
 def _decode(manifest: Manifest) -> ProgramSpec:
     batch, shape = manifest.batch_size, manifest.shape
-    groups = len(set(manifest.schedule.deltas()))
+    groups = len(set(manifest.schedule.removed_rows()))
     caches = [TensorSpec(name, manifest.dtype, (batch, *dims)) for name, dims, _ in _caches(manifest)]
     rows = [
         TensorSpec(f"new_{name}", manifest.dtype, (batch, shape.kv_heads, 1, shape.head_dim)) for name, *_ in _caches(manifest)
@@ -78,7 +78,7 @@ def _caches(manifest: Manifest) -> list[tuple[str, tuple[int, int, int], int]]:
     shape = manifest.shape
     return [
         (f"{name}_{layer}", (shape.kv_heads, manifest.cache_rows - delta, shape.head_dim), delta)
-        for layer, delta in enumerate(manifest.schedule.deltas())
+        for layer, delta in enumerate(manifest.schedule.removed_rows())
         for name in ("key", "value")
     ]
 

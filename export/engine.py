@@ -45,8 +45,8 @@ class EngineFolder:
         if new_tokens > held.max_new_tokens:
             raise InputError(f"max_new_tokens={new_tokens} exceeds max_new_tokens={held.max_new_tokens} of the engine")
         kept = self.schedule.image_tokens if image else 0
-        if held.text_buckets is not None:
-            rows = next(size for size in held.text_buckets if text <= size) + kept
+        if held.prompt_buckets is not None:
+            rows = next(size for size in held.prompt_buckets if text <= size) + kept
         else:
             spans = sorted(spec.rows for spec in held.programs if spec.kind == _prefill_kind(image) and spec.rows)
             rows = next(max(least, text + kept) for least, most in spans if text + kept <= most)
@@ -68,7 +68,7 @@ class EngineFolder:
         """The decode program; its new keys and values are written into the caches here, one row per layer and step."""
         if self._step is None:
             program = self._get(self.manifest.program("decode"))
-            step = writing_rows(program, self.schedule.deltas())
+            step = writing_rows(program, self.schedule.removed_rows())
             # A runner that can replay a whole step, the writes included, brings its own wrapper.
             graphed = getattr(program, "graphed", None)
             self._step = step if graphed is None else graphed(step)

@@ -67,7 +67,7 @@ class Manifest:
     dtype: str
     batch_size: int
     max_text_len: int
-    text_buckets: tuple[int, ...] | None
+    prompt_buckets: tuple[int, ...] | None
     max_new_tokens: int
     opset: int
     kv_rows: tuple[int, ...]
@@ -210,7 +210,7 @@ def _digest(values: dict[str, Any]) -> str:
 
 def _parse(values: dict[str, Any]) -> Manifest:
     """Builds the dataclasses from JSON values whose digest is right; a wrong type still ends in an error, not in a run."""
-    shape, image, config, buckets = values["shape"], values["image"], values["config"], values["text_buckets"]
+    shape, image, config, buckets = values["shape"], values["image"], values["config"], values["prompt_buckets"]
     settings = ViTCoPConfig.from_json(json.dumps(config))
     if json.loads(settings.to_json()) != config:
         raise FolderError(f"{NAME}: config lacks fields: export the folder again")
@@ -218,7 +218,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
         "config": settings,
         "shape": _build(ModelShape, shape | {"grid": _tuple(shape["grid"])}),
         "image": _build(ImageInput, image | {"pixel_shape": _tuple(image["pixel_shape"])}),
-        "text_buckets": None if buckets is None else _tuple(buckets),
+        "prompt_buckets": None if buckets is None else _tuple(buckets),
         "kv_rows": _tuple(values["kv_rows"]),
         "programs": tuple(_program(spec) for spec in _tuple(values["programs"])),
         "files": {name: _tuple(entry) for name, entry in values["files"].items()},

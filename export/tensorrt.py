@@ -247,10 +247,10 @@ def _profiles(spec: ProgramSpec, manifest: Manifest) -> tuple[tuple[int, int, in
     if spec.rows is None or not _dynamic(spec):
         return ()
     least, most = spec.rows
-    if manifest.text_buckets is None:
+    if manifest.prompt_buckets is None:
         return ((least, most, most),)
     image = most - manifest.max_text_len
-    return tuple((size + image,) * 3 for size in manifest.text_buckets)
+    return tuple((size + image,) * 3 for size in manifest.prompt_buckets)
 
 
 def _dynamic(spec: ProgramSpec) -> list[TensorSpec]:

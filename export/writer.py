@@ -33,7 +33,7 @@ def export(
     batch_size: int = 1,
     max_text_len: int = 512,
     max_new_tokens: int = 256,
-    text_buckets: Sequence[int] | None = None,
+    prompt_buckets: Sequence[int] | None = None,
     opset: int = 18,
     processor: Any = None,
     **build_options: Any,
@@ -41,16 +41,18 @@ def export(
     """Writes `model` as a folder that deploys without its Python: "onnx", or "tensorrt" engines.
 
     batch_size: sequences per call (prompts times beams); max_text_len: text tokens of the longest prompt; max_new_tokens:
-    rows for generated tokens; text_buckets: static prompt lengths, ending in max_text_len, in place of a dynamic text axis:
+    rows for generated tokens; prompt_buckets: static prompt lengths, ending in max_text_len, in place of a dynamic text axis:
     one ONNX file each, or one optimization profile each of a TensorRT engine; opset: 18 to 24; processor: saved beside the
     engines; build_options: of `tensorrt.BuildOptions`. Visual budgets are static. Returns the folder, which appears whole or
     not at all.
 
     Raises ConfigError for numbers that do not fit, UnsupportedError for a format or a missing package, before any work.
     """
-    if model.programs.attention != "sdpa":
-        raise UnsupportedError(f"attention={model.programs.attention!r} cannot leave torch: optimize() with attention='sdpa'")
-    buckets = check_options(model.programs.schedule, format, batch_size, max_text_len, max_new_tokens, text_buckets, opset)
+    if model.programs.attn_implementation != "sdpa":
+        raise UnsupportedError(
+            f"attn_implementation={model.programs.attn_implementation!r} cannot leave torch: optimize() with attn_implementation='sdpa'"
+        )
+    buckets = check_options(model.programs.schedule, format, batch_size, max_text_len, max_new_tokens, prompt_buckets, opset)
     if model.dtype == torch.bfloat16 and opset < _BFLOAT16_OPSET:
         raise UnsupportedError(
             f"opset={opset} has no bfloat16 convolution: choose opset {_BFLOAT16_OPSET} or later, or float16"
@@ -80,16 +82,16 @@ def export(
         manifest = Manifest(
             product="onnx",
             architecture=type(model.model).__name__,
-            config=model.settings,
+            config=model.pruning_config,
             shape=schedule.shape,
             image=model.image,
             dtype=str(model.dtype).removeprefix("torch."),
             batch_size=batch_size,
             max_text_len=max_text_len,
-            text_buckets=buckets,
+            prompt_buckets=buckets,
             max_new_tokens=max_new_tokens,
             opset=opset,
-            kv_rows=model.settings.schedule(schedule.shape, text_tokens=max_text_len).kv_rows(max_new_tokens),
+            kv_rows=model.pruning_config.schedule(schedule.shape, text_tokens=max_text_len).kv_rows(max_new_tokens),
             programs=tuple(specs),
             versions=_versions(),
         )
@@ -148,7 +150,7 @@ def _spans(format: str, text: int, buckets: tuple[int, ...] | None) -> list[tupl
     if format == "onnx":
         return [(size, size) for size in buckets]
     if buckets[0] < LEAST_TEXT:
-        raise ConfigError(f"text_buckets={buckets}: the first must be at least {LEAST_TEXT} for format={format!r}")
+        raise ConfigError(f"prompt_buckets={buckets}: the first must be at least {LEAST_TEXT} for format={format!r}")
     return [(buckets[0], buckets[-1])]
 
 
@@ -174,7 +176,7 @@ def check_options(
         return None
     values = tuple(buckets)
     if not values or list(values) != sorted(set(values)) or values[0] < 1 or values[-1] != text:
-        raise ConfigError(f"text_buckets={values}: pass ascending lengths that end in max_text_len={text}")
+        raise ConfigError(f"prompt_buckets={values}: pass ascending lengths that end in max_text_len={text}")
     return values
 
 

@@ -66,7 +66,7 @@ def rewrite_decode(
     spelled out.
     """
     module = clean(_copy(captured))
-    module = decode_cache(module, schedule.deltas(), in_place)
+    module = decode_cache(module, schedule.removed_rows(), in_place)
     return lower_attention(module, attention) if in_place else module
 
 

@@ -14,7 +14,7 @@ def lower_attention(module: fx.GraphModule, name: str) -> fx.GraphModule:
     Raises RewriteError for an unknown name or a graph without attention.
     """
     if name not in LOWERINGS:
-        raise RewriteError(f"attention={name!r} is unknown: use one of {', '.join(LOWERINGS)}")
+        raise RewriteError(f"attn_implementation={name!r} is unknown: use one of {', '.join(LOWERINGS)}")
     prefill, decode = LOWERINGS[name]
     targets = {ANCHOR: prefill, attend: decode}
     found = [node for node in module.graph.nodes if node.op == "call_function" and node.target in targets]

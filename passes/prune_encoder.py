@@ -28,11 +28,19 @@ def prune_patches(
 
 
 def cluster_patches(
-    key: Tensor, kept: Tensor, *, grid: tuple[int, int], prefix: int, centres: int, dc: float, k: float, exact: bool
+    key: Tensor,
+    kept: Tensor,
+    *,
+    grid: tuple[int, int],
+    prefix: int,
+    centers: int,
+    density_width: float,
+    reach: float,
+    exact: bool,
 ) -> Tensor:
     """Labels int64 [B, n] of the kept patches [B, n], clustered by the keys [B, heads, t, hd] of the scoring layer."""
     features = take_rows(key.transpose(1, 2).flatten(2), kept + prefix)
-    return density_peaks(features, patch_positions(kept, grid), centres, dc, k, exact)
+    return density_peaks(features, patch_positions(kept, grid), centers, density_width, reach, exact)
 
 
 def patch_positions(index: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -70,9 +78,9 @@ def prune_encoder(
         settings: Any = {
             "grid": grid,
             "prefix": prefix,
-            "centres": stage.centres,
-            "dc": stage.dc,
-            "k": stage.k,
+            "centers": stage.centers,
+            "density_width": stage.density_width,
+            "reach": stage.reach,
             "exact": exact,
         }
         labels = graph.call_function(cluster_patches, (key, kept), settings)

@@ -47,7 +47,7 @@ def folder(name: str) -> Path:
     batch, opset, buckets = FOLDERS[name]
     numbers = {"batch_size": batch, "max_text_len": TEXT, "max_new_tokens": NEW}
     with without_collection():
-        return export(optimized(), root / name, opset=opset, text_buckets=buckets, **numbers)
+        return export(optimized(), root / name, opset=opset, prompt_buckets=buckets, **numbers)
 
 
 @contextmanager

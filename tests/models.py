@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -85,8 +86,13 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 weight.copy_(noise * 1.6 / weight[0].numel() ** 0.5)
 
 
+def slow(*values):
+    """Parameters of a test that the default run leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def pixels(batch: int = 1, seed: int = 0) -> Tensor:
-    """Random normalised images [batch, 3, 112, 112], a colour of its own for every patch."""
+    """Random normalised images [batch, 3, 112, 112], a color of its own for every patch."""
     generator = torch.Generator().manual_seed(1000 + seed)
     base = torch.randn(batch, 3, GRID, GRID, generator=generator)
     noise = torch.randn(batch, 3, SIDE, SIDE, generator=generator)

@@ -48,7 +48,9 @@ class Peaks(NamedTuple):
     margin: float
 
 
-def density_peaks(features: np.ndarray, positions: np.ndarray | None, centres: int, dc: float, k: float) -> Peaks:
+def density_peaks(
+    features: np.ndarray, positions: np.ndarray | None, centers: int, density_width: float, reach: float
+) -> Peaks:
     """features [n, d], positions [n, 2] or None."""
     features = features.astype(np.float64)
     n = len(features)
@@ -56,12 +58,12 @@ def density_peaks(features: np.ndarray, positions: np.ndarray | None, centres: i
         [0.0 if i == j else math.sqrt(float(((features[i] - features[j]) ** 2).sum()) + 1e-8) for j in range(n)]
         for i in range(n)
     ]
-    rho = [math.fsum(math.exp(-((d / dc) ** 2)) for d in row) for row in distance]
+    rho = [math.fsum(math.exp(-((d / density_width) ** 2)) for d in row) for row in distance]
     delta, nearest, margin = [], [], _gap(rho)
     for i in range(n):
         candidates = [j for j in range(n) if j != i and rho[j] >= rho[i]]
         if positions is not None:
-            candidates = [j for j in candidates if math.dist(positions[i], positions[j]) <= k]
+            candidates = [j for j in candidates if math.dist(positions[i], positions[j]) <= reach]
         delta.append(min((distance[i][j] for j in candidates), default=math.inf))
         nearest.append(next((j for j in candidates if distance[i][j] == delta[i]), 0))
         margin = min(margin, _gap([distance[i][j] for j in candidates]))
@@ -69,7 +71,7 @@ def density_peaks(features: np.ndarray, positions: np.ndarray | None, centres: i
     margin = min(margin, _gap(gamma))
 
     labels = [-1] * n
-    for label, peak in enumerate(sorted(range(n), key=lambda i: (-gamma[i], i))[:centres]):
+    for label, peak in enumerate(sorted(range(n), key=lambda i: (-gamma[i], i))[:centers]):
         labels[peak] = label
     changed = True
     while changed:

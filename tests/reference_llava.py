@@ -22,15 +22,15 @@ class Settings:
     """Counts and layers of one pruned model; layers are 0-based, `vision` is the scoring layer of the encoder."""
 
     n: int
-    centres: int
+    centers: int
     merged: int
     kept: int
     vision: int
     shallow: int
     deep: int
     positions: str = "published"
-    dc: float = 8.0
-    k: float = 0.6
+    density_width: float = 8.0
+    reach: float = 0.6
 
 
 @dataclass
@@ -107,9 +107,9 @@ def _see(model, pixels: Tensor, settings: Settings, result: Result) -> Tensor:
             result.labels = cluster(
                 key[1:][result.kept].float(),
                 [(patch // side / side, patch % side / side) for patch in result.kept],
-                settings.centres,
-                settings.dc,
-                settings.k,
+                settings.centers,
+                settings.density_width,
+                settings.reach,
             )
             hidden = torch.cat((hidden[:, :1], hidden[:, 1:][:, result.kept]), 1)
     return model.model.multi_modal_projector(hidden[:, 1:])
@@ -125,25 +125,27 @@ def _cls_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
     return total
 
 
-def cluster(features: Tensor, places: list[tuple[float, float]], centres: int, dc: float, k: float) -> list[int]:
-    """Density peaks among spatial neighbours; -1 for points whose chain never reaches a centre."""
+def cluster(
+    features: Tensor, places: list[tuple[float, float]], centers: int, density_width: float, reach: float
+) -> list[int]:
+    """Density peaks among spatial neighbours; -1 for points whose chain never reaches a center."""
     n = len(places)
     distance = [[0.0] * n for _ in range(n)]
     for i in range(n):
         for j in range(n):
             if i != j:
                 distance[i][j] = math.sqrt(float(((features[i] - features[j]) ** 2).sum()) + 1e-8)
-    rho = [sum(math.exp(-((d / dc) ** 2)) for d in row) for row in distance]
+    rho = [sum(math.exp(-((d / density_width) ** 2)) for d in row) for row in distance]
     delta, nearest = [math.inf] * n, [0] * n
     for i in range(n):
         for j in range(n):
-            if j != i and rho[j] >= rho[i] and math.dist(places[i], places[j]) <= k and distance[i][j] < delta[i]:
+            if j != i and rho[j] >= rho[i] and math.dist(places[i], places[j]) <= reach and distance[i][j] < delta[i]:
                 delta[i], nearest[i] = distance[i][j], j
     ranked = sorted(range(n), key=lambda i: -delta[i] * rho[i])
     labels = [-1] * n
-    for label, centre in enumerate(ranked[:centres]):
-        labels[centre] = label
-    peaks, before = set(ranked[:centres]), None
+    for label, center in enumerate(ranked[:centers]):
+        labels[center] = label
+    peaks, before = set(ranked[:centers]), None
     while before != labels:
         before = list(labels)
         labels = [labels[i] if i in peaks else before[nearest[i]] for i in range(n)]

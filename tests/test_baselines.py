@@ -15,7 +15,7 @@ import pytest
 import test_golden_e2e as e2e
 import torch
 import torch.nn.functional as F
-from models import captured, llava, pixels, prompt, randomize, shared
+from models import captured, llava, pixels, prompt, randomize, shared, slow
 from models import optimize as optimize_once
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
@@ -101,7 +101,7 @@ def fused(call: Any) -> list[tuple[str, bool]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["stock_eager", "stock_compile", "eager", "inductor", "onnxruntime"])
+@pytest.mark.parametrize("name", ["stock_eager", slow("stock_compile"), "eager", slow("inductor"), slow("onnxruntime")])
 def test_a_dense_arm_computes_what_the_stock_model_computes_and_changes_no_state(name, dense_arms, shallow):
     arm = dense_arms(name)
     given = inputs(shallow, REQUEST)
@@ -246,7 +246,7 @@ def test_both_branches_of_the_merge_are_met(deep):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["eager", "onnxruntime", "by_the_book"])
+@pytest.mark.parametrize("name", ["eager", slow("onnxruntime"), "by_the_book"])
 def test_a_pruned_arm_computes_what_the_published_form_computes_and_changes_no_state(name, deep):
     request, config = Request(1, 7, 5), ViTCoPConfig.preset("1/9")
     given = inputs(deep, request)
@@ -316,7 +316,7 @@ def test_the_published_form_counts_every_read_of_the_host(name, deep):
     served, ids, images = book.ByTheBook(deep, PRUNED[name]), prompt(), pixels()
     with Reads() as seen:
         served.prefill(ids, served.see(images))
-    assert served.reads == seen.count > 2 * served.vision.centres
+    assert served.reads == seen.count > 2 * served.vision.centers
 
 
 def test_the_published_form_refuses_what_it_cannot_do(deep):
@@ -409,6 +409,7 @@ def test_a_recording_names_every_kernel_once_and_its_mask():
     assert recorded(lambda: q @ q.transpose(2, 3)) == "none"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_attention_words_of_onnxruntime_are_those_of_its_graphs(monkeypatch, shallow):
     counts = []

@@ -27,6 +27,7 @@ def results(gpu):
     return gpu.run(gpu.TOYS, True, 1e9, 2, Console(quiet=True))  # minutes: no clock decides
 
 
+@pytest.mark.slow
 def test_every_case_has_a_dense_row_and_three_presets(gpu, results):
     found = [(row["batch"], row["preset"]) for row in results["rows"]]
     assert found == [(batch, preset) for batch in (1, 2) for preset in ("dense", "1/3", "2/9", "1/9")]
@@ -40,6 +41,7 @@ def test_every_case_has_a_dense_row_and_three_presets(gpu, results):
     json.dumps(results)
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_per_row(gpu, results):
     lines = gpu.table(results).splitlines()
     assert len(lines) == 2 + len(results["rows"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vitcop_compile import ConfigError, InputError, UnsupportedError, ViTCoPConfig, demo, picture, toy
@@ -88,7 +92,7 @@ def test_explain_prints_the_published_setting() -> None:
     ("arguments", "config"),
     [
         (["--preset", "1/3"], ViTCoPConfig.preset("1/3")),
-        (["--mean-tokens", 128], ViTCoPConfig.tokens(128)),
+        (["--mean-tokens", 128], ViTCoPConfig.for_mean_tokens(128)),
         (["--retention", 0.2222], ViTCoPConfig.preset("2/9")),
         (["--text-tokens", 10, "--layers", 16], ViTCoPConfig.preset("1/9")),
     ],
@@ -161,6 +165,36 @@ def test_demo_measures_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
+def test_the_dense_programs_are_compiled_by_a_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does what the first one would: the same model, request and keys of programs."""
+    monkeypatch.setattr(demo, "SMALL", TINY)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(demo.os, "cpu_count", lambda: 2)
+    started = []
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda command, **_: started.append(command))
+    demo._dense_elsewhere(demo.Options(prompt="Where?", seed=3, max_new_tokens=2))
+    (command,) = started
+    assert command[1:3] == ["-m", "vitcop_compile.demo"]
+    arms = []
+    monkeypatch.setattr(demo, "_compile", lambda arm, subject, new_tokens, steps: arms.append((arm, subject, new_tokens)))
+    demo._compile_dense(json.loads(command[3]) | {"backend": "eager"})
+    ((arm, subject, new_tokens),) = arms
+    assert (arm.name, arm.model.pruning_config.prune, new_tokens) == ("dense", False, 2)
+    here = demo._random(demo.Options(prompt="Where?", seed=3), demo.picture.load_image(None))
+    assert subject.inputs["input_ids"].shape == here.inputs["input_ids"].shape
+    for options in (demo.Options(backend="eager"), demo.Options(model="somewhere")):
+        assert demo._dense_elsewhere(options) is None
+    monkeypatch.setattr(demo.os, "cpu_count", lambda: 1)
+    assert demo._dense_elsewhere(demo.Options()) is None and len(started) == 1
+
+
+def test_a_second_process_that_fails_is_named() -> None:
+    out = Console(file=io.StringIO(), width=200)
+    failing = subprocess.Popen([sys.executable, "-c", "raise SystemExit('no luck')"], stderr=subprocess.PIPE, text=True)
+    demo._join(failing, demo.Steps(out), out)
+    assert "the second process failed, all is compiled here: no luck" in out.file.getvalue()  # type: ignore[attr-defined]
+
+
 def check_picture(path: Path) -> None:
     """The size of the drawing, and a photograph in the first panel that the others are darker than."""
     with Image.open(path) as image:
@@ -224,18 +258,18 @@ def test_darkened_keeps_only_the_kept_patches() -> None:
     assert np.allclose(out[:8, 8:], 0.05) and np.allclose(out[8:, :16], 0.05)
 
 
-def test_clusters_share_a_colour() -> None:
+def test_clusters_share_a_color() -> None:
     photo = np.full((16, 16, 3), 0.5)
-    out = picture.coloured(photo, [0, 1, 2], [4, 4, picture.NO_CLUSTER], (2, 2))
-    first, second, grey, dropped = out[4, 4], out[4, 12], out[12, 4], out[12, 12]
+    out = picture.colored(photo, [0, 1, 2], [4, 4, picture.NO_CLUSTER], (2, 2))
+    first, second, gray, dropped = out[4, 4], out[4, 12], out[12, 4], out[12, 12]
     assert np.allclose(first, second) and first.std() > 0.1
-    assert grey.std() < 1e-9 < grey.mean()
-    assert dropped.mean() < 0.5 * grey.mean()
+    assert gray.std() < 1e-9 < gray.mean()
+    assert dropped.mean() < 0.5 * gray.mean()
 
 
-def test_cluster_colours_differ() -> None:
-    colours = np.array(list(picture.cluster_colours(range(51)).values()))
-    distances = np.abs(colours[:, None] - colours[None]).sum(-1) + 9 * np.eye(len(colours))
+def test_cluster_colors_differ() -> None:
+    colors = np.array(list(picture.cluster_colors(range(51)).values()))
+    distances = np.abs(colors[:, None] - colors[None]).sum(-1) + 9 * np.eye(len(colors))
     assert distances.min() > 0.02
 
 

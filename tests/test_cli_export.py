@@ -42,7 +42,7 @@ def photo(tmp_path: Path) -> Path:
 def test_export_and_run(exported: Path, photo: Path, checkpoint: Path) -> None:
     manifest = Manifest.read(exported)
     assert manifest.config == ViTCoPConfig.preset("1/3")
-    assert (manifest.dtype, manifest.opset, manifest.text_buckets, manifest.max_new_tokens) == ("float32", 18, None, 5)
+    assert (manifest.dtype, manifest.opset, manifest.prompt_buckets, manifest.max_new_tokens) == ("float32", 18, None, 5)
     assert {"tokenizer.json", "tokenizer_config.json", "processor_config.json"} <= manifest.files.keys()
     # The answer is that of the checkpoint, through the same compiler, without a folder.
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -96,7 +96,7 @@ def test_run_prints_ids(exported: Path, tmp_path: Path, photo: Path) -> None:
         (["--dtype", "int8"], "--dtype 'int8' is unknown: use one of float32, float16, bfloat16"),
         (["--opset", 17], "opset=17 is out of range: choose 18 to 24"),
         (["--batch-size", 0], "batch_size=0 is not a count"),
-        (["--text-bucket", 8, "--text-bucket", 4], "pass ascending lengths that end in max_text_len=512"),
+        (["--prompt-bucket", 8, "--prompt-bucket", 4], "pass ascending lengths that end in max_text_len=512"),
         (["--max-text-len", 5000], "positions, the model has 4096"),
         (["--output-dir", "."], "exists: choose another output folder"),
         (["--model", "./missing"], "--model ./missing is not a folder"),

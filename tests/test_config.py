@@ -17,7 +17,7 @@ from vitcop_compile import Budgets, ConfigError, ModelShape, ViTCoPConfig, Vitco
 from vitcop_compile.config import PRESETS
 from vitcop_compile.schedule import Schedule
 
-# The published table: name -> (n, centres, R, RD, visual tokens, mean over layers).
+# The published table: name -> (n, centers, R, RD, visual tokens, mean over layers).
 TABLE = {"1/3": (288, 51, 253, 51, 192.1), "2/9": (230, 34, 165, 33, 127.8), "1/9": (172, 20, 77, 15, 63.6)}
 SMALL = ModelShape(
     layers=6,
@@ -46,11 +46,11 @@ def stages(schedule: Schedule) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_presets_are_the_published_settings(name: str) -> None:
-    n, centres, merged, kept, mean = TABLE[name]
+    n, centers, merged, kept, mean = TABLE[name]
     schedule = ViTCoPConfig.preset(name).schedule()
     assert schedule.vision is not None
-    assert (schedule.vision.layer, schedule.vision.tokens, schedule.vision.centres) == (22, n, centres)
-    assert (schedule.vision.dc, schedule.vision.k) == (8, 0.6)
+    assert (schedule.vision.layer, schedule.vision.tokens, schedule.vision.centers) == (22, n, centers)
+    assert (schedule.vision.density_width, schedule.vision.reach) == (8, 0.6)
     assert stages(schedule) == [(2, merged), (22, kept)]
     assert [(stage.policy, stage.positions) for stage in schedule.stages] == [
         ("merge_by_cluster", "kept"),
@@ -72,8 +72,8 @@ def test_positions_of_the_deep_stage() -> None:
 
 
 def test_preset_overrides() -> None:
-    config = ViTCoPConfig.preset("1/9", dc=4.0, retention=0.15)
-    assert config == ViTCoPConfig(0.3, 0.12, 0.15, dc=4.0)
+    config = ViTCoPConfig.preset("1/9", density_width=4.0, retention=0.15)
+    assert config == ViTCoPConfig(0.3, 0.12, 0.15, density_width=4.0)
     assert ViTCoPConfig.preset("1/9", mean_tokens=80) == ViTCoPConfig(0.3, 0.12, mean_tokens=80)
     assert ViTCoPConfig.preset("1/9", budgets=(10, 5, 1)).budgets == Budgets(10, 5, 1)
 
@@ -91,7 +91,7 @@ def test_budgets_follow_the_formula(vision: float, retention: float, shallow: in
     if kept >= 1 and merged <= n:
         schedule = config.schedule(shape)
         assert schedule.vision is not None
-        assert (schedule.vision.tokens, schedule.vision.centres) == (n, max(1, int(0.25 * n)))
+        assert (schedule.vision.tokens, schedule.vision.centers) == (n, max(1, int(0.25 * n)))
         assert stages(schedule) == [(shallow, merged), (deep, kept)]
     else:
         with pytest.raises(ConfigError, match=f"retention={retention}.*{merged} tokens after layer {shallow}"):
@@ -103,7 +103,7 @@ def test_budgets_follow_the_formula(vision: float, retention: float, shallow: in
 
 @pytest.mark.parametrize(("target", "ratios"), [(192, (0.5, 0.18)), (128, (0.4, 0.15)), (64, (0.3, 0.12)), (100, (0.4, 0.15))])
 def test_tokens_takes_the_ratios_of_the_nearest_preset(target: int, ratios: tuple[float, float]) -> None:
-    assert ViTCoPConfig.tokens(target) == ViTCoPConfig(*ratios, mean_tokens=target)
+    assert ViTCoPConfig.for_mean_tokens(target) == ViTCoPConfig(*ratios, mean_tokens=target)
 
 
 @given(st.floats(0.2, 0.7), st.floats(0.1, 1), st.integers(8, 48))
@@ -120,20 +120,20 @@ def test_mean_tokens_is_retention_by_another_unit() -> None:
 
 
 def test_explicit_budgets_are_taken_as_they_are() -> None:
-    config = ViTCoPConfig(budgets=Budgets(9, 7, 3, centres=4), shallow_layer=2, deep_layer=3, scale_layers=False)
+    config = ViTCoPConfig(budgets=Budgets(9, 7, 3, centers=4), shallow_layer=2, deep_layer=3, scale_layers=False)
     schedule = config.schedule(SMALL)
-    assert schedule.vision is not None and (schedule.vision.tokens, schedule.vision.centres) == (9, 4)
+    assert schedule.vision is not None and (schedule.vision.tokens, schedule.vision.centers) == (9, 4)
     assert stages(schedule) == [(2, 7), (3, 3)]
     assert ViTCoPConfig(budgets=(9, 7, 3)) == ViTCoPConfig(budgets=[9, 7, 3]) == ViTCoPConfig(budgets=Budgets(9, 7, 3))
-    unset = ViTCoPConfig(centre_ratio=0.3, budgets=(9, 7, 3)).schedule(SMALL).vision
-    assert unset is not None and unset.centres == 2
-    least = ViTCoPConfig(centre_ratio=0.01, budgets=(9, 7, 3)).schedule(SMALL).vision
-    assert least is not None and least.centres == 1
+    unset = ViTCoPConfig(center_ratio=0.3, budgets=(9, 7, 3)).schedule(SMALL).vision
+    assert unset is not None and unset.centers == 2
+    least = ViTCoPConfig(center_ratio=0.01, budgets=(9, 7, 3)).schedule(SMALL).vision
+    assert least is not None and least.centers == 1
 
 
 def test_dense_keeps_everything() -> None:
     schedule = ViTCoPConfig.dense().schedule(SMALL, text_tokens=5)
-    assert schedule.vision is None and schedule.stages == () and schedule.deltas() == (0,) * 6
+    assert schedule.vision is None and schedule.stages == () and schedule.removed_rows() == (0,) * 6
     assert schedule.visual_tokens() == (12,) * 6 and schedule.kv_rows() == (17,) * 6
     assert schedule.flop_ratio() == 1
     assert schedule.prefill_flops() == schedule.dense_prefill_flops()
@@ -192,12 +192,12 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"retention": True}, "retention=True is not a finite number"),
     ({"retention": 0.3, "vision_ratio": -0.5}, "vision_ratio=-0.5 is out of range: choose a ratio in (0, 1]"),
     ({"retention": 0.3, "vision_ratio": math.inf}, "vision_ratio=inf is not a finite number"),
-    ({"retention": 0.3, "centre_ratio": 0.0}, "centre_ratio=0.0 is out of range: choose a ratio in (0, 1]"),
-    ({"retention": 0.3, "centre_ratio": 2}, "centre_ratio=2 is out of range: choose a ratio in (0, 1]"),
+    ({"retention": 0.3, "center_ratio": 0.0}, "center_ratio=0.0 is out of range: choose a ratio in (0, 1]"),
+    ({"retention": 0.3, "center_ratio": 2}, "center_ratio=2 is out of range: choose a ratio in (0, 1]"),
     ({"mean_tokens": 0}, "mean_tokens=0 is not positive"),
     ({"mean_tokens": math.inf}, "mean_tokens=inf is not a finite number"),
-    ({"retention": 0.3, "dc": 0}, "dc=0 is not positive"),
-    ({"retention": 0.3, "k": -0.1}, "k=-0.1 is not positive"),
+    ({"retention": 0.3, "density_width": 0}, "density_width=0 is not positive"),
+    ({"retention": 0.3, "reach": -0.1}, "reach=-0.1 is not positive"),
     ({"retention": 0.3, "deep_divisor": -5}, "deep_divisor=-5 is not positive"),
     ({"retention": 0.3, "deep_divisor": 0.9}, "deep_divisor=0.9 is below 1"),
     ({"retention": 0.3, "vision_layer": 1.5}, "vision_layer=1.5 is not an integer"),
@@ -211,9 +211,9 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"budgets": (3, 2, True)}, "budgets.deep=True is not an integer"),
     ({"budgets": (3, 4, 1)}, "budgets 3, 4, 1 grow: no stage can keep more tokens than it receives"),
     ({"budgets": (3, 2, 3)}, "budgets 3, 2, 3 grow"),
-    ({"budgets": (3, 2, 1, 4)}, "budgets.centres=4 is out of range: choose 1 to 3"),
-    ({"budgets": (3, 2, 1, 0)}, "budgets.centres=0 is out of range: choose 1 to 3"),
-    ({"budgets": (3, 2, 1, 1.0)}, "budgets.centres=1.0 is not an integer"),
+    ({"budgets": (3, 2, 1, 4)}, "budgets.centers=4 is out of range: choose 1 to 3"),
+    ({"budgets": (3, 2, 1, 0)}, "budgets.centers=0 is out of range: choose 1 to 3"),
+    ({"budgets": (3, 2, 1, 1.0)}, "budgets.centers=1.0 is not an integer"),
 ]
 
 
@@ -283,7 +283,7 @@ def test_unknown_preset() -> None:
 
 def test_tokens_refuses_what_is_no_target() -> None:
     with pytest.raises(ConfigError, match="mean_tokens=-5 is not positive"):
-        ViTCoPConfig.tokens(-5)
+        ViTCoPConfig.for_mean_tokens(-5)
 
 
 # Text form
@@ -307,14 +307,14 @@ def configs(draw: st.DrawFn) -> ViTCoPConfig:
     }[target]
     return ViTCoPConfig(
         vision_ratio=draw(ratio),
-        centre_ratio=draw(ratio),
+        center_ratio=draw(ratio),
         vision_layer=draw(st.integers(-6, 4)),
         shallow_layer=shallow,
         deep_layer=draw(st.integers(shallow + 1, 30)),
         deep_divisor=draw(st.floats(1, 10)),
         positions=draw(st.sampled_from(["published", "original"])),
-        dc=draw(st.floats(0.1, 100)),
-        k=draw(st.floats(0.01, 2)),
+        density_width=draw(st.floats(0.1, 100)),
+        reach=draw(st.floats(0.01, 2)),
         scale_layers=draw(st.sampled_from([None, True, False])),
         **values,
     )
@@ -323,12 +323,12 @@ def configs(draw: st.DrawFn) -> ViTCoPConfig:
 @given(configs())
 def test_json_round_trip(config: ViTCoPConfig) -> None:
     text = config.to_json()
-    assert json.loads(text)["version"] == 1
+    assert json.loads(text)["version"] == 2
     assert ViTCoPConfig.from_json(text) == config
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    config, path = ViTCoPConfig.preset("2/9", dc=7.5), tmp_path / "config.json"
+    config, path = ViTCoPConfig.preset("2/9", density_width=7.5), tmp_path / "config.json"
     path.write_text("an older file")
     config.save(path)
     assert ViTCoPConfig.load(path) == config
@@ -340,9 +340,9 @@ def test_save_and_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "config version 2 cannot be read: this package reads 1"),
+        ({"version": 1}, "config version 1 cannot be read: this package reads 2"),
         ({"version": None}, "config version None cannot be read"),
-        ({"colour": 1, "aim": 2}, "unknown config fields ['aim', 'colour']: remove them or upgrade vitcop-compile"),
+        ({"color": 1, "aim": 2}, "unknown config fields ['aim', 'color']: remove them or upgrade vitcop-compile"),
         ({"retention": 3}, "retention=3 is out of range: choose a ratio in (0, 1]"),
         ({"retention": None, "budgets": {"vision": 3}}, "budgets: "),
         ({"retention": None, "budgets": {"vision": 3, "shallow": 2, "deep": 1, "last": 0}}, "budgets: "),
@@ -367,7 +367,7 @@ def test_malformed_texts_are_refused(text: str, message: str) -> None:
 def test_a_config_is_a_value() -> None:
     assert hash(ViTCoPConfig.preset("1/3")) == hash(ViTCoPConfig(retention=0.3333))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        ViTCoPConfig.preset("1/3").dc = 1  # type: ignore[misc]
+        ViTCoPConfig.preset("1/3").density_width = 1  # type: ignore[misc]
 
 
 # Schedules
@@ -415,7 +415,7 @@ def test_whatever_resolves_only_shrinks(problem: tuple[ViTCoPConfig, ModelShape]
     assert schedule.vision is not None
     (shallow, merged), (deep, kept) = stages(schedule)
     assert shape.patches >= schedule.vision.tokens >= merged >= kept >= 1
-    assert 1 <= schedule.vision.centres <= schedule.vision.tokens
+    assert 1 <= schedule.vision.centers <= schedule.vision.tokens
     assert 0 <= schedule.vision.layer <= shape.feature_layer
     assert 1 <= shallow < deep < shape.layers
     rows, visual = schedule.kv_rows(), schedule.visual_tokens()

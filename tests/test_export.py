@@ -132,7 +132,7 @@ def test_bytes_of_a_step(engine: Callable) -> None:
 def test_half_precision(tmp_path: Path) -> None:
     model = models.llava(LAYERS).half()
     half = vc.optimize(model, CONFIG, backend="eager")
-    out = export(half, tmp_path / "f", max_text_len=16, max_new_tokens=4, text_buckets=[16])
+    out = export(half, tmp_path / "f", max_text_len=16, max_new_tokens=4, prompt_buckets=[16])
     engine = EngineModel.from_pretrained(out)
     assert engine.dtype == torch.float16
     given = {"pixel_values": pixels().half()}
@@ -210,7 +210,7 @@ def test_manifest(fast: Any) -> None:
     assert values["kv_rows"] == [TEXT + BUDGET + NEW - shift for shift in SHIFTS]
     assert values["schedule"]["visual_tokens"] == [BUDGET - shift for shift in SHIFTS]
     assert [stage["tokens"] for stage in values["schedule"]["stages"]] == [18, 7]
-    assert (values["batch_size"], values["text_buckets"]) == (2, [10, TEXT])
+    assert (values["batch_size"], values["prompt_buckets"]) == (2, [10, TEXT])
     assert {"torch", "transformers", "onnx", "onnxruntime", "vitcop-compile"} <= values["versions"].keys()
     present = {file.name for file in folder("pair").iterdir()} - {"vitcop.json"}
     assert present == values["files"].keys()
@@ -232,7 +232,7 @@ from vitcop_compile.toy import small_llava
 sizes = dict(vision_hidden=64, vision_layers=3, vision_heads=2, hidden=1536, heads=12, intermediate=4096, layers=3, vocab=8000)
 model = small_llava(**sizes, image_size=112)
 fast = vc.optimize(model, vc.ViTCoPConfig.preset("1/3"), backend="eager")
-path = export(fast, sys.argv[1], max_text_len=16, max_new_tokens=16, text_buckets=[16])
+path = export(fast, sys.argv[1], max_text_len=16, max_new_tokens=16, prompt_buckets=[16])
 weights = sum(parameter.nbytes for parameter in model.parameters())
 size = sum(file.stat().st_size for file in path.iterdir())
 print(json.dumps([weights, size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
@@ -306,9 +306,9 @@ def test_programs_check_their_inputs(engine: Callable) -> None:
         ({"max_text_len": 1}, ConfigError, "max_text_len=1 is not a count of at least 2"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0 is not a count"),
         ({"max_text_len": 900, "max_new_tokens": 95}, ConfigError, "need 1025 positions, the model has 1024"),
-        ({"text_buckets": (8, 4, 24)}, ConfigError, r"text_buckets=\(8, 4, 24\): pass ascending lengths that end in"),
-        ({"text_buckets": ()}, ConfigError, "text_buckets"),
-        ({"text_buckets": (8, 25)}, ConfigError, "end in max_text_len=24"),
+        ({"prompt_buckets": (8, 4, 24)}, ConfigError, r"prompt_buckets=\(8, 4, 24\): pass ascending lengths that end in"),
+        ({"prompt_buckets": ()}, ConfigError, "prompt_buckets"),
+        ({"prompt_buckets": (8, 25)}, ConfigError, "end in max_text_len=24"),
         ({"workspace": 1}, ConfigError, "workspace are options of format='tensorrt', not of 'onnx'"),
     ],
 )
@@ -337,7 +337,7 @@ def test_an_interrupted_export_leaves_nothing(error: Any, fast: Any, tmp_path: P
     with mock.patch.object(writer, "_save_configs", side_effect=error), mock.patch.object(writer, "write_onnx") as write:
         write.side_effect = lambda program, path, *_: (path.write_bytes(b"half"), ((), ()))[1]
         with pytest.raises((KeyboardInterrupt, OSError)):
-            export(fast, tmp_path / "deep" / "f", max_text_len=8, max_new_tokens=2, text_buckets=[8])
+            export(fast, tmp_path / "deep" / "f", max_text_len=8, max_new_tokens=2, prompt_buckets=[8])
     assert write.call_count == 4
     assert not list((tmp_path / "deep").iterdir())
 

@@ -189,7 +189,7 @@ def test_no_manifest(copy: Path, tmp_path: Path) -> None:
 
 
 FIELDS = [
-    "product", "architecture", "config", "shape", "image", "dtype", "batch_size", "max_text_len", "text_buckets",
+    "product", "architecture", "config", "shape", "image", "dtype", "batch_size", "max_text_len", "prompt_buckets",
     "max_new_tokens", "opset", "kv_rows", "programs", "versions", "files", "schedule", "format_version", "digest",
 ]  # fmt: skip
 
@@ -204,7 +204,7 @@ def test_a_field_removed_changed_or_retyped(field: str, copy: Path) -> None:
     write(copy, {key: value for key, value in values.items() if key != field}, seal=field != "digest")
     refused(copy)
     for wrong in WRONG:
-        if (field, wrong) in (("versions", {}), ("text_buckets", None)) or (
+        if (field, wrong) in (("versions", {}), ("prompt_buckets", None)) or (
             field == "architecture" and isinstance(wrong, str)
         ):
             continue  # what a folder may say

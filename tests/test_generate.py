@@ -33,20 +33,20 @@ class Case:
     prompts: list[Tensor] = field(default_factory=lambda: [prompt(), prompt(2, 14, seed=1)])
 
 
-def explicit(budgets, shallow: int, deep: int, vision=2, positions="published", dc=8.0, k=0.6, **model) -> Case:
-    """budgets: (vision, shallow, deep, centres)."""
-    n, merged, kept, centres = budgets
+def explicit(budgets, shallow: int, deep: int, vision=2, positions="published", density_width=8.0, reach=0.6, **model) -> Case:
+    """budgets: (vision, shallow, deep, centers)."""
+    n, merged, kept, centers = budgets
     config = ViTCoPConfig(
-        budgets=(n, merged, kept, centres),
+        budgets=(n, merged, kept, centers),
         shallow_layer=shallow,
         deep_layer=deep,
         vision_layer=vision,
         positions=positions,
-        dc=dc,
-        k=k,
+        density_width=density_width,
+        reach=reach,
         scale_layers=False,
     )
-    return Case(config, Settings(n, centres, merged, kept, vision, shallow, deep, positions, dc, k), **model)
+    return Case(config, Settings(n, centers, merged, kept, vision, shallow, deep, positions, density_width, reach), **model)
 
 
 def published(name: str, **model) -> Case:
@@ -62,7 +62,7 @@ CASES = {
     "gqa-middle-scores": explicit((44, 30, 12, 6), 1, 3, vision=1, kv_heads=2),
     "adjacent-stages": explicit((40, 24, 8, 9), 2, 3, vision=1),
     "more-clusters-than-budget": explicit((33, 6, 3, 14), 2, 5),
-    "unassigned-points": explicit((48, 25, 9, 2), 1, 5, dc=5.0, k=0.26),
+    "unassigned-points": explicit((48, 25, 9, 2), 1, 5, density_width=5.0, reach=0.26),
     "whole-image": explicit((64, 40, 39, 8), 1, 2, positions="original", layers=3),
     "least": explicit((8, 1, 1, 1), 1, 2, layers=3),
     "nothing-removed": explicit((20, 20, 20, 5), 1, 2, layers=3),
@@ -237,7 +237,7 @@ def test_holes_in_the_mask_are_dropped(plain, alone):
 
 def test_larger_bucket_changes_no_logit(plain, alone):
     config = CASES["least"].config
-    small, large = (optimize(shared(3), config, text_buckets=buckets) for buckets in ((16,), (100, 200)))
+    small, large = (optimize(shared(3), config, prompt_buckets=buckets) for buckets in ((16,), (100, 200)))
     short, _ = generate(small, UNEQUAL[1], pixels(4)[1:2])
     long, _ = generate(large, UNEQUAL[1], pixels(4)[1:2])
     assert ("prefill", 1, 16 + 8) in keys(small) and ("prefill", 1, 100 + 8) in keys(large)
@@ -540,8 +540,8 @@ def test_half_precision_selects_what_fp32_selects(dtype):
     half = models.llava(4).to(dtype)
     fast = vitcop_compile.optimize(half, case.config, backend="eager")
     for seed in (0, 7, 11):
-        colours = 20 * torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
-        images = colours.repeat_interleave(56, 2).repeat_interleave(56, 3)
+        colors = 20 * torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+        images = colors.repeat_interleave(56, 2).repeat_interleave(56, 3)
         told = reference.run(model, prompt(), images, case.settings, 1)
         ranked, norms = told.scores.sort().values, told.saliency[1].sort().values
         assert ranked[16] > 1.5 * ranked[15] and norms[1] > 1.1 * norms[0]
@@ -627,7 +627,7 @@ def test_layout_of_inputs_compiles_nothing(monkeypatch, name):
 
 def test_programs_do_not_count_as_recompilations(monkeypatch):
     """More programs of one kind than torch recompiles a function."""
-    fast = dynamo_only(monkeypatch, CASES["least"].config, text_buckets=(2, 4, 6, 8))
+    fast = dynamo_only(monkeypatch, CASES["least"].config, prompt_buckets=(2, 4, 6, 8))
     with torch._dynamo.config.patch(recompile_limit=2):
         for count in range(1, 5):
             fast(prompt(count, count), pixels())

@@ -36,7 +36,7 @@ def decided(case: dict[str, Any]) -> bool:
 def test_clustering(case: dict[str, Any]) -> None:
     data, features, positions = clustering_inputs(case)
     labels = ops.density_peaks(features, positions, case["n_centers"], case["dc"], case["k"])[0]
-    # Holds whatever the rounding: every centre heads a cluster, and there is nothing but them and -1.
+    # Holds whatever the rounding: every center heads a cluster, and there is nothing but them and -1.
     assert set(labels.tolist()) - {-1} == set(range(case["n_centers"]))
     if not decided(case):
         return
@@ -148,8 +148,8 @@ def test_truncation() -> None:
     expected = data["trunc/n_centers"].tolist()
     for i, p in enumerate(data["trunc/percentage"].tolist()):
         for j, n in enumerate(data["trunc/n"].tolist()):
-            vision = ViTCoPConfig(centre_ratio=p, budgets=Budgets(n, 1, 1)).schedule(ModelShape(grid=(1, n))).vision
-            assert vision is not None and vision.centres == expected[i][j]
+            vision = ViTCoPConfig(center_ratio=p, budgets=Budgets(n, 1, 1)).schedule(ModelShape(grid=(1, n))).vision
+            assert vision is not None and vision.centers == expected[i][j]
 
 
 @pytest.mark.parametrize("name", golden.index("budget").get("official", {}))
@@ -157,7 +157,7 @@ def test_published_settings(name: str) -> None:
     official = golden.index("budget")["official"][name]
     schedule = ViTCoPConfig.preset(name.replace("_", "/")).schedule()
     assert schedule.vision is not None
-    assert (schedule.vision.tokens, schedule.vision.centres) == (official["n"], official["centers"])
+    assert (schedule.vision.tokens, schedule.vision.centers) == (official["n"], official["centers"])
     assert [stage.tokens for stage in schedule.stages] == official["shallow_deep"]
 
 
@@ -197,7 +197,7 @@ def test_vision(case: dict[str, Any]) -> None:
     # The published budgets are those of 32 decoder layers; the encoder does not know how many there are.
     schedule = config.schedule(dataclasses.replace(encoder()[0].shape, layers=32))
     assert schedule.vision is not None
-    assert (schedule.vision.tokens, schedule.vision.centres) == (case["n"], case["n_centers"])
+    assert (schedule.vision.tokens, schedule.vision.centers) == (case["n"], case["n_centers"])
 
     features, kept, labels = encode(schedule, case["images"])
     assert kept.tolist() == data["kept"].tolist()

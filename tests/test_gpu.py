@@ -49,7 +49,7 @@ def test_inductor_with_cuda_graphs_equals_eager(model, request_):
 def test_flash_attn_equals_sdpa(model, request_):
     config = ViTCoPConfig.preset("1/9")
     expected, logits = greedy(vitcop_compile.optimize(model, config, backend="eager"), *request_)
-    fast = vitcop_compile.optimize(model, config, backend="eager", attention="flash_attn")
+    fast = vitcop_compile.optimize(model, config, backend="eager", attn_implementation="flash_attention_2")
     found, flashed = greedy(fast, *request_)
     generated = request_[0].shape[1]
     assert found.shape == expected.shape and found.shape[1] == generated + 8

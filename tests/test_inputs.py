@@ -28,7 +28,7 @@ def small():
 @pytest.fixture
 def fast(small):
     """A compiled model that must not export anything."""
-    model = optimize(small, CONFIG, text_buckets=(16, 64))
+    model = optimize(small, CONFIG, prompt_buckets=(16, 64))
     yield model
     assert model.compiled == ()
 
@@ -164,7 +164,7 @@ def test_generate_refuses(fast, name):
 
 @pytest.fixture(scope="module")
 def running(small):
-    return optimize(small, CONFIG, text_buckets=(16, 64))
+    return optimize(small, CONFIG, prompt_buckets=(16, 64))
 
 
 def filled(running, tokens: int = 0) -> PrunedCache:
@@ -251,7 +251,7 @@ def weights_alone_on_meta():
         (lambda: models.llava(3, vision_feature_layer=[-2, -1]), {}, ["[-2, -1]", "single layer"]),
         (lambda: models.llava(3, vision_feature_layer=-5), {}, ["-5", "4"]),
         (lambda: shared(3), {"backend": "tvm"}, ["'tvm'", "inductor", "eager"]),
-        (lambda: shared(3), {"attention": "flash_attn"}, ["flash_attn", "cpu", "sdpa"]),
+        (lambda: shared(3), {"attn_implementation": "flash_attention_2"}, ["flash_attention_2", "cpu", "sdpa"]),
         (lambda: shared(3), {"attention": "xformers"}, ["'xformers'", "sdpa"]),
     ],
 )
@@ -265,7 +265,7 @@ def test_optimize_refuses(build, settings_, words, monkeypatch):
 @pytest.mark.parametrize("buckets", [(), (0, 4), (-1,), (8, 4), (4, 4), (4.0,), (True, 4), ("4",)])
 def test_text_buckets(buckets):
     with pytest.raises(VitcopError) as error:
-        optimize(shared(3), CONFIG, text_buckets=buckets)
+        optimize(shared(3), CONFIG, prompt_buckets=buckets)
     assert str(buckets) in str(error.value) and "ascending" in str(error.value)
 
 
@@ -288,7 +288,7 @@ def fixed(**values) -> ViTCoPConfig:
         (lambda: fixed(budgets=(8, 4, 5)), ["8, 4, 5", ">= deep"]),
         (lambda: fixed(budgets=(8, 4, 0)), ["budgets.deep=0", "1"]),
         (lambda: fixed(budgets=(-8, 4, 1)), ["budgets.vision=-8", "1"]),
-        (lambda: fixed(budgets=(8, 4, 2, 9)), ["centres=9", "8"]),
+        (lambda: fixed(budgets=(8, 4, 2, 9)), ["centers=9", "8"]),
         (lambda: fixed(budgets=Budgets(8, 4.0, 2)), ["budgets.shallow=4.0", "integer"]),
         (lambda: fixed(retention=0.0), ["retention=0.0", "(0, 1]"]),
         (lambda: fixed(retention=1.01), ["retention=1.01", "(0, 1]"]),
@@ -323,7 +323,7 @@ def stub(small):
         return lambda *inputs: tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in shapes)
 
     backends.BACKENDS["stub"] = backends.Backend(zeros)
-    yield optimize(small, CONFIG, backend="stub", text_buckets=(16, 64)), made
+    yield optimize(small, CONFIG, backend="stub", prompt_buckets=(16, 64)), made
     del backends.BACKENDS["stub"]
 
 

@@ -65,7 +65,7 @@ def test_every_lowering_exports_every_program(name: str) -> None:
     vision, prefill = made.export_vision(2), made.export_prefill(2, 60)
     text = Programs(made.family, made.captured, ViTCoPConfig.dense().schedule(made.family.shape), name)
     decode = made.export_decode(2, 90)
-    if name == "flash_attn":
+    if name == "flash_attention_2":
         flash = torch.ops.vitcop
         assert calls(vision, flash.flash_prefill.default) == ENCODER
         assert calls(prefill, flash.flash_prefill.default) == LAYERS
@@ -76,7 +76,7 @@ def test_every_lowering_exports_every_program(name: str) -> None:
 
 
 def test_flash_attn_computes_what_sdpa_does(flash_attn) -> None:
-    ours, flashed = programs("sdpa"), programs("flash_attn")
+    ours, flashed = programs("sdpa"), programs("flash_attention_2")
     pixels = models.pixels(2)
     features, kept, labels = ours.export_vision(2).module()(pixels)
     found = flashed.export_vision(2).module()(pixels)

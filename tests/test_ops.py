@@ -100,17 +100,22 @@ def grid_positions(rng: np.random.Generator, n: int) -> np.ndarray:
     st.sampled_from([(8.0, 0.6), (4.0, 0.2), (2.5, 0.35)]), st.sampled_from(DTYPES), st.data(),
 )  # fmt: skip
 def test_density_peaks(seed, batch, n, distinct, width, planar, setting, dtype, data) -> None:
-    (dc, k), centres = setting, data.draw(st.integers(1, n))
+    (density_width, reach), centers = setting, data.draw(st.integers(1, n))
     rng = np.random.default_rng(seed)
     features = np.stack([features_with_duplicates(rng, n, distinct, width) for _ in range(batch)])
     positions = np.stack([grid_positions(rng, n) for _ in range(batch)]) if planar else None
     expected = [
-        naive.density_peaks(features[b], None if positions is None else positions[b], centres, dc, k) for b in range(batch)
+        naive.density_peaks(features[b], None if positions is None else positions[b], centers, density_width, reach)
+        for b in range(batch)
     ]
     # Values that differ by less than fp32 resolves are no specification of an order; equal ones are.
     assume(min(sample.margin for sample in expected) > 1e-5)
     found = ops.density_peaks(
-        torch.from_numpy(features).to(dtype), None if positions is None else torch.from_numpy(positions), centres, dc, k
+        torch.from_numpy(features).to(dtype),
+        None if positions is None else torch.from_numpy(positions),
+        centers,
+        density_width,
+        reach,
     )
     assert found.dtype == torch.int64
     assert found.tolist() == [sample.labels for sample in expected]
@@ -122,11 +127,14 @@ def test_density_peaks_of_equal_rows_of_any_value(width: int) -> None:
     wrong, tried = [], 0
     for trial in range(20):
         features = rng.normal(0, 1, (12, width)).astype(np.float32)[rng.integers(0, 12, 40)]
-        expected = naive.density_peaks(features, None, 10, dc=width**0.5, k=0.6)
+        expected = naive.density_peaks(features, None, 10, density_width=width**0.5, reach=0.6)
         if expected.margin <= 1e-5:
             continue  # closer than fp32 resolves
         tried += 1
-        if ops.density_peaks(torch.from_numpy(features)[None], None, 10, dc=width**0.5)[0].tolist() != expected.labels:
+        if (
+            ops.density_peaks(torch.from_numpy(features)[None], None, 10, density_width=width**0.5)[0].tolist()
+            != expected.labels
+        ):
             wrong.append(trial)
     assert tried >= 10 and not wrong
 
@@ -134,28 +142,28 @@ def test_density_peaks_of_equal_rows_of_any_value(width: int) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 17])
 def test_density_peaks_of_equal_points_goes_by_index(n: int) -> None:
     features = torch.full((2, n, 5), 1.375)
-    for centres in {1, (n + 1) // 2, n}:
-        # Centre 0 is everybody's nearest.
-        assert ops.density_peaks(features, None, centres).tolist() == [[*range(centres), *[0] * (n - centres)]] * 2
+    for centers in {1, (n + 1) // 2, n}:
+        # Center 0 is everybody's nearest.
+        assert ops.density_peaks(features, None, centers).tolist() == [[*range(centers), *[0] * (n - centers)]] * 2
 
 
 @pytest.mark.parametrize("planar", [True, False])
 def test_density_peaks_leaves_cycles_and_what_hangs_from_them_unassigned(planar: bool) -> None:
-    # Pairs of twins far apart; the densest group takes the only centre, each other pair points at itself.
+    # Pairs of twins far apart; the densest group takes the only center, each other pair points at itself.
     features = torch.tensor([0.0, 0, 0, 100, 100, 200, 200, 300]).reshape(1, 8, 1)
     positions = torch.stack((torch.arange(8) / 8, torch.zeros(8)), -1)[None] if planar else None
     expected = naive.density_peaks(
-        features[0].numpy(), None if positions is None else positions[0].numpy(), centres=1, dc=8, k=0.2
+        features[0].numpy(), None if positions is None else positions[0].numpy(), centers=1, density_width=8, reach=0.2
     )
     assert -1 in expected.labels
-    assert ops.density_peaks(features, positions, 1, k=0.2)[0].tolist() == expected.labels
+    assert ops.density_peaks(features, positions, 1, reach=0.2)[0].tolist() == expected.labels
 
 
 def test_density_peaks_follows_a_chain_of_any_length() -> None:
     # Density falls along a line, so every point's nearest denser one is its left neighbour: one chain of n - 1 links.
     n = 65
     features = torch.cumsum(1 + torch.arange(n) / 64, 0).reshape(1, n, 1)
-    expected = naive.density_peaks(features[0].numpy(), None, 1, dc=200, k=1)
+    expected = naive.density_peaks(features[0].numpy(), None, 1, density_width=200, reach=1)
     chain, links = expected.labels.index(0), 0
     for start in range(n):
         at, steps = start, 0
@@ -163,13 +171,13 @@ def test_density_peaks_follows_a_chain_of_any_length() -> None:
             at, steps = expected.nearest[at], steps + 1
         links = max(links, steps)
     assert links > 32 and set(expected.labels) == {0}
-    assert ops.density_peaks(features, None, 1, dc=200)[0].tolist() == expected.labels
+    assert ops.density_peaks(features, None, 1, density_width=200)[0].tolist() == expected.labels
 
 
-@pytest.mark.parametrize("centres", [0, -1, 5])
-def test_density_peaks_refuses_centres_out_of_range(centres: int) -> None:
-    with pytest.raises(ValueError, match=f"centres={centres} is out of range for 4 tokens: choose 1 to 4"):
-        ops.density_peaks(torch.zeros(1, 4, 2), None, centres)
+@pytest.mark.parametrize("centers", [0, -1, 5])
+def test_density_peaks_refuses_centres_out_of_range(centers: int) -> None:
+    with pytest.raises(ValueError, match=f"centers={centers} is out of range for 4 tokens: choose 1 to 4"):
+        ops.density_peaks(torch.zeros(1, 4, 2), None, centers)
 
 
 # Reduction

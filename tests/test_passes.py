@@ -203,7 +203,7 @@ def test_encoder_prunes_and_clusters_once(graphs, vision):
     # No table crosses the cut of an encoder, so which rows stay matters to nobody.
     hidden, kept = sorted(pruned.users, key=lambda node: node.args[1])
     assert (hidden.args[1], kept.args[1]) == (0, 2) and clustered.args == (attention[vision].args[1], kept)
-    assert clustered.kwargs["grid"] == (8, 8) and clustered.kwargs["centres"] == 5
+    assert clustered.kwargs["grid"] == (8, 8) and clustered.kwargs["centers"] == 5
     features, *rest = results(module)
     assert rest == [kept, clustered] and hidden in {*sources(features), features}
     assert all(node.args[4] is False for node in attention)
@@ -243,7 +243,7 @@ def test_decode_writes_and_attends_once_per_layer(graphs):
 
 
 def test_decode_marks_run_only_once_lowered(graphs):
-    module = decode_cache(clean(copy(graphs.decoder)), schedule().deltas())
+    module = decode_cache(clean(copy(graphs.decoder)), schedule().removed_rows())
     assert len(calls(module, attend)) == LAYERS
     with pytest.raises(RewriteError, match="lower_attention"):
         attend(*[torch.zeros(1)] * 5)

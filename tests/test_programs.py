@@ -19,7 +19,7 @@ from vitcop_compile.families import family_of
 from vitcop_compile.programs import Programs
 
 # Lengths per layer 101, 85, 69: no two of all these sizes agree, nor with a width of the model.
-LAYERS, BATCH, TOKENS, N, MERGED, KEPT, CENTRES, ROOM = 6, 3, 101, 43, 27, 11, 5, 22
+LAYERS, BATCH, TOKENS, N, MERGED, KEPT, CENTERS, ROOM = 6, 3, 101, 43, 27, 11, 5, 22
 SHALLOW, DEEP, SCORED = 2, 4, 1
 LENGTHS = [TOKENS, TOKENS, TOKENS - N + MERGED, TOKENS - N + MERGED, TOKENS - N + KEPT, TOKENS - N + KEPT]
 FORBIDDEN = (".item", "local_scalar", "nonzero", "masked_select", "unique", "sym_", "_assert_scalar", "_assert_async")
@@ -29,7 +29,7 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 @pytest.fixture(scope="module")
 def programs():
     config = ViTCoPConfig(
-        budgets=(N, MERGED, KEPT, CENTRES),
+        budgets=(N, MERGED, KEPT, CENTERS),
         shallow_layer=SHALLOW,
         deep_layer=DEEP,
         vision_layer=SCORED,
@@ -197,7 +197,7 @@ def test_programs_compute_the_same_as_before_export(programs, prefill):
         torch.tensor([70, 100, 88]),
         torch.randn_like(example[2]),
         torch.arange(N).repeat(BATCH, 1) + torch.tensor([[0], [20], [5]]),
-        torch.randint(0, CENTRES, (BATCH, N)),
+        torch.randint(0, CENTERS, (BATCH, N)),
     )
     with torch.no_grad():
         for found, expected in zip(prefill.module(check_guards=False)(*inputs), module(*inputs), strict=True):
@@ -264,7 +264,7 @@ def test_tampered_layers_in_prefill(programs, layers):
 
 def test_tampered_stage(programs):
     class Lying(type(programs.schedule)):
-        def deltas(self):
+        def removed_rows(self):
             return (0, 0, N - MERGED, N - MERGED, N - KEPT, N - KEPT - 1)
 
     values = {f.name: getattr(programs.schedule, f.name) for f in dataclasses.fields(programs.schedule)}

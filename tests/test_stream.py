@@ -69,12 +69,12 @@ def silent(caplog) -> None:
 
 @cache
 def eager():
-    return models.optimize(models.shared(LAYERS), CONFIG, text_buckets=BUCKETS)
+    return models.optimize(models.shared(LAYERS), CONFIG, prompt_buckets=BUCKETS)
 
 
 @cache
 def onnxruntime():
-    return models.optimize(models.shared(LAYERS), CONFIG, backend="onnxruntime", text_buckets=BUCKETS)
+    return models.optimize(models.shared(LAYERS), CONFIG, backend="onnxruntime", prompt_buckets=BUCKETS)
 
 
 def fresh(model: CompiledModel) -> CompiledModel:

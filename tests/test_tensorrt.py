@@ -54,7 +54,16 @@ def export_both(monkeypatch, root, optimized, **options):
     return onnx, export(optimized, root / "engines", format="tensorrt", max_text_len=TEXT, max_new_tokens=NEW, **options)
 
 
-@pytest.fixture(scope="module", params=[(dtype, preset) for dtype in DTYPES for preset in PRESETS], ids=lambda p: "-".join(p))
+# Half a minute each: one of either type by default.
+_DEFAULT = {("float16", "2/9"), ("bfloat16", "1/9")}
+_BUILT = [
+    pytest.param((dtype, preset), id=f"{dtype}-{preset}", marks=() if (dtype, preset) in _DEFAULT else pytest.mark.slow)
+    for dtype in DTYPES
+    for preset in PRESETS
+]
+
+
+@pytest.fixture(scope="module", params=_BUILT)
 def built(request, tmp_path_factory):
     """(optimized model, ONNX folder, engine folder). Opset 18 in float16, 23 in bfloat16; "2/9" has text buckets."""
     dtype, preset = request.param
@@ -65,7 +74,7 @@ def built(request, tmp_path_factory):
         buckets = BUCKETS if preset == "2/9" else None
         options = dict(product="tensorrt_rtx", timeout=120, workspace=1 << 28, optimization_level=2)
         folders = export_both(
-            monkeypatch, tmp_path_factory.mktemp("rtx"), optimized, opset=opset, text_buckets=buckets, **options
+            monkeypatch, tmp_path_factory.mktemp("rtx"), optimized, opset=opset, prompt_buckets=buckets, **options
         )
     return optimized, *folders
 
@@ -101,7 +110,7 @@ def test_rtx_budgets_are_static_and_profiles_span_the_rows(built):
     for stage in schedule.stages:
         assert shapes[f"stage_{stage.layer}"] == (1, stage.tokens)
     for kind, image in (("prefill", schedule.image_tokens), ("text", 0)):
-        if manifest.text_buckets is None:
+        if manifest.prompt_buckets is None:
             assert by_kind[kind].profiles == ((2 + image, TEXT + image, TEXT + image),)
         else:
             assert by_kind[kind].profiles == tuple((size + image,) * 3 for size in BUCKETS)

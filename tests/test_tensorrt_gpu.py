@@ -36,7 +36,7 @@ def pair(request, tmp_path_factory):
         format="tensorrt",
         max_text_len=TEXT,
         max_new_tokens=NEW,
-        text_buckets=(32, TEXT),
+        prompt_buckets=(32, TEXT),
         product=request.param,
     )
     engines = EngineModel.from_pretrained(folder)

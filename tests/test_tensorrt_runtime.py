@@ -69,7 +69,7 @@ def test_torch_tensorrt_is_asked_for_one_engine_and_its_decode_mutates_nothing(f
     assert not backend.in_place
     optimized = vc.optimize(tiny, settings, backend="eager")
     program = optimized.programs.export_decode(1, 64, in_place=False)
-    step = backends.writing_rows(backend(program), optimized.schedule.deltas())
+    step = backends.writing_rows(backend(program), optimized.schedule.removed_rows())
     assert [options.get("dryrun", False) for options in compiler.calls] == [True, False]
     assert compiler.calls[1]["require_full_compilation"] and compiler.calls[1]["min_block_size"] == 1
     inputs = optimized.programs.decode_inputs(1, 64)

@@ -55,7 +55,7 @@ def test_the_default_configuration_is_taken() -> None:
 def test_up_to_the_window_it_is_the_stock_model(image: bool) -> None:
     """To its last token: 64 patches, 30 of text and 46 new ones are 140."""
     model = mistral()
-    fast = vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager", text_buckets=(32, WINDOW))
+    fast = vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager", prompt_buckets=(32, WINDOW))
     ids, pixels = (models.prompt(10, 20), models.pixels()) if image else (torch.tensor([models.text(94)]), None)
     assert greedy(fast, 46, ids, pixels) == greedy(model, 46, ids, pixels)
     with pytest.raises(InputError, match=r"rows and 47 new tokens need 141 positions, the model has a window of 140: shorten"):
@@ -70,7 +70,7 @@ def test_the_stock_model_does_leave_its_window() -> None:
 
 def test_pruned_rows_count_and_not_the_image() -> None:
     fast = vitcop_compile.optimize(
-        mistral(), ViTCoPConfig(budgets=(20, 10, 5), shallow_layer=1, deep_layer=2), backend="eager", text_buckets=(32,)
+        mistral(), ViTCoPConfig(budgets=(20, 10, 5), shallow_layer=1, deep_layer=2), backend="eager", prompt_buckets=(32,)
     )
     assert len(greedy(fast, 90, models.prompt(10, 20), models.pixels())[0]) == 94 + 90
     with pytest.raises(InputError, match="a prompt of 50 rows and 91 new tokens need 141 positions"):

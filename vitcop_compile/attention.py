@@ -156,24 +156,25 @@ def _as_flash_attn_lays_out(query: Tensor) -> Tensor:
 # that a graph may hold, and not the Python object that defined it.
 LOWERINGS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "sdpa": (sdpa, sdpa_decode),
-    "flash_attn": (torch.ops.vitcop.flash_prefill.default, torch.ops.vitcop.flash_decode.default),
+    "flash_attention_2": (torch.ops.vitcop.flash_prefill.default, torch.ops.vitcop.flash_decode.default),
 }
 
 
 def check_lowering(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raises UnsupportedError if attention cannot be lowered to `name` on `device` in `dtype`."""
     if name not in LOWERINGS:
-        raise UnsupportedError(f"attention={name!r} is unknown: use one of {', '.join(LOWERINGS)}")
-    if name != "flash_attn":
+        raise UnsupportedError(f"attn_implementation={name!r} is unknown: use one of {', '.join(LOWERINGS)}")
+    if name != "flash_attention_2":
         return
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedError(
-            f"attention='flash_attn' runs on CUDA in float16 or bfloat16, not on {device.type} in {dtype}: use 'sdpa'"
+            f"attn_implementation='flash_attention_2' runs on CUDA in float16 or bfloat16, not on {device.type} in {dtype}: "
+            "use 'sdpa'"
         )
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(
-            f"attention='flash_attn' needs the flash-attn package ({error}): pip install 'vitcop-compile[flash-attn]', or "
-            "use 'sdpa'"
+            f"attn_implementation='flash_attention_2' needs the flash-attn package ({error}): "
+            "pip install 'vitcop-compile[flash-attn]', or use 'sdpa'"
         ) from None

@@ -64,7 +64,7 @@ def backend_of(name: str) -> Backend:
 def writing_rows(program: Program, deltas: tuple[int, ...]) -> Program:
     """A decode program that returns its new keys and values, as one that updates its caches in place.
 
-    deltas: `Schedule.deltas()`, for the row of `offsets` that each layer goes by. The result returns (logits,).
+    deltas: `Schedule.removed_rows()`, for the row of `offsets` that each layer goes by. The result returns (logits,).
     """
     distinct = offset_groups(deltas)
     groups = [distinct.index(delta) for delta in deltas]

@@ -111,7 +111,7 @@ def _settings(preset: str | None, retention: float | None, mean_tokens: float | 
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if mean_tokens is not None:
-        return ViTCoPConfig.tokens(mean_tokens)
+        return ViTCoPConfig.for_mean_tokens(mean_tokens)
     if retention is not None:
         target = retention
         nearest = min(PRESETS, key=lambda name: abs(PRESETS[name][2] - target))

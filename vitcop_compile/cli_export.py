@@ -45,7 +45,7 @@ def export_command(
     batch_size: Annotated[int, typer.Option(help="Sequences per call: prompts times beams.")] = 1,
     max_text_len: Annotated[int, typer.Option(help="Text tokens of the longest prompt.")] = 512,
     max_new_tokens: Annotated[int, typer.Option(help="Cache rows for generated tokens.")] = 256,
-    text_bucket: Annotated[
+    prompt_bucket: Annotated[
         list[int] | None, typer.Option(help="A static prompt length in place of a dynamic axis; repeat, ascending.")
     ] = None,
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 24.")] = 18,
@@ -58,9 +58,9 @@ def export_command(
         warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about its own internals
         config = retention_config(retention)
         chosen = _dtype(dtype, format)
-        _check_before_loading(model, config, output_dir, format, chosen, opset, text_bucket, **numbers)
+        _check_before_loading(model, config, output_dir, format, chosen, opset, prompt_bucket, **numbers)
         start = time.perf_counter()
-        folder, processor = _export(model, config, output_dir, format, chosen, opset, text_bucket, **numbers)
+        folder, processor = _export(model, config, output_dir, format, chosen, opset, prompt_bucket, **numbers)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         console().print(Text(f"{folder}: {size / 2**20:,.1f} MiB, {time.perf_counter() - start:.0f} s"), soft_wrap=True)
         if processor is None:
@@ -177,7 +177,7 @@ def _export(
         processor = None
     # Programs are exported, never run here: the backend does not matter.
     optimized = optimize(model.eval(), config, backend="eager")
-    made = export(optimized, output_dir, format=format, text_buckets=buckets, opset=opset, processor=processor, **numbers)
+    made = export(optimized, output_dir, format=format, prompt_buckets=buckets, opset=opset, processor=processor, **numbers)
     return made, processor
 
 

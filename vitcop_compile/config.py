@@ -11,12 +11,12 @@ from typing import Any, Literal
 from .errors import ConfigError
 from .schedule import ModelShape, Schedule, resolve
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REFERENCE_LAYERS = 32
 _REFERENCE_PAIR = (2, 22)
 _LARGEST = 2**53
 
-# ViTCoP, table of settings: name -> (vision_ratio, centre_ratio, retention).
+# ViTCoP, table of settings: name -> (vision_ratio, center_ratio, retention).
 PRESETS: dict[str, tuple[float, float, float]] = {
     "1/3": (0.5, 0.18, 0.3333),
     "2/9": (0.4, 0.15, 0.2222),
@@ -31,13 +31,13 @@ class Budgets:
     """Explicit token counts per image: what each stage keeps.
 
     vision: tokens leaving the vision encoder; shallow, deep: tokens leaving the two decoder stages;
-    centres: clusters of the vision stage (None: from `centre_ratio`).
+    centers: clusters of the vision stage (None: from `center_ratio`).
     """
 
     vision: int
     shallow: int
     deep: int
-    centres: int | None = None
+    centers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ViTCoPConfig:
     """Settings of ViTCoP (arXiv 2601.17818).
 
     vision_ratio: share of the patches kept by the vision stage, (0, 1].
-    centre_ratio: share of the kept tokens that become cluster centres, (0, 1].
+    center_ratio: share of the kept tokens that become cluster centers, (0, 1].
     retention: overall target: mean visual tokens over all decoder layers / patches, (0, 1].
     vision_layer: encoder layer whose CLS attention scores the patches; negative counts from the end.
     shallow_layer, deep_layer: decoder layers before which tokens are merged and dropped (0-based). The defaults are
@@ -54,7 +54,7 @@ class ViTCoPConfig:
     deep_divisor: deep budget = round(shallow budget / deep_divisor).
     positions: "published": after the deep stage a token's position is its index in the sequence that enters that stage, as
         in the published code; "original": every token keeps the position it entered the language model with.
-    dc, k: kernel width and spatial reach (in units of the image side) of the density-peaks clustering.
+    density_width, reach: kernel width and spatial reach (in units of the image side) of the density-peaks clustering.
     mean_tokens: overall target as mean visual tokens per layer, in place of `retention`.
     budgets: explicit token counts per stage, in place of any target; a tuple is read as Budgets(*tuple).
     prune: False keeps every token (the dense baseline through the same compiler).
@@ -63,15 +63,15 @@ class ViTCoPConfig:
     """
 
     vision_ratio: float = 0.5
-    centre_ratio: float = 0.18
+    center_ratio: float = 0.18
     retention: float | None = None
     vision_layer: int = -2
     shallow_layer: int = 2
     deep_layer: int = 22
     deep_divisor: float = 5
     positions: Literal["published", "original"] = "published"
-    dc: float = 8.0
-    k: float = 0.6
+    density_width: float = 8.0
+    reach: float = 0.6
     mean_tokens: float | None = None
     budgets: Budgets | None = None
     scale_layers: bool | None = None
@@ -80,7 +80,7 @@ class ViTCoPConfig:
     def __post_init__(self) -> None:
         if isinstance(self.budgets, tuple | list):
             if not 3 <= len(self.budgets) <= 4:
-                raise ConfigError(f"budgets={self.budgets} is not (vision, shallow, deep) or (vision, shallow, deep, centres)")
+                raise ConfigError(f"budgets={self.budgets} is not (vision, shallow, deep) or (vision, shallow, deep, centers)")
             object.__setattr__(self, "budgets", Budgets(*self.budgets))
         if not isinstance(self.budgets, Budgets | None):
             raise ConfigError(f"budgets={self.budgets!r} is not a Budgets: pass (vision, shallow, deep)")
@@ -92,12 +92,12 @@ class ViTCoPConfig:
                 f"exactly one target is needed, got {targets or 'none'}: set one of retention, mean_tokens, budgets"
             )
         _ratio("vision_ratio", self.vision_ratio)
-        _ratio("centre_ratio", self.centre_ratio)
+        _ratio("center_ratio", self.center_ratio)
         if self.retention is not None:
             _ratio("retention", self.retention)
         if self.mean_tokens is not None:
             _positive("mean_tokens", self.mean_tokens)
-        for name in ("deep_divisor", "dc", "k"):
+        for name in ("deep_divisor", "density_width", "reach"):
             _positive(name, getattr(self, name))
         for name in ("vision_layer", "shallow_layer", "deep_layer"):
             _integer(name, getattr(self, name))
@@ -119,21 +119,21 @@ class ViTCoPConfig:
         """The published setting `name` ("1/3", "2/9" or "1/9" of the visual tokens), with `overrides` applied."""
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r} is unknown: use one of {', '.join(PRESETS)}")
-        vision, centre, retention = PRESETS[name]
-        values: dict[str, Any] = {"vision_ratio": vision, "centre_ratio": centre}
+        vision, center, retention = PRESETS[name]
+        values: dict[str, Any] = {"vision_ratio": vision, "center_ratio": center}
         if not {"mean_tokens", "budgets"} & overrides.keys():
             values["retention"] = retention
         return cls(**(values | overrides))
 
     @classmethod
-    def tokens(cls, mean_tokens: float, **overrides: Any) -> ViTCoPConfig:
+    def for_mean_tokens(cls, mean_tokens: float, **overrides: Any) -> ViTCoPConfig:
         """A target of `mean_tokens` visual tokens, mean over layers, with the ratios of the nearest preset.
 
         The published targets 192, 128 and 64 are those of 576 patches.
         """
         _positive("mean_tokens", mean_tokens)
         nearest = min(PRESETS.values(), key=lambda preset: abs(preset[2] * 576 - mean_tokens))
-        return cls(**({"vision_ratio": nearest[0], "centre_ratio": nearest[1], "mean_tokens": mean_tokens} | overrides))
+        return cls(**({"vision_ratio": nearest[0], "center_ratio": nearest[1], "mean_tokens": mean_tokens} | overrides))
 
     @classmethod
     def dense(cls) -> ViTCoPConfig:
@@ -227,10 +227,10 @@ def _check_budgets(budgets: Budgets) -> None:
         _integer(f"budgets.{name}", getattr(budgets, name))
         if getattr(budgets, name) < 1:
             raise ConfigError(f"budgets.{name}={getattr(budgets, name)} is below 1: every stage keeps a token")
-    if budgets.centres is not None:
-        _integer("budgets.centres", budgets.centres)
-        if not 1 <= budgets.centres <= budgets.vision:
-            raise ConfigError(f"budgets.centres={budgets.centres} is out of range: choose 1 to {budgets.vision}")
+    if budgets.centers is not None:
+        _integer("budgets.centers", budgets.centers)
+        if not 1 <= budgets.centers <= budgets.vision:
+            raise ConfigError(f"budgets.centers={budgets.centers} is out of range: choose 1 to {budgets.vision}")
     if not budgets.vision >= budgets.shallow >= budgets.deep:
         raise ConfigError(
             f"budgets {budgets.vision}, {budgets.shallow}, {budgets.deep} grow: no stage can keep more tokens than it "

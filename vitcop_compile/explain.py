@@ -29,7 +29,7 @@ def table(schedule: Schedule) -> Table:
     out = Table(title=f"{schedule.text_tokens} text tokens + {shape.patches} patches, {shape.layers} layers")
     for name in ("layers", "visual tokens", "KV rows", "GFLOPs", "dense GFLOPs", "what happens"):
         out.add_column(name, justify="left" if name == "what happens" else "right")
-    what = f"after layer {vision.layer}: keep {vision.tokens}, {vision.centres} clusters" if vision else "nothing pruned"
+    what = f"after layer {vision.layer}: keep {vision.tokens}, {vision.centers} clusters" if vision else "nothing pruned"
     out.add_row(
         "vision", f"{schedule.image_tokens}", "", _giga(schedule.vision_flops()), _giga(schedule.dense_vision_flops()), what
     )
@@ -53,7 +53,7 @@ def table(schedule: Schedule) -> Table:
 
 
 def explain(schedule: Schedule) -> str:
-    """The table as text, 110 columns wide, without colour."""
+    """The table as text, 110 columns wide, without color."""
     console = Console(file=io.StringIO(), width=110, color_system=None, force_terminal=False)
     console.print(table(schedule))
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from .runtime import CompiledModel, Plan, bucket
 from .weights import Weights
 from .worker import Worker
 
-TEXT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+PROMPT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 NEW_TOKEN_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -30,10 +30,10 @@ class CompiledOnDemand:
     Keys: ("vision", batch), ("prefill", batch, rows, image), ("decode", batch, cache rows).
     """
 
-    def __init__(self, programs: Programs, text_programs: Programs, backend: str, text_buckets: Sequence[int]):
+    def __init__(self, programs: Programs, text_programs: Programs, backend: str, prompt_buckets: Sequence[int]):
         self.programs, self.text_programs = programs, text_programs
         self.backend = backend_of(backend)
-        self._text_buckets = _check_buckets(text_buckets)
+        self._text_buckets = _check_buckets(prompt_buckets)
         self.compiled: dict[tuple, Callable[..., Any]] = {}
         self._worker: Worker | None = None
         family, parameter = programs.family, next(programs.family.head.parameters())
@@ -66,7 +66,7 @@ class CompiledOnDemand:
 
     def decode(self, batch: int, cache_rows: int) -> Callable[..., Any]:
         """The decode program for `batch` sequences on caches of `cache_rows` rows in layer 0."""
-        in_place, deltas = self.backend.in_place, self.schedule.deltas()
+        in_place, deltas = self.backend.in_place, self.schedule.removed_rows()
         return self._get(
             ("decode", batch, cache_rows),
             lambda: self.programs.export_decode(batch, cache_rows, in_place),
@@ -98,11 +98,11 @@ class OptimizedModel(CompiledModel):
     in place are followed, but for backends that copy them; any other change is refused (`check_weights`).
     """
 
-    def __init__(self, model: PreTrainedModel, provider: CompiledOnDemand, settings: ViTCoPConfig, backend: str):
+    def __init__(self, model: PreTrainedModel, provider: CompiledOnDemand, pruning_config: ViTCoPConfig, backend: str):
         super().__init__(provider, model.config, model.generation_config)
         self._on_demand = provider
         self.model = model
-        self.settings = settings
+        self.pruning_config = pruning_config
         self.backend = backend
         self._weights = Weights(model, copied=backend_of(backend).copies_weights)
 
@@ -162,5 +162,5 @@ def _check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
     values = tuple(buckets)
     counts = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values)
     if not values or not counts or list(values) != sorted(set(values)):
-        raise InputError(f"text_buckets={values}: pass ascending positive numbers of text tokens")
+        raise InputError(f"prompt_buckets={values}: pass ascending positive numbers of text tokens")
     return values

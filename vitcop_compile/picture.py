@@ -27,7 +27,7 @@ SIZE = (10.0, 11.75)  # inches
 _BRIGHTNESS = 0.16  # of a patch that is gone
 _SHADE = 0.75  # of a patch that only the shallow stage keeps
 _DEEP, _SHALLOW = "#ffd23f", "#7fd6ff"
-_GREY = (0.62, 0.62, 0.62)
+_GRAY = (0.62, 0.62, 0.62)
 
 
 def require_matplotlib() -> Any:
@@ -68,28 +68,28 @@ def darkened(photo: Picture, kept: Sequence[int], grid: tuple[int, int], brightn
     return photo * _spread(lit.reshape(grid), photo)[..., None]
 
 
-def coloured(photo: Picture, kept: Sequence[int], labels: Sequence[int], grid: tuple[int, int]) -> Picture:
-    """`photo` darkened, with a colour per cluster over the patches `kept`; grey for NO_CLUSTER."""
-    colours = np.zeros((grid[0] * grid[1], 3))
-    palette = cluster_colours(labels)
-    colours[list(kept)] = [palette[label] for label in labels]
-    overlay = np.stack([_spread(colours[:, channel].reshape(grid), photo) for channel in range(3)], axis=-1)
-    held = _spread(np.isin(np.arange(len(colours)), list(kept)).reshape(grid), photo)[..., None]
-    # The photo's own light and shade stays visible below the colour.
+def colored(photo: Picture, kept: Sequence[int], labels: Sequence[int], grid: tuple[int, int]) -> Picture:
+    """`photo` darkened, with a color per cluster over the patches `kept`; gray for NO_CLUSTER."""
+    colors = np.zeros((grid[0] * grid[1], 3))
+    palette = cluster_colors(labels)
+    colors[list(kept)] = [palette[label] for label in labels]
+    overlay = np.stack([_spread(colors[:, channel].reshape(grid), photo) for channel in range(3)], axis=-1)
+    held = _spread(np.isin(np.arange(len(colors)), list(kept)).reshape(grid), photo)[..., None]
+    # The photo's own light and shade stays visible below the color.
     light = 0.45 + 0.55 * photo.mean(axis=-1, keepdims=True)
     return np.where(held, overlay * light, darkened(photo, [], grid))
 
 
-def cluster_colours(labels: Sequence[int]) -> dict[int, tuple[float, float, float]]:
-    """A colour per cluster. Hues step by the golden ratio, so that any number of them differ; big clusters come first."""
+def cluster_colors(labels: Sequence[int]) -> dict[int, tuple[float, float, float]]:
+    """A color per cluster. Hues step by the golden ratio, so that any number of them differ; big clusters come first."""
     sizes = {label: list(labels).count(label) for label in set(labels)}
     ordered = sorted((label for label in sizes if label != NO_CLUSTER), key=lambda label: (-sizes[label], label))
     golden = (5**0.5 - 1) / 2
-    colours = {
+    colors = {
         label: colorsys.hsv_to_rgb((0.56 + i * golden) % 1.0, (0.75, 0.55, 0.9)[i % 3], (1.0, 0.95, 0.85)[i % 3])
         for i, label in enumerate(ordered)
     }
-    return colours | {NO_CLUSTER: _GREY}
+    return colors | {NO_CLUSTER: _GRAY}
 
 
 def figure(photo: Picture, selection: Selection, grid: tuple[int, int], title: str = "") -> Figure:
@@ -108,7 +108,7 @@ def figure(photo: Picture, selection: Selection, grid: tuple[int, int], title: s
     _panel(axes[1], darkened(photo, kept, grid), "kept inside the vision encoder", f"{len(kept)} of {patches}")
     # A dark patch that is kept looks like one that is not: every kept one gets a thin edge.
     _outline(axes[1], kept, photo, grid, edgecolor=(1, 1, 1, 0.55), linewidth=0.5)
-    _panel(axes[2], coloured(photo, kept, labels, grid), "clusters of the kept patches", _clusters(labels, clusters))
+    _panel(axes[2], colored(photo, kept, labels, grid), "clusters of the kept patches", _clusters(labels, clusters))
     _decoder_panel(axes[3], photo, stages, grid)
     arrow = " → ".join(str(count) for count in (patches, len(kept), *map(len, stages)))
     out.suptitle(f"{title}\n{arrow} visual tokens".strip(), fontsize=15, fontweight="bold", y=0.985)
@@ -165,14 +165,14 @@ def _outline(axes: Axes, patches: Sequence[int], photo: Picture, grid: tuple[int
     from matplotlib.patches import Rectangle
 
     height, width = photo.shape[0] / grid[0], photo.shape[1] / grid[1]
-    # imshow centres pixel 0 on 0: a patch starts half a pixel before its first pixel.
+    # imshow centers pixel 0 on 0: a patch starts half a pixel before its first pixel.
     corners = [(index % grid[1] * width - 0.5, index // grid[1] * height - 0.5) for index in patches]
     axes.add_collection(PatchCollection([Rectangle(at, width, height) for at in corners], facecolor="none", **style))
 
 
 def _clusters(labels: list[int], clusters: int) -> str:
     free = labels.count(NO_CLUSTER)
-    return f"{clusters} clusters, a colour each" + (f"; {free} patches in none (grey)" if free else "")
+    return f"{clusters} clusters, a color each" + (f"; {free} patches in none (gray)" if free else "")
 
 
 def _counts(stages: list[list[int]]) -> str:

@@ -13,7 +13,7 @@ from .capture import capture
 from .config import DEFAULT_PRESET, ViTCoPConfig
 from .errors import UnsupportedError
 from .families import family_of
-from .optimized import TEXT_BUCKETS, CompiledOnDemand, OptimizedModel
+from .optimized import PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
 from .programs import Programs
 
 
@@ -22,14 +22,14 @@ def optimize(
     config: ViTCoPConfig | None = None,
     *,
     backend: str = "inductor",
-    attention: str = "sdpa",
-    text_buckets: Sequence[int] = TEXT_BUCKETS,
+    attn_implementation: str = "sdpa",
+    prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
 ) -> OptimizedModel:
     """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded, or wholly on "meta".
 
-    config: what to prune, `DEFAULT_PRESET` by default; backend: a name in `backends.BACKENDS`; attention: "sdpa" or
-    "flash_attn", the kernels that attention lowers to; text_buckets: ascending numbers of text tokens that prompts are
-    padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
+    config: what to prune, `DEFAULT_PRESET` by default; backend: a name in `backends.BACKENDS`; attn_implementation: "sdpa" or
+    "flash_attention_2", the kernels that attention lowers to; prompt_buckets: ascending numbers of text tokens that prompts
+    are padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
     through `warmup`. A model on the meta device is for planning: it has a schedule and its programs can be exported.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
@@ -39,14 +39,14 @@ def optimize(
     family = family_of(model)
     _check_weights(model)
     backend_of(backend)
-    check_lowering(attention, model.device, model.dtype)
+    check_lowering(attn_implementation, model.device, model.dtype)
     schedule = config.schedule(family.shape)
     text_schedule = ViTCoPConfig.dense().schedule(family.shape)
 
     captured = capture(family, model)
-    programs = Programs(family, captured, schedule, attention)
-    text_programs = Programs(family, captured, text_schedule, attention)
-    return OptimizedModel(model, CompiledOnDemand(programs, text_programs, backend, text_buckets), config, backend)
+    programs = Programs(family, captured, schedule, attn_implementation)
+    text_programs = Programs(family, captured, text_schedule, attn_implementation)
+    return OptimizedModel(model, CompiledOnDemand(programs, text_programs, backend, prompt_buckets), config, backend)
 
 
 def _check_weights(model: PreTrainedModel) -> None:

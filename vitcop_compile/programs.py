@@ -86,16 +86,16 @@ class Programs:
     family: Family
     captured: Capture
     schedule: Schedule
-    attention: str = "sdpa"
+    attn_implementation: str = "sdpa"
 
     @property
     def removed(self) -> int:
         """Rows that the decoder stages take out of a prompt."""
-        return self.schedule.deltas()[-1]
+        return self.schedule.removed_rows()[-1]
 
     def export_vision(self, batch: int, exact: bool = True) -> ExportedProgram:
         """The vision program for `batch` images; `exact` as in `ops.density_peaks`."""
-        encoder = rewrite_encoder(self.captured.encoder, self.schedule, self.attention, exact)
+        encoder = rewrite_encoder(self.captured.encoder, self.schedule, self.attn_implementation, exact)
         pixels = self._zeros(batch, *self.family.pixel_shape)
         program = _export(Vision(self.family, encoder), (pixels,))
         _expect("vision features", _shapes(program)[0][:2], (batch, self.schedule.image_tokens))
@@ -122,7 +122,7 @@ class Programs:
 
     def export_decode(self, batch: int, rows: int, in_place: bool = True) -> ExportedProgram:
         """The decode program for `batch` sequences with `rows` cache rows in layer 0 (prompt and new tokens)."""
-        decoder = rewrite_decode(self.captured.decoder, self.schedule, self.attention, in_place)
+        decoder = rewrite_decode(self.captured.decoder, self.schedule, self.attn_implementation, in_place)
         return _export(Decode(self.family, decoder), self.decode_inputs(batch, rows))
 
     def decode_inputs(self, batch: int, rows: int) -> tuple[Tensor, ...]:
@@ -134,12 +134,12 @@ class Programs:
 
     def offsets(self, image: bool = True) -> Tensor:
         """The `offsets` input of decode: rows missing from each group of layers; zeros for prompts without an image."""
-        groups = offset_groups(self.schedule.deltas())
+        groups = offset_groups(self.schedule.removed_rows())
         return torch.tensor(groups if image else [0] * len(groups), dtype=torch.int64, device=self._device())
 
     def prefill_module(self, all_logits: bool = False) -> Prefill:
         """The prefill program before export."""
-        decoder = rewrite_prefill(self.captured.decoder, self.schedule, self.attention)
+        decoder = rewrite_prefill(self.captured.decoder, self.schedule, self.attn_implementation)
         return Prefill(self.family, decoder, self.removed, len(self.schedule.stages), all_logits)
 
     def prefill_inputs(self, batch: int, tokens: int, image: bool = True) -> tuple[Tensor, ...]:

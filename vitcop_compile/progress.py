@@ -49,7 +49,7 @@ class Steps:
         if weight and self._expected > self._done_weight:
             seconds = (now - self._begun) * (self._expected - self._done_weight) / self._done_weight
             left = f"  (about {duration(seconds)} left)"
-        self._console.print(Text.assemble(("  done ", "green"), f"{text}  {now - start:.1f} s", (left, "dim")))
+        self._console.print(Text.assemble(("  done ", "green"), f"{text}  {now - start:.1f} s", (left, "dim")), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -68,7 +68,7 @@ class CompiledModel(GenerationMixin):
         self._provider = provider
         self.config = config
         self.generation_config = generation_config
-        deltas = provider.schedule.deltas()
+        deltas = provider.schedule.removed_rows()
         groups = tuple(dict.fromkeys(deltas))
         self._offsets = torch.tensor(groups, dtype=torch.int64, device=provider.device)
         self._none_removed = torch.zeros_like(self._offsets)

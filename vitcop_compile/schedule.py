@@ -50,13 +50,13 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class VisionStage:
-    """Pruning inside the encoder: after `layer`, keep `tokens` patches and cluster them around `centres`."""
+    """Pruning inside the encoder: after `layer`, keep `tokens` patches and cluster them around `centers`."""
 
     layer: int
     tokens: int
-    centres: int
-    dc: float
-    k: float
+    centers: int
+    density_width: float
+    reach: float
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Schedule:
 
     def visual_tokens(self) -> tuple[int, ...]:
         """Visual tokens in each decoder layer."""
-        return tuple(self.image_tokens - delta for delta in self.deltas())
+        return tuple(self.image_tokens - delta for delta in self.removed_rows())
 
-    def deltas(self) -> tuple[int, ...]:
+    def removed_rows(self) -> tuple[int, ...]:
         """Tokens removed from the prompt before each decoder layer: its KV cache holds L0 - delta rows."""
         return tuple(
             next((self.image_tokens - s.tokens for s in reversed(self.stages) if s.layer <= layer), 0)
@@ -108,11 +108,11 @@ class Schedule:
 
     def kv_rows(self, new_tokens: int = 0) -> tuple[int, ...]:
         """Rows of each layer's KV cache after the prompt and `new_tokens` generated tokens."""
-        return tuple(self.prompt_tokens - delta + new_tokens for delta in self.deltas())
+        return tuple(self.prompt_tokens - delta + new_tokens for delta in self.removed_rows())
 
     def cache_shapes(self, batch: int, rows: int) -> list[tuple[int, ...]]:
         """Shape [batch, kv_heads, rows_l, head_dim] of each layer's key, and value, cache for `rows` rows in layer 0."""
-        return [(batch, self.shape.kv_heads, rows - delta, self.shape.head_dim) for delta in self.deltas()]
+        return [(batch, self.shape.kv_heads, rows - delta, self.shape.head_dim) for delta in self.removed_rows()]
 
     def mean_visual_tokens(self) -> float:
         """Visual tokens, mean over the decoder layers: the field's measure of a budget."""
@@ -175,7 +175,7 @@ class Schedule:
 def resolve(config: ViTCoPConfig, shape: ModelShape, text_tokens: int = 64) -> Schedule:
     """The schedule of `config` on a model of `shape`. Raises ConfigError if it cannot be met.
 
-    Budgets follow ViTCoP's published settings: n = trunc(v * patches), centres = max(1, trunc(p * n)),
+    Budgets follow ViTCoP's published settings: n = trunc(v * patches), centers = max(1, trunc(p * n)),
     R = round((N r / v - s) / (d - s + (N - d) / divisor) * n), RD = round(R / divisor), half to even, in float64.
     """
     if isinstance(text_tokens, bool) or not isinstance(text_tokens, int) or text_tokens < 0:
@@ -183,8 +183,8 @@ def resolve(config: ViTCoPConfig, shape: ModelShape, text_tokens: int = 64) -> S
     if not config.prune:
         return Schedule(shape, text_tokens, None, ())
     shallow, deep = config.layers(shape.layers)
-    tokens, centres, merged, kept = _budgets(config, shape, shallow, deep)
-    vision = VisionStage(_vision_layer(config, shape), tokens, centres, config.dc, config.k)
+    tokens, centers, merged, kept = _budgets(config, shape, shallow, deep)
+    vision = VisionStage(_vision_layer(config, shape), tokens, centers, config.density_width, config.reach)
     stages = (
         Stage(shallow, "merge_by_cluster", merged),
         Stage(deep, "keep_lowest", kept, "index" if config.positions == "published" else "kept"),
@@ -209,8 +209,8 @@ def _budgets(config: ViTCoPConfig, shape: ModelShape, shallow: int, deep: int) -
         explicit = config.budgets
         if explicit.vision > shape.patches:
             raise ConfigError(f"budgets.vision={explicit.vision} exceeds the {shape.patches} patches of an image")
-        centres = explicit.centres or max(1, int(config.centre_ratio * explicit.vision))
-        return explicit.vision, centres, explicit.shallow, explicit.deep
+        centers = explicit.centers or max(1, int(config.center_ratio * explicit.vision))
+        return explicit.vision, centers, explicit.shallow, explicit.deep
     tokens = int(config.vision_ratio * shape.patches)
     if tokens < 1:
         raise ConfigError(
@@ -233,7 +233,7 @@ def _budgets(config: ViTCoPConfig, shape: ModelShape, shallow: int, deep: int) -
             f"{name}={value} asks for {merged} tokens after layer {shallow}, but the vision stage keeps {tokens}: lower "
             f"{name} or raise vision_ratio={config.vision_ratio}"
         )
-    return tokens, max(1, int(config.centre_ratio * tokens)), merged, kept
+    return tokens, max(1, int(config.center_ratio * tokens)), merged, kept
 
 
 def _vision_layer(config: ViTCoPConfig, shape: ModelShape) -> int:

@@ -107,7 +107,7 @@ def processor(config: LlavaConfig) -> CLIPImageProcessorPil:
 
 
 def pixels(image: Image, config: LlavaConfig) -> Tensor:
-    """`image` resized, centre-cropped and normalised: float32 [1, 3, side, side]."""
+    """`image` resized, center-cropped and normalised: float32 [1, 3, side, side]."""
     return processor(config)(image.convert("RGB"), return_tensors="pt")["pixel_values"]
 
 

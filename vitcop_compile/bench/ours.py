@@ -27,7 +27,7 @@ def ours(backend: str, model: PreTrainedModel, config: ViTCoPConfig, request: Re
     A program is exported and compiled when its stage is first called. Raises as `optimize` does.
     """
     with torch.no_grad():
-        optimized = optimize(model, config, backend=backend, text_buckets=(request.text_tokens,))
+        optimized = optimize(model, config, backend=backend, prompt_buckets=(request.text_tokens,))
         stages = _Stages(optimized, request)
         calls = {"vision": stages.vision, "prefill": stages.prefill, "decode": stages.decode, "ttft": stages.ttft}
         attention = _attention(optimized, backend, request)
@@ -112,7 +112,7 @@ class _Selection:
     @functools.cached_property
     def _call(self) -> Call:
         optimized, request = self._optimized, self._request
-        schedule = optimized.settings.schedule(optimized.schedule.shape, text_tokens=request.text_tokens)
+        schedule = optimized.pruning_config.schedule(optimized.schedule.shape, text_tokens=request.text_tokens)
         return selection_arm(schedule, request, self._backend, optimized.dtype, optimized.device)
 
     def __call__(self) -> Any:

@@ -64,7 +64,7 @@ def overhead(optimized: OptimizedModel, request: Request, rounds: int = 51) -> d
     values into them. Alone, all of it stays in the processor's caches; between two programs nothing does.
     """
     watched = _Watched(optimized.on_demand)
-    model = OptimizedModel(optimized.model, watched, optimized.settings, optimized.backend)  # type: ignore[arg-type]
+    model = OptimizedModel(optimized.model, watched, optimized.pruning_config, optimized.backend)  # type: ignore[arg-type]
     given = inputs(optimized.model, request)
     length, token = given["input_ids"].shape[1], given["input_ids"][:, :1]
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg")
 BASELINE = "stock_compile"
-# Okabe and Ito: told apart with any kind of colour vision; every line has a marker of its own besides.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito: told apart with any kind of color vision; every line has a marker of its own besides.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_GREY = "#555555"
+_GRAY = "#555555"
 _WIDTH, _DPI = 9.0, 160  # inches; drawn larger than the 900 pixels it must be readable at
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -89,7 +89,7 @@ def latency(results: Results) -> Figure:
         for index, backend in enumerate(backends):
             own = [row for row in _arm(results["rows"], backend, backend) if row[f"{stage}_ms"] is not None]
             own.sort(key=lambda row: row["retention"])
-            _spread_line(panel, own, stage, _COLOURS[index % 6], _MARKERS[index % 6], backend)
+            _spread_line(panel, own, stage, _COLORS[index % 6], _MARKERS[index % 6], backend)
         _baseline(panel, results["rows"], stage)
         panel.set_title(names[stage])
         panel.set_xlabel("visual tokens kept, mean over layers (%)")
@@ -119,11 +119,11 @@ def stages(results: Results) -> Figure:
     }
     bottom = [0.0] * len(rows)
     # Selection is thin: black shows where the bar is a pixel high.
-    for (name, values), colour in zip(parts.items(), (*_COLOURS[:2], "black")):
-        first.bar(at, values, 0.8, bottom=bottom, color=colour, label=name)
+    for (name, values), color in zip(parts.items(), (*_COLORS[:2], "black")):
+        first.bar(at, values, 0.8, bottom=bottom, color=color, label=name)
         bottom = [low + value for low, value in zip(bottom, values)]
     new = rows[0]["new_tokens"]
-    second.bar(at, [row["decode_ms"] * new for row in rows], 0.8, color=_COLOURS[3])
+    second.bar(at, [row["decode_ms"] * new for row in rows], 0.8, color=_COLORS[3])
     first.set_title("until the first token")
     first.set_ylabel("time (ms)")
     second.set_title(f"the {new} tokens after it: decode")
@@ -151,7 +151,7 @@ def kv_memory(
     for index, (label, config) in enumerate(settings.items()):
         schedule = config.schedule(shape, text_tokens=text_tokens)
         memory = [schedule.kv_bytes(count) / 2**20 for count in tokens]
-        panel.plot(list(tokens), memory, color=_COLOURS[index], marker=_MARKERS[index], markevery=8, label=label)
+        panel.plot(list(tokens), memory, color=_COLORS[index], marker=_MARKERS[index], markevery=8, label=label)
     panel.set_xlabel("generated tokens")
     panel.set_ylabel("KV cache of one prompt (MiB)")
     panel.set_ylim(bottom=0)
@@ -190,19 +190,19 @@ def _figure(rows: int, columns: int, height: float) -> tuple[Figure, Sequence[Ax
         return out, list(out.subplots(rows, columns, squeeze=False).flat)
 
 
-def _spread_line(panel: Axes, rows: list[Row], stage: str, colour: str, marker: str, label: str) -> None:
+def _spread_line(panel: Axes, rows: list[Row], stage: str, color: str, marker: str, label: str) -> None:
     share = [100 * row["retention"] for row in rows]
-    panel.plot(share, [row[f"{stage}_ms"] for row in rows], color=colour, marker=marker, label=label)
+    panel.plot(share, [row[f"{stage}_ms"] for row in rows], color=color, marker=marker, label=label)
     low, high = ([row[f"{stage}_ms_quartiles"][end] for row in rows] for end in (0, 1))
-    panel.fill_between(share, low, high, color=colour, alpha=0.2, linewidth=0)
+    panel.fill_between(share, low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def _baseline(panel: Axes, rows: Sequence[Row], stage: str) -> None:
     """One line for the stock model, and a band over what it took beside each of the backends."""
     found = [row[f"{stage}_ms"] for row in rows if row["arm"] == BASELINE and row[f"{stage}_ms"] is not None]
     if found:
-        panel.axhline(statistics.median(found), color=_GREY, linestyle="--", label="stock model, torch.compile, dense")
-        panel.axhspan(min(found), max(found), color=_GREY, alpha=0.15, linewidth=0)
+        panel.axhline(statistics.median(found), color=_GRAY, linestyle="--", label="stock model, torch.compile, dense")
+        panel.axhspan(min(found), max(found), color=_GRAY, alpha=0.15, linewidth=0)
 
 
 def _legend(out: Figure, panel: Axes) -> None:

@@ -40,7 +40,14 @@ class SelectionOnly(nn.Module):
         scale = query.shape[-1] ** -0.5
         kept_hidden, _, kept = prune_patches(patches, query, key, scale, tokens=vision.tokens, prefix=prefix)
         labels = cluster_patches(
-            key, kept, grid=shape.grid, prefix=prefix, centres=vision.centres, dc=vision.dc, k=vision.k, exact=self.exact
+            key,
+            kept,
+            grid=shape.grid,
+            prefix=prefix,
+            centers=vision.centers,
+            density_width=vision.density_width,
+            reach=vision.reach,
+            exact=self.exact,
         )
         shallow, deep = self.schedule.stages
         hidden, _, visual, index = prune_tokens(hidden, first, visual, labels, policy=shallow.policy, tokens=shallow.tokens)

@@ -9,24 +9,29 @@ from .indexing import lowest, rank
 
 
 def density_peaks(
-    features: Tensor, positions: Tensor | None, centres: int, dc: float = 8.0, k: float = 0.6, exact: bool = True
+    features: Tensor,
+    positions: Tensor | None,
+    centers: int,
+    density_width: float = 8.0,
+    reach: float = 0.6,
+    exact: bool = True,
 ) -> Tensor:
     """Labels of a density-peaks clustering restricted to spatial neighbours (ViTCoP, vision stage).
 
-    features: [B, n, d]; positions: [B, n, 2] in units of the image side, None for no spatial limit; centres: clusters, 1 to
-    n; dc: width of the density kernel, in feature distance; k: reach of a neighbour, in units of the image side.
-    Returns int64 [B, n]: 0 to centres - 1, by descending delta * rho of the centre, or -1 for a point whose chain of nearest
-    denser neighbours ends in a cycle. Raises ValueError for centres out of range. Computed in fp32 whatever the input, but for
+    features: [B, n, d]; positions: [B, n, 2] in units of the image side, None for no spatial limit; centers: clusters, 1 to
+    n; density_width: of the density kernel, in feature distance; reach: that of a neighbour, in units of the image side.
+    Returns int64 [B, n]: 0 to centers - 1, by descending delta * rho of the center, or -1 for a point whose chain of nearest
+    denser neighbours ends in a cycle. Raises ValueError for centers out of range. Computed in fp32 whatever the input, but for
     one matmul that `exact` carries in fp64 on a CPU; without it, in engines without, equal points may count as unequal.
     """
     n = features.shape[1]
-    if not 1 <= centres <= n:
-        raise ValueError(f"centres={centres} is out of range for {n} tokens: choose 1 to {n}")
+    if not 1 <= centers <= n:
+        raise ValueError(f"centers={centers} is out of range for {n} tokens: choose 1 to {n}")
     distance = _distances(features, exact)
-    rho = torch.exp(-((distance / dc) ** 2)).sum(-1)
+    rho = torch.exp(-((distance / density_width) ** 2)).sum(-1)
     candidate = rho.unsqueeze(1) >= rho.unsqueeze(2)  # [b, i, j]: j is at least as dense as i
     if positions is not None:
-        candidate = candidate & (_planar_distances(positions) <= k)
+        candidate = candidate & (_planar_distances(positions) <= reach)
     order = torch.arange(n, device=features.device)
     diagonal = order.unsqueeze(1) == order
     reach = distance.masked_fill(~candidate | diagonal, math.inf)
@@ -36,9 +41,9 @@ def density_peaks(
     nearest = torch.where(torch.isinf(delta), 0, nearest)
 
     prominence = -(delta * rho)
-    peaks = lowest(prominence, centres)
+    peaks = lowest(prominence, centers)
     label = torch.full_like(nearest, -1).scatter(1, peaks, rank(prominence.gather(1, peaks)))
-    # A centre is its own parent; after ceil(log2 n) doublings every pointer has reached the end of its chain.
+    # A center is its own parent; after ceil(log2 n) doublings every pointer has reached the end of its chain.
     parent = torch.where(label >= 0, order, nearest)
     for _ in range(max(1, (n - 1).bit_length())):
         parent = parent.gather(1, parent)

@@ -11,7 +11,7 @@ from rich.text import Text
 from .baseline import Baseline
 from .compare import Failure, Judged, Report, flatten
 
-_COLOURS = {"pass": "green", "faster": "cyan", "slower": "red"}
+_COLORS = {"pass": "green", "faster": "cyan", "slower": "red"}
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -95,5 +95,5 @@ def _timed(judged: list[Judged]) -> Table:
         timing = one.baseline
         found = ", ".join(f"{ratio:.3f}" for ratio in one.found)
         numbers = (f"{timing.ratio:.3f}", f"{timing.tolerance:.1%}", f"{timing.bound:.3f}", found)
-        table.add_row(Text(one.subject), one.what, *numbers, Text(one.verdict, style=_COLOURS[one.verdict]))
+        table.add_row(Text(one.subject), one.what, *numbers, Text(one.verdict, style=_COLORS[one.verdict]))
     return table
