@@ -49,9 +49,8 @@ def export(
     Raises ConfigError for numbers that do not fit, UnsupportedError for a format or a missing package, before any work.
     """
     if model.programs.attn_implementation != "sdpa":
-        raise UnsupportedError(
-            f"attn_implementation={model.programs.attn_implementation!r} cannot leave torch: optimize() with attn_implementation='sdpa'"
-        )
+        chosen = model.programs.attn_implementation
+        raise UnsupportedError(f"attn_implementation={chosen!r} cannot leave torch: call optimize() with 'sdpa'")
     buckets = check_options(model.programs.schedule, format, batch_size, max_text_len, max_new_tokens, prompt_buckets, opset)
     if model.dtype == torch.bfloat16 and opset < _BFLOAT16_OPSET:
         raise UnsupportedError(

@@ -252,7 +252,7 @@ def weights_alone_on_meta():
         (lambda: models.llava(3, vision_feature_layer=-5), {}, ["-5", "4"]),
         (lambda: shared(3), {"backend": "tvm"}, ["'tvm'", "inductor", "eager"]),
         (lambda: shared(3), {"attn_implementation": "flash_attention_2"}, ["flash_attention_2", "cpu", "sdpa"]),
-        (lambda: shared(3), {"attention": "xformers"}, ["'xformers'", "sdpa"]),
+        (lambda: shared(3), {"attn_implementation": "xformers"}, ["'xformers'", "sdpa"]),
     ],
 )
 def test_optimize_refuses(build, settings_, words, monkeypatch):
