@@ -112,11 +112,11 @@ def test_a_quick_run_is_the_default_and_options_win(monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "run", lambda cases, **options: seen.append((cases[0], options["rounds"])) or {})
     monkeypatch.setattr(bench, "table", lambda results: "")
-    for options in ([], ["--full"], ["--full", "--rounds", 2, "--layers", 7, "--preset", "2/9"], ["--vision-layers", 3]):
+    for options in ([], ["--full"], ["--full", "--rounds", 2, "--layers", 7, "--preset", "2/9"], ["--vision-layers", 2]):
         assert invoke("bench", *options).exit_code == 0
     found = [(case.presets, case.shape.layers, case.shape.vision_layers, rounds) for case, rounds in seen]
     every = ("1/3", "2/9", "1/9")
-    assert found == [(("1/9",), 6, 4, 5), (every, 12, 8, 15), (("2/9",), 7, 8, 2), (("1/9",), 6, 3, 5)]
+    assert found == [(("1/9",), 4, 3, 5), (every, 12, 8, 15), (("2/9",), 7, 8, 2), (("1/9",), 4, 2, 5)]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from .errors import ConfigError
 _TABLE_WIDTH = 240
 _NONE = "none"
 # What is measured unless options say otherwise: in under three minutes on two cores, and as in the README.
-_QUICK = {"presets": (DEFAULT_PRESET,), "layers": 6, "vision_layers": 4, "rounds": 5}
+_QUICK = {"presets": (DEFAULT_PRESET,), "layers": 4, "vision_layers": 3, "rounds": 5}
 _FULL = {"presets": tuple(PRESETS), "layers": 12, "vision_layers": 8, "rounds": 15}
 
 
