@@ -1,73 +1,116 @@
 """The passes, in the order they run. Each is one file: `(graph module, settings) -> graph module`, in place.
 
-    encoder   clean -> truncate_encoder -> prune_encoder -> lower_attention
-    prefill   clean -> prune_decoder -> return_kv -> lower_attention
-    decode    clean -> decode_cache -> lower_attention
+    encoder   clean -> truncate_encoder -> prune -> drop_prefix -> lower_attention
+    prefill   clean -> prune -> attach_cache -> lower_attention
+    extend    clean -> attach_cache -> lower_attention
 
-The backends inductor and aotinductor end with one more on every exported program: lower_linear.
+The lists below are data: `encoder_passes` and its kin name them, `rewrite` runs them. The backends inductor and aotinductor end
+with one more on every exported program: lower_linear.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..schedule import Schedule
+from .attach_cache import attach_cache
 from .clean import clean
-from .decode_cache import decode_cache
+from .drop_prefix import drop_prefix
+from .dump import dump_graph
 from .lower_attention import lower_attention
 from .lower_linear import lower_linear
-from .prune_decoder import prune_decoder
-from .prune_encoder import prune_encoder
-from .return_kv import return_kv
+from .prune import prune
 from .truncate_encoder import truncate_encoder
 
 __all__ = [
+    "Passes",
+    "attach_cache",
     "clean",
-    "decode_cache",
+    "drop_prefix",
+    "encoder_passes",
+    "extend_passes",
     "lower_attention",
     "lower_linear",
-    "prune_decoder",
-    "prune_encoder",
-    "return_kv",
-    "rewrite_decode",
-    "rewrite_encoder",
-    "rewrite_prefill",
+    "prefill_passes",
+    "prune",
+    "rewrite",
     "truncate_encoder",
 ]
 
-
-def rewrite_encoder(
-    captured: fx.GraphModule, schedule: Schedule, attention: str = "sdpa", exact: bool = True
-) -> fx.GraphModule:
-    """hidden [B, prefix + patches, C] -> (patches [B, n, C], kept int64 [B, n], labels int64 [B, n])."""
-    shape = schedule.shape
-    module = clean(_copy(captured))
-    module = truncate_encoder(module, shape.feature_layer)
-    module = prune_encoder(module, schedule.vision, shape.grid, shape.prefix_tokens, exact)
-    return lower_attention(module, attention)
+Pass = Callable[[fx.GraphModule], fx.GraphModule]
+Passes = tuple[tuple[str, Pass], ...]
 
 
-def rewrite_prefill(captured: fx.GraphModule, schedule: Schedule, attention: str = "sdpa") -> fx.GraphModule:
-    """(embeddings [B, t, D], positions, visual, labels) -> (hidden [B, t', D], index per stage..., k0, v0, k1, v1, ...)."""
-    module = clean(_copy(captured))
-    module = prune_decoder(module, schedule.stages)
-    module = return_kv(module)
-    return lower_attention(module, attention)
+def encoder_passes(schedule: Schedule, attn_implementation: str = "sdpa", exact: bool = True) -> Passes:
+    """hidden [I, prefix + patches, C] -> (patches [I, n, C], kept int64 [I, n], state [I, n]...), for images of one segment."""
+    shape, stage = schedule.shape, schedule.vision
+    prefix, (segment, *_) = shape.prefix_tokens, schedule.layout
+    site = {"prefix": prefix, "grid": segment.grid[1:], "exact": exact}
+    stages = () if stage is None else (dataclasses.replace(stage, tokens=stage.tokens[:1]),)
+    return (
+        ("clean", clean),
+        ("truncate_encoder", partial(truncate_encoder, feature_layer=shape.feature_layer)),
+        ("prune", partial(prune, stages=stages, incoming=(segment.tokens,), prefix=prefix, site=site)),
+        ("drop_prefix", partial(drop_prefix, prefix=prefix)),
+        ("lower_attention", partial(lower_attention, name=attn_implementation)),
+    )
 
 
-def rewrite_decode(
-    captured: fx.GraphModule, schedule: Schedule, attention: str = "sdpa", in_place: bool = True
-) -> fx.GraphModule:
-    """(embeddings [B, 1, D], positions [B, 1], length [B], offsets, key_0, value_0, ...) -> (hidden [B, 1, D],).
+def prefill_passes(
+    schedule: Schedule,
+    attn_implementation: str = "sdpa",
+    *,
+    states: int = 0,
+    filled: bool = False,
+    in_place: bool = True,
+) -> Passes:
+    """(embeddings [B, t, D], positions, visual, state..., [length, removed,] key_0, value_0, ...) -> (hidden [B, t', D], index of
+    each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that are not `filled` are no input."""
+    return (
+        ("clean", clean),
+        ("prune", partial(prune, stages=schedule.decoder_stages, incoming=schedule.segment_tokens, states=states)),
+        ("attach_cache", partial(attach_cache, groups=schedule.groups, filled=filled, in_place=in_place)),
+        *_lowered(attn_implementation, filled, in_place),
+    )
 
-    Not `in_place`, the new rows k0, v0, k1, v1, ... [B, kv_heads, 1, hd] follow the hidden state, and attention stays
-    spelled out.
+
+def extend_passes(schedule: Schedule, attn_implementation: str = "sdpa", in_place: bool = True) -> Passes:
+    """(embeddings [B, s, D], positions, length [B], removed [groups, B], key_0, value_0, ...) -> (hidden [B, s, D],).
+
+    Not `in_place`, the new rows k0, v0, k1, v1, ... [B, kv_heads, s, hd] follow the hidden state, and attention stays spelled out.
     """
-    module = clean(_copy(captured))
-    module = decode_cache(module, schedule.removed_rows(), in_place)
-    return lower_attention(module, attention) if in_place else module
+    return (
+        ("clean", clean),
+        ("attach_cache", partial(attach_cache, groups=schedule.groups, filled=True, in_place=in_place)),
+        *_lowered(attn_implementation, True, in_place),
+    )
+
+
+def rewrite(
+    captured: fx.GraphModule, passes: Passes, dump: Path | None = None, inputs: Sequence[Tensor] = ()
+) -> fx.GraphModule:
+    """A copy of `captured` after all `passes`. dump: a folder that gets the graph as it is after each, for people to read, with
+    the shapes that `inputs` of the finished graph lead to."""
+    module = _copy(captured)
+    if dump is not None:
+        dump_graph(module, dump, 0, "captured", inputs)
+    for number, (name, run) in enumerate(passes, start=1):
+        module = run(module)
+        if dump is not None:
+            dump_graph(module, dump, number, name, inputs)
+    return module
+
+
+def _lowered(attn_implementation: str, filled: bool, in_place: bool) -> Passes:
+    if filled and not in_place:
+        return ()
+    return (("lower_attention", partial(lower_attention, name=attn_implementation)),)
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:

@@ -103,19 +103,22 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) 
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
-def sdpa_decode(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: Tensor) -> Tensor:
-    """One query [B, heads, 1, hd] against the first slot + 1 rows of caches [B, kv_heads, rows, hd]; slot int64 [B].
+def sdpa_cached(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
+    """Queries [B, heads, s, hd] that stand in rows `at` int64 [B, s] of caches [B, kv_heads, r, hd], each over all rows up to
+    its own.
 
     Heads that share a key stand as rows of one query: with `enable_gqa` and a mask, torch is left with its math kernel.
     """
     rows = torch.arange(key.shape[2], device=key.device)
-    valid = (rows <= slot.unsqueeze(-1))[:, None, None, :]
+    valid = (rows <= at.unsqueeze(-1)).unsqueeze(1)  # [B, 1, s, r]
     if query.shape[1] == key.shape[1]:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=valid, scale=scale)
-    batch, heads, _, width = query.shape
-    shared = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
-    out = F.scaled_dot_product_attention(shared, key, value, attn_mask=valid, scale=scale)
-    return out.reshape(batch, heads, 1, width)
+    batch, heads, count, width = query.shape
+    shared = heads // key.shape[1]
+    grouped = query.reshape(batch, key.shape[1], shared * count, width)
+    valid = valid if count == 1 else valid.repeat(1, 1, shared, 1)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=valid, scale=scale)
+    return out.reshape(batch, heads, count, width)
 
 
 @torch.library.custom_op("vitcop::flash_prefill", mutates_args=())
@@ -132,18 +135,19 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> 
     return _as_flash_attn_lays_out(query)
 
 
-@torch.library.custom_op("vitcop::flash_decode", mutates_args=())
-def flash_decode(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: Tensor) -> Tensor:
-    """`sdpa_decode` through the flash-attn package (CUDA, fp16 or bf16)."""
+@torch.library.custom_op("vitcop::flash_cached", mutates_args=())
+def flash_cached(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
+    """`sdpa_cached` through the flash-attn package (CUDA, fp16 or bf16)."""
     from flash_attn import flash_attn_with_kvcache
 
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    lengths = (slot + 1).to(torch.int32)
-    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, softmax_scale=scale).transpose(1, 2)
+    lengths = (at[:, -1] + 1).to(torch.int32)
+    # Causal there means aligned at the end: the last query sees `lengths` rows, each before it one fewer.
+    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, softmax_scale=scale, causal=True).transpose(1, 2)
 
 
-@flash_decode.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float, slot: Tensor) -> Tensor:
+@flash_cached.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
     return _as_flash_attn_lays_out(query)
 
 
@@ -152,11 +156,11 @@ def _as_flash_attn_lays_out(query: Tensor) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
 
 
-# name -> (what an anchor becomes in encoder and prefill, what it becomes in decode). Of a custom operation it is the operator
+# name -> (what an anchor becomes in encoder and prefill, what it becomes over caches). Of a custom operation it is the operator
 # that a graph may hold, and not the Python object that defined it.
 LOWERINGS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "sdpa": (sdpa, sdpa_decode),
-    "flash_attention_2": (torch.ops.vitcop.flash_prefill.default, torch.ops.vitcop.flash_decode.default),
+    "sdpa": (sdpa, sdpa_cached),
+    "flash_attention_2": (torch.ops.vitcop.flash_prefill.default, torch.ops.vitcop.flash_cached.default),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from .errors import UnsupportedError
-from .passes.decode_cache import offset_groups, write_row
+from .passes.attach_cache import cache_rows, write_rows
 from .passes.lower_linear import lower_linear
 
 Program = Callable[..., Any]
@@ -61,22 +61,34 @@ def backend_of(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def writing_rows(program: Program, deltas: tuple[int, ...]) -> Program:
-    """A decode program that returns its new keys and values, as one that updates its caches in place.
+def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool) -> Program:
+    """A program that returns its new keys and values behind its results, as one that writes them into its caches.
 
-    deltas: `Schedule.removed_rows()`, for the row of `offsets` that each layer goes by. The result returns (logits,).
+    groups: that of every layer; filled: the caches hold tokens, and the program gets `length` and `removed` to say how many: third
+    and fifth of an extend program, the last two before the caches of a prefill program. Otherwise it takes no caches.
     """
-    distinct = offset_groups(deltas)
-    groups = [distinct.index(delta) for delta in deltas]
+    count = 2 * len(groups)
 
-    def step(token: Tensor, length: Tensor, offsets: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        logits, *rows = program(token, length, offsets, *caches)
-        slots = length.unsqueeze(0) - offsets.unsqueeze(1)
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        caches = inputs[-count:]
+        outputs = program(*(inputs if filled else inputs[:-count]))
+        results, rows = outputs[:-count], outputs[-count:]
+        if not filled:
+            heads = [cache[:, :, : row.shape[2]] for cache, row in zip(caches, rows, strict=True)]
+            torch._foreach_copy_(heads, list(rows))
+            torch._foreach_zero_([cache[:, :, row.shape[2] :] for cache, row in zip(caches, rows, strict=True)])
+            return tuple(results)
+        extends = inputs[2].dim() == 1
+        length, removed = (inputs[2], inputs[4]) if extends else inputs[-count - 2 : -count]
+        places: dict[int, Tensor] = {}
         for i, (cache, row) in enumerate(zip(caches, rows, strict=True)):
-            write_row(cache, row, slots[groups[i // 2]])
-        return (logits,)
+            group = groups[i // 2]
+            if group not in places:
+                places[group] = cache_rows(length, removed, group, row)
+            write_rows(cache, row, places[group])
+        return tuple(results)
 
-    return step
+    return run
 
 
 @register("eager")

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +17,17 @@ from .errors import InputError
 
 # What transformers calls a cache among arguments and results: it was renamed in 5.24.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-# Lengths of prompts whose views of a set of buffers are kept.
-_MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which visual tokens stayed. Every entry is int64 [B, ...]; None or empty where nothing was pruned.
+    """Which visual tokens of a turn stayed. Every entry is int64 [B, ...]; None or empty where nothing was pruned.
 
-    kept: [B, n] patches (raster indices) that left the vision stage; labels: [B, n], their clusters; stages: for each decoder
-    stage [B, tokens] the patches (raster indices) that left it.
+    Tokens are counted through all images of a sample, in raster order: with 576 patches an image, 600 is in the second. Where
+    samples differ in their images, rows end in -1.
+
+    kept: [B, n], what left the vision stage; labels: [B, n], their clusters, counted anew in each image; stages: for each decoder
+    stage [B, tokens], what left it.
     """
 
     kept: Tensor | None = None
@@ -34,43 +36,94 @@ class Selection:
 
 
 class PrunedCache(Cache):
-    """KV cache of one `generate` call, filled by prefill and updated in place by decode.
+    """KV cache of a conversation: filled by prefill, extended in place by every token and turn after it.
 
     `get_seq_length()` is logical: the tokens of `input_ids` seen so far, image placeholders included, as transformers' loop
-    expects. `buffers` holds key_0, value_0, key_1, ...: [B, kv_heads, rows_l, hd]; `length` int64 [B] counts the tokens of
-    each sequence as layer 0 sees them; `selection` tells which visual tokens stayed. When the cache is gone, its buffers
-    serve another request: clone what has to outlive it.
+    expects. `buffers` holds key_0, value_0, key_1, ...: [B, kv_heads, rows_l, hd]. On the device, by sample: `length` int64 [B],
+    tokens as layer 0 sees them; `position` int64 [B], that of the next token; `removed` int64 [groups, B], the rows that each group
+    of layers lacks. `selection` tells which visual tokens of the last turn with an image stayed. When the cache is gone, its
+    buffers serve another request: clone what has to outlive it.
+
+    max_length: of `input_ids` at the end of the turn, None if nobody knows.
     """
 
     def __init__(self, max_length: int | None = None):
         super().__init__(layers=[])
         self.max_length = max_length
-        self.buffers: list[Tensor] = []
-        self.length = torch.empty(0, dtype=torch.int64)
-        self.token = torch.empty(0, dtype=torch.int64)
         self.selection = Selection()
-        self.offsets = torch.empty(0, dtype=torch.int64)
-        self.rows = 0
+        self.images: tuple[int, ...] = ()
+        self.held: tuple[int, ...] = ()
+        self._lengths: list[int] = []
+        self._removed: list[list[int]] = []
+        self._buffers: Buffers | None = None
         self._seen = 0
         self._room = 0
         self._check: Callable[[], None] | None = None
         self._strays: Tensor | None = None
 
-    def fill(self, buffers: Buffers, caches: list[Tensor], *, length: Tensor, offsets: Tensor, seen: int, room: int) -> None:
-        """Takes prefill's keys and values into `buffers`, which are its own from now on.
+    @property
+    def buffers(self) -> list[Tensor]:
+        """key_0, value_0, key_1, ...; empty before the prompt."""
+        return self._buffers.layers if self._buffers else []
 
-        length: int64 [B], each prompt's rows; offsets: decode's input of that name; seen: tokens of `input_ids`; room: new
-        tokens that fit.
+    @property
+    def held_buffers(self) -> Buffers:
+        """The set of buffers that is this cache's. Raises InputError before the prompt."""
+        if self._buffers is None:
+            raise InputError("the cache is empty: pass a prompt first")
+        return self._buffers
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample as layer 0 sees them, on the host."""
+        return self._lengths
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of the buffers of each group of layers."""
+        return self._buffers.rows if self._buffers else ()
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in ("length", "position", "removed", "token", "last") and self.__dict__.get("_buffers"):
+            return getattr(self._buffers, name)
+        raise AttributeError(name)
+
+    def take(self, buffers: Buffers, clear: bool = True) -> None:
+        """Makes `buffers` those of this cache; what an earlier set held moves along. clear: no program writes all of it."""
+        if self._buffers is None and clear:
+            buffers.clear()
+        if self._buffers is not None:
+            buffers.copy(self._buffers)
+            self._buffers.give_back()
+        self._buffers = buffers
+
+    def release(self) -> None:
+        """Gives the buffers back before the cache is garbage; it is empty afterwards."""
+        if self._buffers is not None:
+            self._buffers.give_back()
+        self.__init__(self.max_length)  # type: ignore[misc]
+
+    def account(self, columns: int, rows: list[int], removed: list[list[int]], images: tuple[int, ...]) -> None:
+        """Counts, on the host, a turn that the programs have written.
+
+        columns: of `input_ids`; rows: by sample, in layer 0; removed: by group and sample, rows that the turn lacks there; images:
+        by sample.
         """
-        self._seen, self._room, self.rows = seen, room, buffers.rows
-        self.buffers, self.length, self.token, self.offsets = buffers.layers, buffers.length, buffers.token, buffers.offsets
-        buffers.write(caches)
-        self.length.copy_(length)
-        self.offsets.copy_(offsets)
+        self._seen += columns
+        self._lengths = [a + b for a, b in zip(self._lengths or [0] * len(rows), rows, strict=True)]
+        before = self._removed or [[0] * len(rows) for _ in removed]
+        self._removed = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, removed, strict=True)]
+        self.images = tuple(a + b for a, b in zip(self.images or (0,) * len(rows), images, strict=True))
+        # The fullest caches of each group: what a plan of the next turn has to leave alone.
+        self.held = tuple(max(a - b for a, b in zip(self._lengths, group)) for group in self._removed)
+        self._room = min(rows - held for rows, held in zip(self.rows, self.held, strict=True))
 
     def advance(self) -> None:
         """Accounts for the token that decode has written."""
         self.length.add_(1)
+        self.position.add_(1)
+        self._lengths = [length + 1 for length in self._lengths]
+        self.held = tuple(held + 1 for held in self.held)
         self._seen += 1
         self._room -= 1
 
@@ -82,14 +135,14 @@ class PrunedCache(Cache):
             )
 
     def expect(self, check: Callable[[], None]) -> None:
-        """Postpones a check of the prompt's values to the first time the host waits for the device anyway."""
+        """Postpones a check of values to the first time the host waits for the device anyway."""
         self._check = check
 
     def verify(self) -> None:
-        """Raises InputError if values of the prompt, or tokens after it, were not what programs take. Waits for the device.
+        """Raises InputError if pixels, or tokens after the prompt, were not what programs take. Waits for the device.
 
-        Where values live on a GPU, reading them back before the first token would stall it: those of the prompt are checked
-        by the next `forward` on this cache, and all when `generate` returns. Whoever calls `forward` alone may call this.
+        Where values live on a GPU, reading them back before the first token would stall it: pixels are checked by the next
+        `forward` on this cache, and all when `generate` returns. Whoever calls `forward` alone may call this.
         """
         self.verify_prompt()
         strays, self._strays = self._strays, None
@@ -116,9 +169,14 @@ class PrunedCache(Cache):
         self._strays = found if self._strays is None else self._strays + found
 
     @property
+    def batch(self) -> int:
+        """Sequences in the cache."""
+        return len(self._lengths)
+
+    @property
     def filled(self) -> bool:
         """Whether a prompt is in."""
-        return bool(self.buffers)
+        return self._buffers is not None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._seen
@@ -134,10 +192,15 @@ class PrunedCache(Cache):
     def is_croppable(self) -> bool:
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follows the surviving beams, in place: the buffers keep their addresses."""
-        for tensor in (*self.buffers, self.length):
+        for tensor in (*self.buffers, self.length, self.position):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.removed.copy_(self.removed.index_select(1, beam_idx.to(self.removed.device)))
 
     def layer_rows(self) -> list[int]:
         """Rows of each layer's buffers."""
@@ -148,37 +211,41 @@ class PrunedCache(Cache):
 
 
 class Buffers:
-    """The tensors of one cache: `layers` key_0, value_0, ...; `length` int64 [B], `token` int64 [B, 1], `offsets` int64.
+    """The tensors of one cache: `layers` key_0, value_0, ... and, by sample, `length`, `position`, `last` int64 [B], `token` int64
+    [B, 1], `removed` int64 [groups, B].
 
-    rows: rows of layer 0. Compiled programs are told that their addresses hold, so that CUDA graphs copy none of them.
+    rows: of each group of layers. Compiled programs are told that their addresses hold, so that CUDA graphs copy none of them.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]], like: Tensor, groups: int):
-        batch, self.rows = shapes[0][0], shapes[0][2]
+    def __init__(self, shapes: list[tuple[int, ...]], rows: tuple[int, ...], like: Tensor):
+        batch, self.rows = shapes[0][0], rows
+        self.give_back: Callable[[], Any] = lambda: None
         with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
             self.layers = [like.new_zeros(shape) for shape in shapes for _ in "kv"]
-            self.length = like.new_zeros(batch, dtype=torch.int64)
+            self.length, self.position, self.last = (like.new_zeros(batch, dtype=torch.int64) for _ in range(3))
             self.token = like.new_zeros(batch, 1, dtype=torch.int64)
-            self.offsets = like.new_zeros(groups, dtype=torch.int64)
-        self._parts: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor]]] = {}
+            self.removed = like.new_zeros(len(rows), batch, dtype=torch.int64)
         if like.is_cuda:
-            for tensor in (*self.layers, self.length, self.token, self.offsets):
+            for tensor in (*self.layers, self.length, self.position, self.last, self.token, self.removed):
                 # Without a guard: other addresses record another graph, they do not compile another program.
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def write(self, caches: list[Tensor]) -> None:
-        """Copies the rows of `caches` in and clears those behind them: what an earlier request left might not be finite, and
-        even what no query attends to is multiplied."""
-        # By the rows of every layer: a prompt with an image and one without may agree in layer 0 and nowhere else.
-        sizes = tuple(cache.shape[2] for cache in caches)
-        if sizes not in self._parts:
-            if len(self._parts) >= _MOST_PARTS:  # an engine with a dynamic text axis has a length for every prompt
-                self._parts.clear()
-            heads = [layer[:, :, :size] for layer, size in zip(self.layers, sizes, strict=True)]
-            self._parts[sizes] = heads, [layer[:, :, size:] for layer, size in zip(self.layers, sizes, strict=True)]
-        heads, tails = self._parts[sizes]
-        torch._foreach_copy_(heads, caches)
-        torch._foreach_zero_(tails)
+    def clear(self) -> None:
+        """Zeros everything: what an earlier request left might not be finite, and even what no query attends to is multiplied."""
+        torch._foreach_zero_(self.layers)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what the rows belonged to; the rows stay."""
+        torch._foreach_zero_([self.length, self.position, self.removed])
+
+    def copy(self, other: Buffers) -> None:
+        """Takes over another set, which has no more rows than this one."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine[:, :, : theirs.shape[2]].copy_(theirs)
+            mine[:, :, theirs.shape[2] :].zero_()
+        for name in ("length", "position", "removed"):
+            getattr(self, name).copy_(getattr(other, name))
 
 
 class BufferPool:
@@ -193,14 +260,16 @@ class BufferPool:
         self._free: list[tuple[tuple, Buffers]] = []
         self._lock = threading.RLock()  # a cache may be collected while its own thread is in here
 
-    def lend(self, cache: PrunedCache, shapes: list[tuple[int, ...]], like: Tensor, groups: int) -> Buffers:
+    def lend(self, cache: PrunedCache, shapes: list[tuple[int, ...]], rows: tuple[int, ...], like: Tensor) -> Buffers:
         """Buffers of `shapes`, in the type and on the device of `like`, until `cache` is garbage."""
-        key = (*shapes, groups, like.dtype, like.device)
+        key = (*shapes, rows, like.dtype, like.device)
         with self._lock:
             fitting = [i for i, (shapes, _) in enumerate(self._free) if shapes == key]
             buffers = self._free.pop(fitting[-1])[1] if fitting else None  # the latest is the likeliest to be in a CUDA graph
-        buffers = buffers or Buffers(shapes, like, groups)
-        weakref.finalize(cache, self._take_back, key, buffers).atexit = False
+        buffers = buffers or Buffers(shapes, rows, like)
+        ending = weakref.finalize(cache, self._take_back, key, buffers)
+        ending.atexit = False
+        buffers.give_back = ending  # which runs once, whoever calls it first
         return buffers
 
     def _take_back(self, key: tuple, buffers: Buffers) -> None:

@@ -19,7 +19,7 @@ _BATCH, _TOKENS = 2, 11
 
 @dataclass(frozen=True)
 class Capture:
-    """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [B, t]) -> [B, t, D], with B and t symbolic.
+    """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [dims, B, t]) -> [B, t, D], with B and t symbolic.
 
     Parameters are the model's own. Graphs are copied before they are rewritten; a capture is never changed.
     """
@@ -33,12 +33,16 @@ def capture(family: Family, model: PreTrainedModel) -> Capture:
     parameter = next(model.parameters())
     pixels = parameter.new_zeros(_BATCH, _TOKENS, family.shape.vision_hidden)
     embeddings = parameter.new_zeros(_BATCH, _TOKENS, family.shape.hidden)
-    positions = torch.arange(_TOKENS, device=parameter.device).repeat(_BATCH, 1)
+    positions = torch.arange(_TOKENS, device=parameter.device).repeat(family.position_dims, _BATCH, 1)
     with tracing(family.encoder, family.decoder), anchored(family.encoder, family.decoder, window=family.shape.window):
         return Capture(_trace(family.encoder, pixels), _trace(family.decoder, embeddings, positions))
 
 
 def _trace(module: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
-    axes = {0: Dim("batch", min=1), 1: Dim("tokens", min=1)}
-    program = torch.export.export(module, inputs, dynamic_shapes=((axes,) * len(inputs),), strict=False)
+    """The batch and token axes are the first two of every input; coordinates of positions come before them."""
+    batch, tokens = Dim("batch", min=1), Dim("tokens", min=1)
+    axes = tuple(
+        {value.dim() - 2: batch, value.dim() - 1: tokens} if i else {0: batch, 1: tokens} for i, value in enumerate(inputs)
+    )
+    program = torch.export.export(module, inputs, dynamic_shapes=(axes,), strict=False)
     return program.module(check_guards=False)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
-from .schedule import ModelShape, Schedule, resolve
+from .layout import Layout, Segment
+from .schedule import ModelShape, Schedule, Stage, resolve
 
 FORMAT_VERSION = 2
 REFERENCE_LAYERS = 32
@@ -58,6 +59,8 @@ class ViTCoPConfig:
     mean_tokens: overall target as mean visual tokens per layer, in place of `retention`.
     budgets: explicit token counts per stage, in place of any target; a tuple is read as Budgets(*tuple).
     prune: False keeps every token (the dense baseline through the same compiler).
+    scope: whose budgets the decoder's are: "per_image", every image of a prompt has its own; "pooled", the images of a prompt
+        share one for all their tokens, as in the published code. With one image it is the same.
 
     Raises ConfigError for values out of range.
     """
@@ -76,6 +79,7 @@ class ViTCoPConfig:
     budgets: Budgets | None = None
     scale_layers: bool | None = None
     prune: bool = True
+    scope: Literal["per_image", "pooled"] = "per_image"
 
     def __post_init__(self) -> None:
         if isinstance(self.budgets, tuple | list):
@@ -105,6 +109,8 @@ class ViTCoPConfig:
             raise ConfigError(f"deep_divisor={self.deep_divisor} is below 1: the deep stage cannot keep more tokens")
         if self.positions not in ("published", "original"):
             raise ConfigError(f"positions={self.positions!r} is unknown: use 'published' or 'original'")
+        if self.scope not in ("per_image", "pooled"):
+            raise ConfigError(f"scope={self.scope!r} is unknown: use 'per_image' or 'pooled'")
         if self.shallow_layer < 1:
             raise ConfigError(f"shallow_layer={self.shallow_layer} is below 1: layer 0 has no keys before it to score")
         if self.shallow_layer >= self.deep_layer:
@@ -158,9 +164,90 @@ class ViTCoPConfig:
             )
         return shallow, deep
 
-    def schedule(self, shape: ModelShape | None = None, *, text_tokens: int = 64) -> Schedule:
-        """Tokens, KV rows and FLOPs on a model of `shape` (None: LLaVA-1.5-7B). Raises ConfigError if not possible."""
-        return resolve(self, shape or ModelShape(), text_tokens)
+    def schedule(self, shape: ModelShape | None = None, layout: Layout | None = None) -> Schedule:
+        """Tokens, KV rows and FLOPs on a model of `shape` (None: LLaVA-1.5-7B) for a prompt of `layout` (None: one image).
+
+        Raises ConfigError if it cannot be met.
+        """
+        shape = shape or ModelShape()
+        return resolve(self, shape, (shape.image,) if layout is None else layout)
+
+    def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
+        """The three stages for a prompt of `layout`; none without `prune`. Raises ConfigError for budgets that do not fit.
+
+        Budgets follow ViTCoP's published settings: n = trunc(v * patches), centers = max(1, trunc(p * n)),
+        R = round((N r / v - s) / (d - s + (N - d) / divisor) * n), RD = round(R / divisor), half to even, in float64; with
+        `scope` "pooled", R and RD are those of the n of all images together.
+        """
+        if not self.prune:
+            return ()
+        shallow, deep = self.layers(shape.layers)
+        tokens = tuple(self._vision_tokens(segment) for segment in layout)
+        centers = tuple(self._centers(count) for count in tokens)
+        if self.scope == "pooled" and layout:
+            kept = [self._decoder_tokens(shape, layout, sum(tokens), shallow, deep)]
+        else:
+            pairs = zip(layout, tokens, strict=True)
+            kept = [self._decoder_tokens(shape, (segment,), count, shallow, deep) for segment, count in pairs]
+        clustering = (("centers", centers), ("density_width", self.density_width), ("reach", self.reach))
+        positions = "index" if self.positions == "published" else "kept"
+        return (
+            Stage("encoder", self._vision_layer(shape), "cls_attention", tokens, clustering),
+            Stage("decoder", shallow, "merge_by_cluster", tuple(merged for merged, _ in kept)),
+            Stage("decoder", deep, "keep_lowest", tuple(last for _, last in kept), positions=positions),
+        )
+
+    def _vision_tokens(self, segment: Segment) -> int:
+        patches = segment.candidates
+        if self.budgets is not None:
+            if self.budgets.vision > patches:
+                raise ConfigError(f"budgets.vision={self.budgets.vision} exceeds the {patches} patches of an image")
+            return self.budgets.vision
+        tokens = int(self.vision_ratio * patches)
+        if tokens < 1:
+            raise ConfigError(
+                f"vision_ratio={self.vision_ratio} keeps none of the {patches} patches: choose at least {1 / patches:.4g}"
+            )
+        return tokens
+
+    def _centers(self, tokens: int) -> int:
+        explicit = self.budgets.centers if self.budgets is not None else None
+        return explicit or max(1, int(self.center_ratio * tokens))
+
+    def _decoder_tokens(self, shape: ModelShape, segments: Layout, tokens: int, shallow: int, deep: int) -> tuple[int, int]:
+        """(R, RD) of `segments`, which share a budget and have `tokens` left."""
+        if self.budgets is not None:
+            return self.budgets.shallow * len(segments), self.budgets.deep * len(segments)
+        patches = sum(segment.candidates for segment in segments)
+        if self.mean_tokens is not None:
+            name, value, retention = "mean_tokens", self.mean_tokens, self.mean_tokens * len(segments) / patches
+            if retention > 1:
+                raise ConfigError(f"mean_tokens={value} exceeds the {patches // len(segments)} patches of an image")
+        else:
+            assert self.retention is not None
+            name, value, retention = "retention", self.retention, self.retention
+        merged, kept = published_budgets(retention, self.vision_ratio, shallow, deep, shape.layers, tokens, self.deep_divisor)
+        if kept < 1:
+            raise ConfigError(
+                f"{name}={value} leaves {merged} tokens after layer {shallow} and {kept} after layer {deep}, below 1: raise "
+                f"{name}, or lower vision_ratio={self.vision_ratio} so that the first {shallow} layers cost less"
+            )
+        if merged > tokens:
+            raise ConfigError(
+                f"{name}={value} asks for {merged} tokens after layer {shallow}, but the vision stage keeps {tokens}: lower "
+                f"{name} or raise vision_ratio={self.vision_ratio}"
+            )
+        return merged, kept
+
+    def _vision_layer(self, shape: ModelShape) -> int:
+        layer = self.vision_layer if self.vision_layer >= 0 else shape.vision_layers + self.vision_layer
+        if not 0 <= layer <= shape.feature_layer:
+            raise ConfigError(
+                f"vision_layer={self.vision_layer} is layer {layer} of {shape.vision_layers}, but the model reads its "
+                f"features after layer {shape.feature_layer}: choose {-shape.vision_layers} to "
+                f"{shape.feature_layer - shape.vision_layers}, or 0 to {shape.feature_layer}"
+            )
+        return layer
 
     def to_json(self) -> str:
         """A versioned JSON text; `from_json` gives back an equal config."""
@@ -199,6 +286,18 @@ class ViTCoPConfig:
     def load(cls, path: str | Path) -> ViTCoPConfig:
         """Reads a file written by `save`."""
         return cls.from_json(Path(path).read_text())
+
+
+def published_budgets(
+    retention: float, vision_ratio: float, shallow: int, deep: int, layers: int, tokens: int, divisor: float = 5
+) -> tuple[int, int]:
+    """(R, RD): what the shallow and the deep stage keep of `tokens`. Python's round, half to even, in float64.
+
+    The published formula with 32 replaced by `layers` and 1/5 by 1/`divisor`. It knows no bounds; `ViTCoPConfig.stages` checks them.
+    """
+    weight = deep - shallow + (layers - deep) / divisor
+    merged = round((layers * retention / vision_ratio - shallow) / weight * tokens)
+    return merged, round(merged / divisor)
 
 
 def _number(name: str, value: object) -> float:

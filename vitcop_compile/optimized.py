@@ -14,63 +14,85 @@ from .cache import PrunedCache
 from .config import ViTCoPConfig
 from .errors import InputError
 from .isolation import compiling_at_first_call, tracing
+from .layout import Layout
 from .programs import Programs
 from .prompt import ImageInput
-from .runtime import CompiledModel, Plan, bucket
+from .runtime import Ask, CompiledModel, Plan, bucket
+from .schedule import Schedule
 from .weights import Weights
 from .worker import Worker
 
 PROMPT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 NEW_TOKEN_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
+# Caches of later turns grow in steps, so that few programs serve many conversations.
+_ROWS = 256
 
 
 class CompiledOnDemand:
     """Provides programs through a backend, one for every batch size and bucket that comes up. `compiled` holds them by key.
 
-    Keys: ("vision", batch), ("prefill", batch, rows, image), ("decode", batch, cache rows).
+    Keys: ("vision", images), ("prefill", batch, text rows, images, cache rows, filled), ("extend", batch, tokens, cache rows), with
+    the rows of the caches by group of layers.
     """
 
-    def __init__(self, programs: Programs, text_programs: Programs, backend: str, prompt_buckets: Sequence[int]):
-        self.programs, self.text_programs = programs, text_programs
+    def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int]):
+        self.programs = programs
         self.backend = backend_of(backend)
-        self._text_buckets = _check_buckets(prompt_buckets)
+        self._prompt_buckets = _check_buckets(prompt_buckets)
         self.compiled: dict[tuple, Callable[..., Any]] = {}
         self._worker: Worker | None = None
         family, parameter = programs.family, next(programs.family.head.parameters())
-        self.schedule = programs.schedule
         self.image = ImageInput(family.image_token_id, family.pixel_shape, family.shape.patches)
+        self.position_dims = family.position_dims
         self.device, self.dtype = parameter.device, parameter.dtype
 
-    def plan(self, batch: int, text: int, new_tokens: int, image: bool) -> Plan:
-        """Both lengths in their buckets.
+    @property
+    def schedule(self) -> Schedule:
+        """That of a prompt with one image."""
+        return self.programs.schedule
 
-        A cache has rows for an image whether there is one or not, so that both kinds of prompt share a decode program.
+    def schedule_of(self, layout: Layout) -> Schedule:
+        """That of a prompt with the images of `layout`."""
+        return self.programs.schedule_of(layout)
+
+    def plan(self, ask: Ask) -> Plan:
+        """Text in its bucket, and caches with room for it, the images and new tokens in theirs.
+
+        A first turn makes caches for as many images as its richest prompt has, one at least, so that all kinds of prompts share a
+        program for decoding. A later one keeps them where it fits, or asks for larger ones, in steps.
         """
-        text_rows = bucket(text, self._text_buckets, "text tokens in a prompt")
-        room = bucket(new_tokens, NEW_TOKEN_BUCKETS, "new tokens")
-        pruned = self.schedule.image_tokens
-        return Plan(text_rows + (pruned if image else 0), text_rows + pruned + room, room)
+        text = bucket(ask.text, self._prompt_buckets, "text tokens in a prompt")
+        room = bucket(NEW_TOKEN_BUCKETS[0] if ask.new is None else ask.new, NEW_TOKEN_BUCKETS, "new tokens")
+        image = self.programs.family.shape.image
+        visual = self.schedule_of((image,) * (ask.images if ask.held else max(1, ask.images))).group_tokens()
+        if not ask.held:
+            return Plan(text, tuple(text + tokens + room for tokens in visual))
+        # Pads of the bucket are written too, and the next token over them.
+        least = [held + tokens + max(text, ask.text + (ask.new or 1)) for held, tokens in zip(ask.held, visual, strict=True)]
+        if all(rows >= needed for rows, needed in zip(ask.rows, least, strict=True)):
+            return Plan(text, ask.rows)
+        return Plan(text, tuple(-(-(held + tokens + text + room) // _ROWS) * _ROWS for held, tokens in zip(ask.held, visual)))
 
-    def default_new_tokens(self) -> int:
-        """Room of a cache made by `forward`."""
-        return NEW_TOKEN_BUCKETS[0]
+    def vision(self, images: int) -> Callable[..., Any]:
+        """The vision program for so many images."""
+        return self._get(("vision", images), lambda: self.programs.export_vision(images, self.backend.exact))
 
-    def vision(self, batch: int) -> Callable[..., Any]:
-        """The vision program for `batch` images."""
-        return self._get(("vision", batch), lambda: self.programs.export_vision(batch, self.backend.exact))
-
-    def prefill(self, batch: int, rows: int, image: bool) -> Callable[..., Any]:
-        """The prefill program for `batch` prompts of `rows` rows."""
-        programs = self.programs if image else self.text_programs
-        return self._get(("prefill", batch, rows, image), lambda: programs.export_prefill(batch, rows, image))
-
-    def decode(self, batch: int, cache_rows: int) -> Callable[..., Any]:
-        """The decode program for `batch` sequences on caches of `cache_rows` rows in layer 0."""
-        in_place, deltas = self.backend.in_place, self.schedule.removed_rows()
+    def prefill(self, batch: int, text: int, images: int, rows: tuple[int, ...], filled: bool = False) -> Callable[..., Any]:
+        """The prefill program for `batch` prompts of so many text rows and images."""
+        in_place = self.backend.in_place
         return self._get(
-            ("decode", batch, cache_rows),
-            lambda: self.programs.export_decode(batch, cache_rows, in_place),
-            lambda program: program if in_place else writing_rows(program, deltas),
+            ("prefill", batch, text, images, rows, filled),
+            lambda: self.programs.export_prefill(batch, text, images, rows, filled=filled, in_place=in_place),
+            lambda program: program if in_place else writing_rows(program, self.schedule.groups, filled=filled),
+        )
+
+    def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Callable[..., Any]:
+        """The program for `tokens` more of `batch` sequences: 1 is a decoding step."""
+        in_place = self.backend.in_place
+        return self._get(
+            ("extend", batch, tokens, rows),
+            lambda: self.programs.export_extend(batch, tokens, rows, in_place=in_place),
+            lambda program: program if in_place else writing_rows(program, self.schedule.groups, filled=True),
         )
 
     def _get(
@@ -110,9 +132,9 @@ class OptimizedModel(CompiledModel):
         """Raises UnsupportedError if the model is no longer what was optimized; every request begins with this."""
         self._weights.check()
 
-    def _prefill_prompt(self, *request: Any) -> Any:
+    def _turn(self, *request: Any) -> Any:
         self.check_weights()
-        return super()._prefill_prompt(*request)
+        return super()._turn(*request)
 
     @property
     def on_demand(self) -> CompiledOnDemand:
@@ -125,32 +147,30 @@ class OptimizedModel(CompiledModel):
         return self._on_demand.programs
 
     @property
-    def text_programs(self) -> Programs:
-        """The same for prompts without an image, which nothing is pruned from."""
-        return self._on_demand.text_programs
-
-    @property
     def image(self) -> ImageInput:
         """How prompts refer to an image."""
         return self._on_demand.image
 
     @property
     def compiled(self) -> tuple[tuple, ...]:
-        """Keys of the programs made so far: ("vision", batch), ("prefill", batch, rows, image), ("decode", batch, rows)."""
+        """Keys of the programs made so far, as `CompiledOnDemand` has them."""
         return tuple(self._on_demand.compiled)
 
-    def warmup(self, batch: int = 1, text_tokens: int = 64, max_new_tokens: int = 64, image: bool = True) -> None:
-        """Exports, compiles and runs once every program that such a request needs. Raises InputError without weights."""
+    def warmup(self, batch_size: int = 1, text_tokens: int = 64, max_new_tokens: int = 64, images: int = 1) -> None:
+        """Exports, compiles and runs once every program that a request of `batch_size` prompts with so many `images` each needs.
+
+        Raises InputError without weights.
+        """
         if self.device.type == "meta":
             raise InputError("the weights are on the meta device, which holds no values: load the model to warm it up")
-        image_input = self._on_demand.image
-        ids = torch.ones(batch, text_tokens, dtype=torch.int64, device=self.device)
-        ids[ids == image_input.token_id] = 0
+        image = self._on_demand.image
+        ids = torch.ones(batch_size, text_tokens, dtype=torch.int64, device=self.device)
+        ids[ids == image.token_id] = 0
         pixels = None
-        if image:
-            run = torch.full((batch, image_input.patches), image_input.token_id, device=self.device)
+        if images:
+            run = torch.full((batch_size, images * image.patches), image.token_id, device=self.device)
             ids = torch.cat((ids[:, :1], run, ids[:, 1:]), 1)
-            pixels = torch.zeros(batch, *image_input.pixel_shape, dtype=self.dtype, device=self.device)
+            pixels = torch.zeros(batch_size * images, *image.pixel_shape, dtype=self.dtype, device=self.device)
         # CUDA graphs are recorded in the second call, and replayed from the third one on.
         for _ in range(3 if self.device.type == "cuda" else 1):
             cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)

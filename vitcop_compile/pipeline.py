@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -24,13 +25,14 @@ def optimize(
     backend: str = "inductor",
     attn_implementation: str = "sdpa",
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
+    dump: str | Path | None = None,
 ) -> OptimizedModel:
     """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded, or wholly on "meta".
 
     config: what to prune, `DEFAULT_PRESET` by default; backend: a name in `backends.BACKENDS`; attn_implementation: "sdpa" or
     "flash_attention_2", the kernels that attention lowers to; prompt_buckets: ascending numbers of text tokens that prompts
     are padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
-    through `warmup`. A model on the meta device is for planning: it has a schedule and its programs can be exported.
+    through `warmup`. dump: a folder that gets every graph after every pass, as text. A model on the meta device is for planning: it has a schedule and its programs can be exported.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
     the model's shape cannot meet; both before anything is traced.
@@ -40,13 +42,10 @@ def optimize(
     _check_weights(model)
     backend_of(backend)
     check_lowering(attn_implementation, model.device, model.dtype)
-    schedule = config.schedule(family.shape)
-    text_schedule = ViTCoPConfig.dense().schedule(family.shape)
-
+    config.schedule(family.shape)
     captured = capture(family, model)
-    programs = Programs(family, captured, schedule, attn_implementation)
-    text_programs = Programs(family, captured, text_schedule, attn_implementation)
-    return OptimizedModel(model, CompiledOnDemand(programs, text_programs, backend, prompt_buckets), config, backend)
+    programs = Programs(family, captured, config, attn_implementation, None if dump is None else Path(dump))
+    return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets), config, backend)
 
 
 def _check_weights(model: PreTrainedModel) -> None:

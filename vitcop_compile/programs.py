@@ -1,4 +1,4 @@
-"""The three programs of a model, exported at concrete shapes: vision, prefill, decode.
+"""The programs of a model, exported at concrete shapes: vision, prefill, extend.
 
 Each is a rewritten graph between the model's own embedding, projector and head. Exporting it at static shapes removes
 every symbol, and what remains is an ordinary ExportedProgram: the one input of every backend.
@@ -6,7 +6,10 @@ every symbol, and what remains is an ordinary ExportedProgram: the one input of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,14 +20,15 @@ from .capture import Capture
 from .errors import RewriteError
 from .families import Family
 from .isolation import tracing
+from .layout import Layout
 from .ops.indexing import put_rows, take_rows
-from .passes import rewrite_decode, rewrite_encoder, rewrite_prefill
-from .passes.decode_cache import offset_groups
-from .schedule import Schedule
+from .passes import Passes, encoder_passes, extend_passes, prefill_passes, rewrite
+from .policies import POLICIES
+from .schedule import Method, Schedule, resolve
 
 
 class Vision(nn.Module):
-    """pixels [B, channels, height, width] -> (features [B, n, D], kept int64 [B, n], labels int64 [B, n])."""
+    """pixels [I, channels, height, width] -> (features [I, n, D], kept int64 [I, n], state [I, n]...)."""
 
     def __init__(self, family: Family, encoder: fx.GraphModule):
         super().__init__()
@@ -36,122 +40,222 @@ class Vision(nn.Module):
 
 
 class Prefill(nn.Module):
-    """A prompt with images spliced in -> (logits [B, 1, vocab], index per stage..., k0, v0, k1, v1, ...).
+    """A prompt with images spliced in -> (logits [B, 1, vocab], index per stage..., and new keys and values if not in place).
 
-    ids: int64 [B, t], right-padded, anything at visual rows; last: int64 [B], the row of each prompt's last token;
-    features: [B, n, D]; visual: int64 [B, n], the rows the features take; labels: int64 [B, n].
-    Rows behind `last` are padding: attention is causal, so nothing before them can see them.
+    ids: int64 [B, t], right-padded, anything at visual rows; last: int64 [B], the row of each prompt's last token; positions:
+    int64 [dims, B, t]; features: [B, n, D]; visual: int64 [B, n], the rows the features take; then the state of the vision stage,
+    [B, n] each, and what `attach_cache` asks for. Rows behind `last` are padding: attention is causal, so nothing before them
+    can see them.
     """
 
-    def __init__(self, family: Family, decoder: fx.GraphModule, removed: int, stages: int, all_logits: bool = False):
+    def __init__(self, family: Family, decoder: fx.GraphModule, schedule: Schedule, states: int, all_logits: bool = False):
         super().__init__()
         self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
-        self.removed, self.stages, self.all_logits = removed, stages, all_logits
+        self.removed, self.pruned = schedule.removed_rows()[-1], bool(schedule.decoder_stages)
+        self.states, self.all_logits = states, all_logits
 
-    def forward(self, ids: Tensor, last: Tensor, *image: Tensor) -> tuple[Tensor, ...]:
-        embeddings = self.embedding(ids)
-        if image:
-            embeddings = put_rows(embeddings, image[1], image[0])
-        return self.prefill(embeddings, last, *image[1:])
+    def forward(
+        self, ids: Tensor, last: Tensor, positions: Tensor, features: Tensor, visual: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        embeddings = put_rows(self.embedding(ids), visual, features)
+        return self.prefill(embeddings, last, positions, visual, *rest)
 
-    def prefill(self, embeddings: Tensor, last: Tensor, *selectors: Tensor) -> tuple[Tensor, ...]:
+    def prefill(
+        self, embeddings: Tensor, last: Tensor, positions: Tensor, visual: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
         """The same from embeddings [B, t, D]."""
-        batch, tokens, _ = embeddings.shape
-        positions = torch.arange(tokens, device=embeddings.device).expand(batch, tokens)
-        hidden, *rest = self.decoder(embeddings, positions, *(selectors if self.stages else ()))
+        selectors = (visual, *rest[: self.states]) if self.pruned else ()
+        hidden, *results = self.decoder(embeddings, positions, *selectors, *rest[self.states :])
         if not self.all_logits:
             hidden = take_rows(hidden, (last - self.removed).unsqueeze(1))
-        return self.head(hidden), *rest
+        return self.head(hidden), *results
 
 
-class Decode(nn.Module):
-    """(token int64 [B, 1], length int64 [B], offsets int64 [groups], key_0, value_0, ...) -> (logits [B, 1, vocab],).
+class Extend(nn.Module):
+    """More tokens on filled caches -> (logits [B, 1, vocab],): a decoding step, a text prompt, a later turn of text.
 
-    Caches are updated in place; a decoder rewritten otherwise returns its new rows behind the logits.
+    ids: int64 [B, s], right-padded; last: int64 [B], which of the s is each sequence's last; length: int64 [B], tokens before
+    them as layer 0 counts them; position: int64 [B] of the first of them; removed: int64 [groups, B], rows that each group of
+    layers lacks; then the caches, updated in place. A decoder rewritten otherwise returns its new rows behind the logits.
     """
 
     def __init__(self, family: Family, decoder: fx.GraphModule):
         super().__init__()
         self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
+        self.dims = family.position_dims
 
-    def forward(self, token: Tensor, length: Tensor, offsets: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        hidden, *rows = self.decoder(self.embedding(token), length.unsqueeze(1), length, offsets, *caches)
-        return self.head(hidden), *rows
+    def forward(
+        self, ids: Tensor, last: Tensor, length: Tensor, position: Tensor, removed: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
+        batch, count = ids.shape
+        positions = position.unsqueeze(1) + torch.arange(count, device=ids.device)
+        positions = positions.expand(self.dims, batch, count)
+        hidden, *rows = self.decoder(self.embedding(ids), positions, length, removed, *caches)
+        return self.head(take_rows(hidden, last.unsqueeze(1))), *rows
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Rewrites once, exports on demand. `schedule` is the contract; `export_*` raise RewriteError where a graph breaks it."""
+    """Rewrites and exports on demand. Schedules are the contract; `export_*` raise RewriteError where a graph breaks it.
+
+    method: what is pruned; dump: a folder that gets every graph after every pass.
+    """
 
     family: Family
     captured: Capture
-    schedule: Schedule
+    method: Method
     attn_implementation: str = "sdpa"
+    dump: Path | None = None
 
     @property
-    def removed(self) -> int:
-        """Rows that the decoder stages take out of a prompt."""
-        return self.schedule.removed_rows()[-1]
+    def schedule(self) -> Schedule:
+        """That of a prompt with one image."""
+        return self.schedule_of((self.family.shape.image,))
 
-    def export_vision(self, batch: int, exact: bool = True) -> ExportedProgram:
-        """The vision program for `batch` images; `exact` as in `ops.density_peaks`."""
-        encoder = rewrite_encoder(self.captured.encoder, self.schedule, self.attn_implementation, exact)
-        pixels = self._zeros(batch, *self.family.pixel_shape)
-        program = _export(Vision(self.family, encoder), (pixels,))
-        _expect("vision features", _shapes(program)[0][:2], (batch, self.schedule.image_tokens))
+    def schedule_of(self, layout: Layout) -> Schedule:
+        """That of a prompt with the images of `layout`."""
+        return _resolved(self.method, self.family.shape, layout)
+
+    @property
+    def states(self) -> int:
+        """Tensors of state that the vision stage hands to the decoder's."""
+        stage = self.schedule.vision
+        return POLICIES[stage.policy].adds if stage else 0
+
+    def export_vision(self, images: int, exact: bool = True) -> ExportedProgram:
+        """The vision program for so many images; `exact` as in `ops.density_peaks`."""
+        schedule = self.schedule
+        passes = encoder_passes(schedule, self.attn_implementation, exact)
+        shape = schedule.shape
+        hidden = self._zeros(images, shape.prefix_tokens + shape.patches, shape.vision_hidden)
+        encoder = self._rewrite("encoder", self.captured.encoder, passes, [hidden])
+        program = _export(Vision(self.family, encoder), (self._zeros(images, *self.family.pixel_shape),))
+        _expect("vision features", _shapes(program)[0][:2], (images, schedule.image_tokens))
         return program
 
-    def export_prefill(self, batch: int, tokens: int, image: bool = True, least_tokens: int | None = None) -> ExportedProgram:
-        """The prefill program for `batch` prompts of `tokens` rows, images counted after the vision stage.
+    def export_prefill(
+        self,
+        batch: int,
+        text: int,
+        images: int = 1,
+        rows: Sequence[int] | None = None,
+        *,
+        filled: bool = False,
+        in_place: bool = True,
+        least_text: int | None = None,
+    ) -> ExportedProgram:
+        """The prefill program for `batch` prompts of `text` text tokens and so many images each.
 
-        Without `image` the prompt is text alone, which only a dense schedule can take. With `least_tokens` the rows are a
-        dynamic axis from there to `tokens`; the visual budgets stay static.
+        rows: those of the caches by group, by default as many as the prompt has; filled: the caches hold an earlier turn. With
+        `least_text` the text is a dynamic axis from there to `text`, which takes `in_place=False`; budgets stay static.
         """
-        inputs = self.prefill_inputs(batch, tokens, image)
-        if least_tokens is not None:
-            axes: list[dict[int, Dim] | None] = [None] * len(inputs)
-            axes[0] = {1: Dim("rows", min=least_tokens, max=tokens)}
-            return _export(self.prefill_module(), inputs, _by_name(axes))
-        program = _export(self.prefill_module(), inputs)
-        caches = _shapes(program)[1 + len(self.schedule.stages) :]
-        _expect("the list of keys and values", (len(caches),), (2 * self.schedule.shape.layers,))
-        for layer, expected in enumerate(self.schedule.cache_shapes(batch, tokens)):
-            _expect(f"key cache of layer {layer}", caches[2 * layer], expected)
-            _expect(f"value cache of layer {layer}", caches[2 * layer + 1], expected)
+        inputs = self.prefill_inputs(batch, text, images, rows, filled=filled, in_place=in_place)
+        module = self.prefill_module(images, filled=filled, in_place=in_place, inputs=inputs)
+        schedule = self.schedule_of((self.family.shape.image,) * images)
+        if least_text is not None:
+            kept = schedule.image_tokens
+            axis = Dim("rows", min=least_text + kept, max=text + kept)
+            axes: list[dict[int, Dim] | None] = [{1: axis}, None, {2: axis}, None, None]
+            return _export(module, inputs, (*axes, (None,) * (len(inputs) - 5)))
+        program = _export(module, inputs)
+        shapes = _shapes(program)
+        for stage, found in zip(schedule.decoder_stages, shapes[1:], strict=False):
+            _expect(f"selection of layer {stage.layer}", found, (batch, stage.total))
+        if not in_place:
+            written = [text + tokens for tokens in schedule.group_tokens()]
+            _expect_rows(schedule, shapes[1 + len(schedule.decoder_stages) :], batch, written)
         return program
 
-    def export_decode(self, batch: int, rows: int, in_place: bool = True) -> ExportedProgram:
-        """The decode program for `batch` sequences with `rows` cache rows in layer 0 (prompt and new tokens)."""
-        decoder = rewrite_decode(self.captured.decoder, self.schedule, self.attn_implementation, in_place)
-        return _export(Decode(self.family, decoder), self.decode_inputs(batch, rows))
+    def export_extend(
+        self, batch: int, tokens: int, rows: Sequence[int], *, in_place: bool = True, least_tokens: int | None = None
+    ) -> ExportedProgram:
+        """The program for `tokens` more tokens of `batch` sequences, on caches with `rows` by group. A dynamic axis from
+        `least_tokens` on, which takes `in_place=False`."""
+        schedule = self.schedule
+        passes = extend_passes(schedule, self.attn_implementation, in_place)
+        inputs = self.extend_inputs(batch, tokens, rows)
+        decoder = self._rewrite(f"extend_{tokens}", self.captured.decoder, passes, self._decoder_inputs(inputs, (2, 4)))
+        module = Extend(self.family, decoder)
+        if least_tokens is not None:
+            axis = Dim("rows", min=least_tokens, max=tokens)
+            return _export(module, inputs, ({1: axis}, None, None, None, None, (None,) * (len(inputs) - 5)))
+        program = _export(module, inputs)
+        if not in_place:
+            _expect_rows(schedule, _shapes(program)[1:], batch, [tokens] * len(rows))
+        return program
 
-    def decode_inputs(self, batch: int, rows: int) -> tuple[Tensor, ...]:
-        """Example inputs of the decode program, at its last row."""
-        token = torch.zeros(batch, 1, dtype=torch.int64, device=self._device())
-        length = torch.full((batch,), rows - 1, dtype=torch.int64, device=self._device())
-        caches = [self._zeros(*shape) for shape in self.schedule.cache_shapes(batch, rows) for _ in "kv"]
-        return token, length, self.offsets(), *caches
+    def extend_inputs(self, batch: int, tokens: int, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        """Example inputs of the extend program, at the last rows."""
+        schedule = self.schedule
+        counts = [self._ints(batch, tokens), self._ints(batch) + tokens - 1, self._ints(batch) + rows[0] - tokens]
+        removed = self._ints(len(rows), batch) + torch.tensor([[rows[0] - r] for r in rows], device=self._device())
+        return (*counts, counts[2].clone(), removed, *self._caches(schedule, batch, rows))
 
-    def offsets(self, image: bool = True) -> Tensor:
-        """The `offsets` input of decode: rows missing from each group of layers; zeros for prompts without an image."""
-        groups = offset_groups(self.schedule.removed_rows())
-        return torch.tensor(groups if image else [0] * len(groups), dtype=torch.int64, device=self._device())
+    def prefill_module(
+        self,
+        images: int = 1,
+        *,
+        filled: bool = False,
+        in_place: bool = True,
+        all_logits: bool = False,
+        inputs: tuple[Tensor, ...] = (),
+    ) -> Prefill:
+        """The prefill program before export; inputs: examples of what it takes, for the dump of its graphs."""
+        schedule = self.schedule_of((self.family.shape.image,) * images)
+        states = self.states if schedule.decoder_stages else 0
+        passes = prefill_passes(schedule, self.attn_implementation, states=states, filled=filled, in_place=in_place)
+        pruned = (4,) if schedule.decoder_stages else ()
+        name = f"prefill_{images}{'_filled' * filled}"
+        decoder = self._rewrite(name, self.captured.decoder, passes, self._decoder_inputs(inputs, pruned))
+        return Prefill(self.family, decoder, schedule, states, all_logits)
 
-    def prefill_module(self, all_logits: bool = False) -> Prefill:
-        """The prefill program before export."""
-        decoder = rewrite_prefill(self.captured.decoder, self.schedule, self.attn_implementation)
-        return Prefill(self.family, decoder, self.removed, len(self.schedule.stages), all_logits)
-
-    def prefill_inputs(self, batch: int, tokens: int, image: bool = True) -> tuple[Tensor, ...]:
+    def prefill_inputs(
+        self,
+        batch: int,
+        text: int,
+        images: int = 1,
+        rows: Sequence[int] | None = None,
+        *,
+        filled: bool = False,
+        in_place: bool = True,
+    ) -> tuple[Tensor, ...]:
         """Example inputs of the prefill program."""
-        ids = torch.zeros(batch, tokens, dtype=torch.int64, device=self._device())
-        last = torch.full((batch,), tokens - 1, dtype=torch.int64, device=self._device())
-        if not image:
-            return ids, last
-        n = self.schedule.image_tokens
+        schedule = self.schedule_of((self.family.shape.image,) * images)
+        n = schedule.image_tokens
+        tokens = text + n
         visual = torch.arange(n, device=self._device()).repeat(batch, 1)
-        features = self._zeros(batch, n, self.schedule.shape.hidden)
-        return (ids, last, features, visual, *([torch.zeros_like(visual)] if self.schedule.stages else []))
+        positions = torch.arange(tokens, device=self._device()).repeat(self.family.position_dims, batch, 1)
+        features = self._zeros(batch, n, schedule.shape.hidden)
+        state = [torch.zeros_like(visual)] * (self.states if schedule.decoder_stages else 0)
+        rows = rows or [text + kept for kept in schedule.group_tokens()]
+        places = [self._ints(batch), self._ints(len(rows), batch)] if filled else []
+        caches = self._caches(schedule, batch, rows) if in_place or filled else []
+        return (
+            self._ints(batch, tokens),
+            self._ints(batch) + tokens - 1,
+            positions,
+            features,
+            visual,
+            *state,
+            *places,
+            *caches,
+        )
+
+    def _rewrite(self, name: str, captured: fx.GraphModule, passes: Passes, inputs: list[Tensor]) -> fx.GraphModule:
+        dump = self.dump / name if self.dump is not None and inputs else None
+        return rewrite(captured, passes, dump, inputs)
+
+    def _decoder_inputs(self, inputs: tuple[Tensor, ...], own: tuple[int, ...]) -> list[Tensor]:
+        """What the decoder gets where its program gets `inputs`: embeddings, positions, those in `own`, and all from the sixth."""
+        if self.dump is None or not inputs:
+            return []
+        batch, tokens = inputs[0].shape
+        positions = self._ints(self.family.position_dims, batch, tokens)
+        embeddings = self._zeros(batch, tokens, self.family.shape.hidden)
+        return [embeddings, positions, *(inputs[i] for i in own), *inputs[5:]]
+
+    def _caches(self, schedule: Schedule, batch: int, rows: Sequence[int]) -> list[Tensor]:
+        return [self._zeros(*shape) for shape in schedule.cache_shapes(batch, rows) for _ in "kv"]
 
     def _parameter(self) -> Tensor:
         return next(self.family.head.parameters())
@@ -162,20 +266,32 @@ class Programs:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self._parameter().dtype, device=self._device())
 
+    def _ints(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self._device())
+
+
+@cache
+def _resolved(method: Method, shape, layout: Layout) -> Schedule:
+    return resolve(method, shape, layout)
+
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], axes: tuple | None = None) -> ExportedProgram:
     with tracing(module), evaluating(module):
         return torch.export.export(module, inputs, dynamic_shapes=axes, strict=False)
 
 
-def _by_name(axes: list) -> tuple:
-    """Axes of `Prefill.forward`'s inputs: ids, last, and the rest, which is variadic."""
-    return (axes[0], axes[1], *([tuple(axes[2:])] if len(axes) > 2 else []))
-
-
 def _shapes(program: ExportedProgram) -> list[tuple[int, ...]]:
-    output = next(iter(reversed(program.graph.nodes)))
-    return [tuple(value.meta["val"].shape) for value in output.args[0]]
+    """Of what the program returns to its caller; updates of its inputs come before that."""
+    outputs = program.graph_signature.user_outputs
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    return [tuple(values[name].shape) for name in outputs]
+
+
+def _expect_rows(schedule: Schedule, found: list[tuple[int, ...]], batch: int, rows: Sequence[int]) -> None:
+    _expect("the list of keys and values", (len(found),), (2 * schedule.shape.layers,))
+    for layer, expected in enumerate(schedule.cache_shapes(batch, rows)):
+        _expect(f"keys of layer {layer}", found[2 * layer], expected)
+        _expect(f"values of layer {layer}", found[2 * layer + 1], expected)
 
 
 def _expect(what: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,32 +21,90 @@ class ImageInput:
     patches: int
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """ids int64 [B, rows], right-padded, images at their pruned length; last int64 [B]: row of each last token; visual int64
-    [B, n]: the rows of the image, None without one."""
+class Prompt(NamedTuple):
+    """Rows of equal samples: ids int64 [B, rows], right-padded, images at their pruned length; last int64 [B]: row of each last
+    token; visual int64 [B, n]: the rows of the images, empty without one."""
 
     ids: Tensor
     last: Tensor
-    visual: Tensor | None
+    visual: Tensor
 
 
-def align(ids: Tensor, mask: Tensor, image_token: int, image_tokens: int, rows: int, image: bool, vocab: int) -> Prompt:
-    """Drops pads, shortens every image to its first `image_tokens` placeholders, and right-pads to `rows`.
+class Reading(NamedTuple):
+    """What a turn holds, by sample, on the host: images, and text tokens beside them."""
 
-    ids: int64 [B, T]; mask: bool [B, T]. Tensor operations only: nothing is read back to the host. Values that a later check
-    will refuse are bounded, so that no index leaves its tensor until then.
+    images: tuple[int, ...]
+    text: tuple[int, ...]
+
+
+def read(ids: Tensor, mask: Tensor, image: ImageInput, vocab: int) -> Reading:
+    """Counts images and text of ids int64 [B, T] with mask bool [B, T], which may be on a device: one copy to the host, before
+    anything is launched.
+
+    Raises InputError for a sample without tokens, ids outside the vocabulary, placeholders that are no whole number of images, and
+    text inside an image.
     """
-    placeholder = (ids == image_token) & mask
-    kept = mask & ~(placeholder & (placeholder.cumsum(1) > image_tokens)) if image else mask
-    slot = (kept.cumsum(1) - 1).clamp(0, rows - 1)
-    text = (ids.masked_fill(placeholder, 0) if image else ids).clamp(0, vocab - 1)
+    ids, mask = ids.cpu(), mask.cpu()
+    placeholder = (ids == image.token_id) & mask
+    real, visual = mask.sum(1), placeholder.sum(1)
+    outside = ((ids < 0) | (ids >= vocab)) & mask & ~placeholder
+    shortest, wrong = real.min(), outside.sum()
+    if not shortest:
+        raise InputError("attention_mask leaves a prompt without tokens: every prompt needs at least one")
+    if wrong:
+        raise InputError(f"input_ids holds {wrong} ids outside the vocabulary of {vocab}: tokenize for this model")
+    counts = visual.tolist()
+    partial = [count for count in counts if count % image.patches]
+    if partial:
+        raise InputError(
+            f"a prompt holds {partial[0]} image tokens, one image needs {image.patches}: the processor must expand every "
+            "placeholder"
+        )
+    if any(counts):
+        _check_whole(placeholder, mask, image.patches)
+    images = tuple(count // image.patches for count in counts)
+    return Reading(images, tuple(total - count for total, count in zip(real.tolist(), counts, strict=True)))
+
+
+def _check_whole(placeholder: Tensor, mask: Tensor, patches: int) -> None:
+    """Raises InputError if a token that is no placeholder stands between two of one image. Pads are no tokens."""
+    slot = mask.cumsum(1)
+    sample, column = placeholder.nonzero(as_tuple=True)
+    at, rank = slot[sample, column], placeholder.cumsum(1)[sample, column] - 1
+    inside = (rank[1:] % patches != 0) & (sample[1:] == sample[:-1])
+    if (inside & (at[1:] != at[:-1] + 1)).any():
+        raise InputError(f"the {patches} image tokens of an image are not contiguous: text cannot stand inside an image")
+
+
+def check_count(images: int, reading: Reading) -> None:
+    """Raises InputError unless a turn's placeholders stand for so many images."""
+    wanted = sum(reading.images)
+    if images and not wanted:
+        raise InputError(
+            "pixel_values were given but input_ids holds no image token: put the image placeholder into the prompt"
+        )
+    if wanted and not images:
+        raise InputError(f"input_ids holds placeholders of {wanted} images but there are no pixel_values: pass the images")
+    if images != wanted:
+        raise InputError(f"{images} images for placeholders of {wanted}: pass as many as the prompts name")
+
+
+def align(ids: Tensor, mask: Tensor, image: ImageInput, images: int, kept: int, rows: int, vocab: int) -> Prompt:
+    """Drops pads, shortens each of the samples' `images` to its first `kept` placeholders, and right-pads to `rows`.
+
+    ids: int64 [B, T]; mask: bool [B, T]. Tensor operations only, and no index leaves its tensor, whatever the ids are.
+    """
+    placeholder = (ids == image.token_id) & mask
+    if images:
+        offset = (placeholder.cumsum(1) - 1) % image.patches
+        mask = mask & ~(placeholder & (offset >= kept))
+        placeholder = placeholder & mask
+        ids = ids.masked_fill(placeholder, 0)
+    slot = (mask.cumsum(1) - 1).clamp(0, rows - 1)
     out = ids.new_zeros(ids.shape[0], rows + 1)
-    out = out.scatter(1, torch.where(kept, slot, rows), text)[:, :rows]
-    visual = None
-    if image:
-        visual = slot.gather(1, compact(placeholder & kept, image_tokens)[0])
-    last = (kept.sum(1) - 1).clamp(image_tokens - 1 if image else 0, rows - 1)
+    out = out.scatter(1, torch.where(mask, slot, rows), ids.clamp(0, vocab - 1))[:, :rows]
+    visual = slot.gather(1, compact(placeholder, images * kept)[0]) if images else slot[:, :0]
+    last = (mask.sum(1) - 1).clamp(0, rows - 1)
     return Prompt(out.contiguous(), last, visual)
 
 
@@ -72,71 +131,30 @@ def check_mask(mask: object, ids: Tensor) -> Tensor:
     return mask != 0
 
 
-def check_pixels(pixels: object, image: ImageInput, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """pixel_values as [B, channels, height, width] in the model's dtype, or an InputError."""
+def check_pixels(pixels: object, image: ImageInput, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """pixel_values as [images, channels, height, width] in the model's dtype, or an InputError."""
     if not isinstance(pixels, Tensor):
         raise InputError(f"pixel_values is a {type(pixels).__name__}: pass the processor's tensor")
     if not pixels.is_floating_point():
         raise InputError(f"pixel_values has dtype {pixels.dtype}: pass normalised floating-point pixels")
     if pixels.dim() != 4 or tuple(pixels.shape[1:]) != image.pixel_shape:
         raise InputError(f"pixel_values has shape {tuple(pixels.shape)}: this model takes [images, *{image.pixel_shape}]")
-    if pixels.shape[0] != batch:
-        raise InputError(
-            f"{pixels.shape[0]} images for {batch} prompts: exactly one image per prompt is supported; split the request"
-        )
     _on(device, "pixel_values", pixels)
     # One layout for all, and no tensor of inference mode: a compiled program would compile anew for another.
     plain = pixels.detach().to(dtype).contiguous()
     return plain.clone() if plain.is_inference() else plain
 
 
-def facts(ids: Tensor, mask: Tensor, pixels: Tensor | None, image_token: int, vocab: int) -> Tensor:
-    """What only the data can tell, as int64 [6] on the device of `ids`: `refuse` reads it."""
-    placeholder = (ids == image_token) & mask
-    count = placeholder.sum(1)
-    rank = placeholder.cumsum(1)
-    first = ((rank == 0) & ~placeholder).sum(1)
-    last = ids.shape[1] - 1 - (placeholder.flip(1).cumsum(1) == 0).sum(1)
-    gaps = ((last - first + 1 != count) & (count > 0)).sum()
-    outside = ((ids < 0) | (ids >= vocab)) & mask & ~placeholder
-    finite = gaps.new_ones(())
-    if pixels is not None:
-        # NaN carries through to both ends: one pass in place of the five that isfinite takes.
-        finite = torch.isfinite(torch.stack(pixels.aminmax())).all().long()
-    return torch.stack([count.min(), count.max(), gaps, outside.sum(), mask.sum(1).min(), finite])
+def finite(pixels: Tensor) -> Tensor:
+    """Whether all pixels are finite, as a bool tensor where they are: `refuse_pixels` reads it."""
+    # NaN carries through to both ends: one pass in place of the five that isfinite takes.
+    return torch.isfinite(torch.stack(pixels.aminmax())).all()
 
 
-def refuse(found: Tensor, image: bool, patches: int, vocab: int) -> None:
-    """Raises InputError for `facts` of inputs that the programs cannot take; image: whether there were pixels.
-
-    Token ids in the vocabulary; no empty prompt; one contiguous run of placeholders per prompt if there are pixels and none
-    otherwise; finite pixels. A single read from the device.
-    """
-    least, most, gaps, outside, shortest, finite = found.tolist()
-    if shortest == 0:
-        raise InputError("attention_mask leaves a prompt without tokens: every prompt needs at least one")
-    if outside:
-        raise InputError(f"input_ids holds {outside} ids outside the vocabulary of {vocab}: tokenize for this model")
-    if not finite:
+def refuse_pixels(found: Tensor) -> None:
+    """Raises InputError for what `finite` found not to be."""
+    if not found:
         raise InputError("pixel_values holds NaN or infinite values: check the image and its normalisation")
-    if not image:
-        if most:
-            raise InputError(f"input_ids holds {most} image tokens but there are no pixel_values: pass the image")
-        return
-    if most == 0:
-        raise InputError(
-            "pixel_values were given but input_ids holds no image token: put the image placeholder into the prompt"
-        )
-    if least == 0:
-        raise InputError("some prompts of the batch have an image and some have none: run them as two batches")
-    if least != patches or most != patches:
-        count = least if least != patches else most
-        raise InputError(
-            f"a prompt holds {count} image tokens, one image needs {patches}: exactly one image per prompt is supported, "
-            "and the processor must expand its placeholder"
-        )
-    if gaps:
-        raise InputError(f"the {patches} image tokens of a prompt are not contiguous: text cannot stand inside an image")
 
 
 def check_vocabulary(ids: Tensor, vocab: int) -> None:

@@ -12,52 +12,75 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import CACHE_NAME, BufferPool, PrunedCache, Selection
+from .cache import CACHE_NAME, BufferPool, PrunedCache
 from .errors import InputError
 from .explain import explain
 from .isolation import plain
-from .prompt import ImageInput, Prompt, align, check_ids, check_mask, check_pixels, check_vocabulary, facts, refuse
+from .layout import Layout
+from .prompt import (
+    ImageInput,
+    check_count,
+    check_ids,
+    check_mask,
+    check_pixels,
+    check_vocabulary,
+    finite,
+    read,
+    refuse_pixels,
+)
 from .schedule import Schedule
+from .turn import Turn, run_turn
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
-class Plan(NamedTuple):
-    """rows: prompt rows of the prefill program (images at their pruned length); cache_rows: rows of layer 0's KV cache; room:
-    new tokens that fit into it."""
+class Ask(NamedTuple):
+    """What a turn needs. batch: sequences; text: text tokens of the longest; images: of the one with most; new: tokens to be
+    generated, None if nobody knows; held: rows that the caches hold by group, () before the first turn; rows: those they have."""
 
-    rows: int
-    cache_rows: int
-    room: int
+    batch: int
+    text: int
+    images: int
+    new: int | None
+    held: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+
+
+class Plan(NamedTuple):
+    """text: text rows of the programs that take the turn; rows: those of the KV caches by group of layers."""
+
+    text: int
+    rows: tuple[int, ...]
 
 
 class Provider(Protocol):
     """Where programs come from: compiled on demand, or loaded from a folder of engines.
 
-    vision(pixels) -> (features, kept, labels) or (features,); prefill(ids, last[, features, visual[, labels]]) -> (logits,
-    index per stage..., k0, v0, ...); decode(token, length, offsets, k0, v0, ...) -> (logits,), caches updated in place.
+    vision(pixels) -> (features, kept, state...) or (features,); prefill(ids, last, positions, features, visual, state..., [length,
+    removed,] caches...) -> (logits, index per stage...); extend(ids, last, length, position, removed, caches...) -> (logits,).
+    Caches are updated in place.
     """
 
-    schedule: Schedule
     image: ImageInput
+    position_dims: int
     device: torch.device
     dtype: torch.dtype
 
-    def plan(self, batch: int, text: int, new_tokens: int, image: bool) -> Plan: ...
+    def schedule_of(self, layout: Layout) -> Schedule: ...
 
-    def vision(self, batch: int) -> Callable[..., Any]: ...
+    def plan(self, ask: Ask) -> Plan: ...
 
-    def prefill(self, batch: int, rows: int, image: bool) -> Callable[..., Any]: ...
+    def vision(self, images: int) -> Callable[..., Any]: ...
 
-    def decode(self, batch: int, cache_rows: int) -> Callable[..., Any]: ...
+    def prefill(self, batch: int, text: int, images: int, rows: tuple[int, ...], filled: bool) -> Callable[..., Any]: ...
 
-    def default_new_tokens(self) -> int: ...
+    def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Callable[..., Any]: ...
 
 
 class CompiledModel(GenerationMixin):
     """A pruned, compiled model with transformers' `generate()`.
 
-    One image per prompt, or none in the whole batch; prompts may be of different lengths, padded on either side.
+    Any number of images per prompt, with text between; prompts of a batch may differ in both, padded on either side.
     """
 
     main_input_name = "input_ids"
@@ -68,11 +91,9 @@ class CompiledModel(GenerationMixin):
         self._provider = provider
         self.config = config
         self.generation_config = generation_config
-        deltas = provider.schedule.removed_rows()
-        groups = tuple(dict.fromkeys(deltas))
-        self._offsets = torch.tensor(groups, dtype=torch.int64, device=provider.device)
-        self._none_removed = torch.zeros_like(self._offsets)
         self._pool = BufferPool()
+        shape = provider.schedule_of(()).shape
+        self._segment, self._vocab = shape.image, shape.vocab
         # Reading values back is free on a CPU. On a GPU it would stall the device before the first token.
         self._postpone = provider.device.type != "cpu"
         self._running = threading.local()
@@ -89,8 +110,12 @@ class CompiledModel(GenerationMixin):
 
     @property
     def schedule(self) -> Schedule:
-        """What the programs meet exactly."""
-        return self._provider.schedule
+        """What the programs meet exactly, for a prompt with one image."""
+        return self.schedule_of(1)
+
+    def schedule_of(self, images: int) -> Schedule:
+        """The same for a prompt with so many images."""
+        return self._provider.schedule_of((self._segment,) * images)
 
     def explain(self) -> str:
         """The schedule as a table: tokens, KV rows and FLOPs per group of layers."""
@@ -119,12 +144,12 @@ class CompiledModel(GenerationMixin):
         cache: PrunedCache | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast:
-        """One forward pass: a whole prompt, or one more token on a filled cache.
+        """One forward pass: a whole prompt, or what follows on a filled cache: a token, or a turn of text and images.
 
-        input_ids: int64 [B, T], image placeholders expanded by the processor; pixel_values: [B, channels, height, width];
-        attention_mask: [B, T], 0 for pads; past_key_values: what an earlier call returned, also by its newer name `cache`.
-        Returns logits [B, 1, vocab] *of each prompt's last token only*, wherever its pads stand, and the cache to pass on. A
-        cache made here has room for the smallest bucket of new tokens.
+        input_ids: int64 [B, T], image placeholders expanded by the processor, on a filled cache the new ones alone; pixel_values:
+        [images, channels, height, width], those of `input_ids` in their order; attention_mask: [B, T], 0 for pads, or of the whole
+        conversation; past_key_values: what an earlier call returned, also by its newer name `cache`. Returns logits [B, 1, vocab]
+        *of each sample's last token only*, wherever its pads stand, and the cache to pass on.
 
         Raises InputError for inputs that the programs cannot take, before anything is exported or compiled.
         """
@@ -143,11 +168,15 @@ class CompiledModel(GenerationMixin):
             # What earlier calls returned has been copied out: CUDA graphs may write over it.
             torch.compiler.cudagraph_mark_step_begin()
         with plain():
-            if held is not None and held.filled:
-                held.verify_prompt()
-                return self._decode(ids, pixel_values, held)
-            # An empty Cache is falsy.
-            return self._prefill_prompt(ids, pixel_values, attention_mask, PrunedCache() if held is None else held)
+            if held is None or not held.filled:
+                # An empty Cache is falsy.
+                return self._turn(ids, pixel_values, attention_mask, PrunedCache() if held is None else held)
+            held.verify_prompt()
+            if ids.shape[0] != held.batch:
+                raise InputError(f"{ids.shape[0]} samples for a cache of {held.batch}: pass the same batch")
+            if ids.shape[1] == 1 and pixel_values is None:
+                return self._decode(ids, held)
+            return self._turn(ids, pixel_values, attention_mask, held)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with the prompt checked before its loop starts. Raises InputError as `forward` does."""
@@ -159,7 +188,7 @@ class CompiledModel(GenerationMixin):
             raise InputError("the weights are on the meta device, which holds no values: load the model to generate")
         if CACHE_NAME != "past_key_values" and "past_key_values" in kwargs:
             kwargs[CACHE_NAME] = _one_cache(kwargs.pop("past_key_values"), kwargs.get(CACHE_NAME))
-        self._running.cache = None
+        self._running.cache, self._running.begun = None, False
         try:
             result = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
             if self._running.cache is not None:
@@ -177,11 +206,14 @@ class CompiledModel(GenerationMixin):
         cache: PrunedCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Part of transformers' loop: the whole prompt first, then one token at a time."""
+        """Part of transformers' loop: what is new of the conversation first, then one token at a time."""
         held = _one_cache(past_key_values, cache)
-        if held is not None and held.filled:
+        if getattr(self._running, "begun", False):
             return {"input_ids": input_ids[:, -1:], CACHE_NAME: held}
+        self._running.begun = True
         rest = {name: kwargs[name] for name in ("use_cache",) if name in kwargs}
+        if held is not None and held.filled:
+            input_ids, pixel_values = self._unseen(input_ids, pixel_values, attention_mask, held)
         return {
             "input_ids": input_ids,
             "pixel_values": pixel_values,
@@ -189,6 +221,45 @@ class CompiledModel(GenerationMixin):
             CACHE_NAME: held,
             **rest,
         }
+
+    def _unseen(
+        self, ids: Tensor, pixels: Tensor | None, mask: Tensor | None, cache: PrunedCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a cache has not seen of a conversation: ids int64 [B, S] and their pixels.
+
+        As in transformers, ids are those of the whole conversation, or new ones alone beside a longer mask. Processors send all
+        images again: those seen are left out.
+        """
+        if mask is None or mask.shape[1] == ids.shape[1]:
+            seen = cache.get_seq_length()
+            if ids.shape[1] <= seen:
+                raise InputError(
+                    f"input_ids holds {ids.shape[1]} tokens and the cache has seen {seen}: pass the whole conversation with "
+                    "something new at its end"
+                )
+            ids = ids[:, seen:]
+        new = (ids == self._provider.image.token_id).sum(1) // self._provider.image.patches
+        if pixels is None or not int(new.sum()):
+            return ids, None
+        counts, index, first = new.tolist(), [], 0
+        if pixels.shape[0] != sum(counts) and pixels.shape[0] == sum(counts) + sum(cache.images):
+            for count, seen in zip(counts, cache.images, strict=True):
+                index += range(first + seen, first + seen + count)
+                first += seen + count
+            pixels = pixels[index]
+        return ids, pixels
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Part of transformers' loop: beams repeat samples, and each takes all of its images along."""
+        pixels = model_kwargs.pop("pixel_values", None)
+        if expand_size > 1 and isinstance(pixels, Tensor) and input_ids is not None:
+            counts = ((input_ids == self._provider.image.token_id).sum(1) // self._provider.image.patches).tolist()
+            if sum(counts) == pixels.shape[0]:  # else the prompt is refused for it
+                pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(counts)])
+        ids, rest = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)  # type: ignore[misc]
+        return ids, rest | ({} if pixels is None else {"pixel_values": pixels})
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
@@ -209,77 +280,62 @@ class CompiledModel(GenerationMixin):
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(generation_config, name, None):
                 raise InputError(f"{name} is not available: a compiled model returns logits and its cache only")
-        if model_kwargs.get(CACHE_NAME) is not None:
+        cache = model_kwargs.get(CACHE_NAME)
+        if cache is None:
+            cache = model_kwargs[CACHE_NAME] = PrunedCache()
+        elif not isinstance(cache, PrunedCache):
+            raise InputError(f"past_key_values is a {type(cache).__name__}: a compiled model works on the cache it returns")
+        elif cache.filled and cache.batch != batch_size:
             raise InputError(
-                "past_key_values cannot be passed to generate(): continuing a conversation on a pruned cache is not "
-                "supported yet; pass the whole conversation"
+                f"{batch_size} sequences (prompts times beams) follow on a cache of {cache.batch}: beams need a cache of their "
+                "own; pass the whole conversation without one"
             )
-        self._running.cache = model_kwargs[CACHE_NAME] = PrunedCache(max_length=generation_config.max_length)
+        cache.max_length = generation_config.max_length
+        self._running.cache = cache
 
-    def _prefill_prompt(self, ids: Tensor, pixels: object, mask: object, cache: PrunedCache) -> CausalLMOutputWithPast:
+    def _turn(self, ids: Tensor, pixels: object, mask: object, cache: PrunedCache) -> CausalLMOutputWithPast:
+        """A prompt, or what follows on a filled cache."""
         batch, length = ids.shape
-        provider, schedule, image = self._provider, self.schedule, pixels is not None
-        real = check_mask(mask, ids)
-        images = check_pixels(pixels, provider.image, batch, self.device, self.dtype) if image else None
-        if not self._postpone:
-            self._check_values(ids, real, images, cache)
-        kept = schedule.image_tokens if image else 0
-        text = length - (schedule.shape.patches if image else 0)
-        new_tokens = max(1, cache.max_length - length) if cache.max_length else provider.default_new_tokens()
-        self._check_length(text + kept, new_tokens)
-        plan = provider.plan(batch, text, new_tokens, image)
-
-        prompt = align(ids, real, provider.image.token_id, kept, plan.rows, image, schedule.shape.vocab)
-        inputs, selection = self._see(prompt, images)
-        logits, *rest = provider.prefill(batch, plan.rows, image)(prompt.ids, prompt.last, *inputs)
-        stages = rest[: len(rest) - 2 * schedule.shape.layers]
-        caches = rest[len(stages) :]
-        cache.selection = _raster(selection, stages)
-        cache.fill(
-            self._pool.lend(cache, schedule.cache_shapes(batch, plan.cache_rows), caches[0], len(self._offsets)),
-            caches,
-            length=prompt.last + 1,
-            offsets=self._offsets if image else self._none_removed,
-            seen=length,
-            room=plan.room,
-        )
-        if self._postpone:  # behind the programs: some sixty small launches that need not come before the first token
-            self._check_values(ids, real, images, cache)
+        provider, shape = self._provider, self.schedule_of(0).shape
+        real = check_mask(_of_turn(mask, length, cache), ids)
+        images = None if pixels is None else check_pixels(pixels, provider.image, self.device, self.dtype)
+        reading = read(ids, real, provider.image, shape.vocab)
+        check_count(0 if images is None else images.shape[0], reading)
+        if images is not None:
+            self._check_pixels(images, cache)
+        schedules = {count: self.schedule_of(count) for count in sorted(set(reading.images))}
+        seen = cache.get_seq_length()
+        new = max(1, cache.max_length - seen - length) if cache.max_length else None
+        rows = [text + schedules[count].image_tokens for text, count in zip(reading.text, reading.images, strict=True)]
+        self._check_length(max(map(sum, zip(rows, cache.lengths or [0] * batch, strict=True))), new or 1)
+        counted = [(count, schedules[count].group_tokens()) for count in reading.images]
+        plan = provider.plan(Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows))
+        if plan.rows != cache.rows:
+            shapes = self.schedule.cache_shapes(batch, plan.rows)
+            like = ids.new_empty((), dtype=self.dtype)
+            cache.take(self._pool.lend(cache, shapes, plan.rows, like), clear=0 in schedules)
+        turn = Turn(ids, real, images, reading, plan.text, filled=seen > 0)
+        logits = run_turn(provider, schedules, turn, cache)
+        removed = [[schedules[count].image_tokens - tokens[g] for count, tokens in counted] for g in range(len(plan.rows))]
+        cache.account(length, rows, removed, reading.images)
         return _answer(logits, cache)
 
-    def _check_values(self, ids: Tensor, real: Tensor, images: Tensor | None, cache: PrunedCache) -> None:
-        """Raises InputError for values the programs cannot take: at once where reading them is free, else postponed."""
-        shape, image = self.schedule.shape, self._provider.image
-        found = facts(ids, real, images, image.token_id, shape.vocab)
+    def _check_pixels(self, images: Tensor, cache: PrunedCache) -> None:
+        """Raises InputError for pixels that are not finite: at once where reading them is free, else when the host waits."""
+        found = finite(images)
         if self._postpone:
-            cache.expect(lambda: refuse(found, images is not None, image.patches, shape.vocab))
+            cache.expect(lambda: refuse_pixels(found))
         else:
-            refuse(found, images is not None, image.patches, shape.vocab)
+            refuse_pixels(found)
 
-    def _see(self, prompt: Prompt, images: Tensor | None) -> tuple[tuple[Tensor, ...], Selection]:
-        """What prefill takes beside the ids: (features, visual rows, labels)."""
-        if images is None or prompt.visual is None:
-            return (), Selection()
-        features, *selection = self._provider.vision(images.shape[0])(images)
-        if not selection:
-            return (features, prompt.visual), Selection()
-        kept, labels = selection
-        return (features, prompt.visual, labels), Selection(_owned(kept), _owned(labels))
-
-    def _decode(self, ids: Tensor, pixels: object, cache: PrunedCache) -> CausalLMOutputWithPast:
-        if pixels is not None or ids.shape[1] != 1:
-            raise InputError(
-                f"{ids.shape[1]} tokens{' and an image' if pixels is not None else ''} on a filled cache: only one token at "
-                "a time can follow; pass the whole conversation with a fresh cache"
-            )
-        if ids.shape[0] != cache.length.shape[0]:
-            raise InputError(f"{ids.shape[0]} tokens for a cache of {cache.length.shape[0]} sequences: pass one each")
+    def _decode(self, ids: Tensor, cache: PrunedCache) -> CausalLMOutputWithPast:
         cache.check_room()
         if not self._postpone:  # a read from a GPU, each step, would cost more than the check is worth
-            check_vocabulary(ids, self.schedule.shape.vocab)
-        cache.take_token(ids, self.schedule.shape.vocab, check=self._postpone)
-        decode = self._provider.decode(ids.shape[0], cache.rows)
-        logits, *_ = decode(cache.token, cache.length, cache.offsets, *cache.buffers)
+            check_vocabulary(ids, self._vocab)
+        cache.take_token(ids, self._vocab, check=self._postpone)
+        held = cache.held_buffers
+        step = self._provider.extend(ids.shape[0], 1, held.rows)
+        logits, *_ = step(held.token, held.last, held.length, held.position, held.removed, *held.layers)
         cache.advance()
         return _answer(logits, cache)
 
@@ -300,24 +356,17 @@ def _one_cache(past_key_values: Any, cache: Any) -> Any:
     return cache if past_key_values is None else past_key_values
 
 
+def _of_turn(mask: Any, length: int, cache: PrunedCache) -> Any:
+    """The part of an attention mask that belongs to the turn: it may be that of the whole conversation."""
+    if cache.filled and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > length:
+        return mask[:, mask.shape[1] - length :]
+    return mask
+
+
 def _answer(logits: Tensor, cache: PrunedCache) -> CausalLMOutputWithPast:
-    return CausalLMOutputWithPast(logits=_owned(logits), **{CACHE_NAME: cache})  # type: ignore[arg-type]
-
-
-def _owned(output: Tensor) -> Tensor:
-    """An output that the caller may keep: on CUDA, the next replay of a graph writes over its own."""
-    return output.clone() if output.is_cuda else output
-
-
-def _raster(selection: Selection, stages: list[Tensor]) -> Selection:
-    """Stage indices count within the stage before; patches count in the image."""
-    if selection.kept is None:
-        return selection
-    found, current = [], selection.kept
-    for index in stages:
-        current = current.gather(1, index)
-        found.append(current)
-    return Selection(selection.kept, selection.labels, tuple(found))
+    # The caller may keep them: on CUDA, the next replay of a graph writes over its own.
+    owned = logits.clone() if logits.is_cuda else logits
+    return CausalLMOutputWithPast(logits=owned, **{CACHE_NAME: cache})  # type: ignore[arg-type]
 
 
 def bucket(count: int, buckets: Sequence[int], what: str) -> int:

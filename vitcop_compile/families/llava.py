@@ -69,7 +69,7 @@ def parts(model: LlavaForConditionalGeneration) -> Family:
         projector=model.model.multi_modal_projector,
         embedding=model.get_input_embeddings(),
         decoder=Call(
-            lambda m, x, positions: m.model(inputs_embeds=x, position_ids=positions, use_cache=False).last_hidden_state,
+            lambda m, x, positions: m.model(inputs_embeds=x, position_ids=positions[0], use_cache=False).last_hidden_state,
             model=model.model.language_model,
         ),
         head=model.lm_head,

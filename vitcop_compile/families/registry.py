@@ -21,8 +21,8 @@ class Family:
     patches(pixels [B, channels, height, width]) -> [B, prefix + patches, C]: the encoder's input tokens.
     encoder([B, t, C]) -> [B, t, C]: all encoder layers; the passes cut it at `shape.feature_layer`.
     projector([B, n, C]) -> [B, n, D].
-    embedding(ids [B, t]) -> [B, t, D]; decoder(embeddings [B, t, D], positions [B, t]) -> [B, t, D];
-    head([B, t, D]) -> [B, t, vocab].
+    embedding(ids [B, t]) -> [B, t, D]; decoder(embeddings [B, t, D], positions [dims, B, t]) -> [B, t, D];
+    head([B, t, D]) -> [B, t, vocab]. position_dims: coordinates of a position.
     """
 
     shape: ModelShape
@@ -34,6 +34,7 @@ class Family:
     embedding: nn.Module
     decoder: nn.Module
     head: nn.Module
+    position_dims: int = 1
 
 
 @dataclass(frozen=True)

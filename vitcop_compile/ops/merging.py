@@ -8,15 +8,13 @@ from torch import Tensor
 from .indexing import compact, count, earlier, least, lowest, take_rows
 
 
-def keep_lowest(hidden: Tensor, saliency: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """Keeps the `budget` tokens of least saliency in their order (ViTCoP, deep stage).
+def keep_lowest(saliency: Tensor, budget: int) -> Tensor:
+    """The `budget` tokens of least saliency in their order (ViTCoP, deep stage).
 
-    hidden: [B, n, D]; saliency: [B, n]; budget: 1 to n. Returns (hidden [B, budget, D], index int64 [B, budget], ascending).
-    Raises ValueError for a budget out of range.
+    saliency: [B, n]; budget: 1 to n. Returns int64 [B, budget], ascending. Raises ValueError for a budget out of range.
     """
-    _check(budget, hidden.shape[1])
-    index = lowest(saliency.float(), budget)
-    return take_rows(hidden, index), index
+    _check(budget, saliency.shape[1])
+    return lowest(saliency.float(), budget)
 
 
 def merge_by_cluster(hidden: Tensor, saliency: Tensor, labels: Tensor, budget: int, images: int = 1) -> tuple[Tensor, Tensor]:

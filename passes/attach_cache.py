@@ -1,0 +1,132 @@
+"""Gives a captured decoder static KV caches: to fill, or to extend by more tokens."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..errors import RewriteError
+from .token_axis import anchors, finish, output_node, placeholder
+
+
+def cache_rows(length: Tensor, removed: Tensor, group: int, key: Tensor) -> Tensor:
+    """int64 [B, s]: where the s rows of key [B, kv_heads, s, hd] belong in the caches of a group of layers.
+
+    length: int64 [B], tokens before these, as layer 0 counts them; removed: int64 [groups, B], rows that each group lacks.
+    """
+    start = length - removed[group]
+    return start.unsqueeze(1) + torch.arange(key.shape[2], device=key.device)
+
+
+def write_rows(cache: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+    """Writes rows [B, kv_heads, s, hd] into cache [B, kv_heads, r, hd] at rows `at` int64 [B, s], in place; returns cache.
+
+    As an index_put: inductor keeps that one in place, and would copy the whole cache out and back around a scatter.
+    """
+    batch = torch.arange(cache.shape[0], device=cache.device)[:, None, None]
+    heads = torch.arange(cache.shape[1], device=cache.device)[None, :, None]
+    return cache.index_put_((batch, heads, at[:, None]), rows)
+
+
+def fill_rows(cache: Tensor, rows: Tensor) -> None:
+    """Makes rows [B, kv_heads, s, hd] the first of cache [B, kv_heads, r, hd], in place, and zeros the others.
+
+    What an earlier request left might not be finite, and even what no query attends to is multiplied. One kernel that writes
+    every row once.
+    """
+    cache.copy_(F.pad(rows, (0, 0, 0, cache.shape[2] - rows.shape[2])))
+
+
+fx.node.has_side_effect(fill_rows)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
+    """Marks attention of queries that stand in rows `at` [B, s], each over all rows up to its own; `lower_attention` gives it
+    its kernel."""
+    raise RewriteError("a graph over caches is run before its attention is lowered: apply lower_attention")
+
+
+attend.is_mark = True  # type: ignore[attr-defined]
+
+
+def attend_apart(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor
+) -> Tensor:
+    """Attention of queries [B, heads, s, hd] over what caches [B, kv_heads, r, hd] hold before row at[:, 0], and over the new
+    rows up to their own.
+
+    The new keys and values [B, kv_heads, s, hd] never enter the caches, which are only read: a program without mutation
+    copies no cache. The scores of both parts share one softmax, in fp32.
+    """
+    batch, heads, count, width = query.shape
+    groups, rows = key.shape[1], key_cache.shape[2]
+    shared = heads // groups
+    grouped = query.reshape(batch, groups, shared * count, width) * scale
+    held = torch.arange(rows, device=query.device) < at[:, :1, None, None]
+    old = (grouped @ key_cache.transpose(-1, -2)).float()
+    old = torch.where(held, old, torch.finfo(torch.float32).min)
+    new = (grouped @ key.transpose(-1, -2)).float()
+    if count != 1:
+        order = torch.arange(count, device=query.device)
+        before = (order <= order.unsqueeze(1)).repeat(shared, 1)
+        new = torch.where(before, new, torch.finfo(torch.float32).min)
+    weights = torch.cat((old, new), -1).softmax(-1).to(query.dtype)
+    out = weights[..., :rows] @ value_cache + weights[..., rows:] @ value
+    return out.reshape(batch, heads, count, width)
+
+
+def attach_cache(module: fx.GraphModule, groups: tuple[int, ...], *, filled: bool, in_place: bool = True) -> fx.GraphModule:
+    """Adds the inputs key_l, value_l of every layer, [B, kv_heads, r_l, hd], and runs attention over them.
+
+    filled: the caches hold tokens, and those of the graph follow them. The graph then gets the inputs `length` (int64 [B]: tokens
+    before these, as layer 0 counts them) and `removed` (int64 [groups, B]) in front of the caches; layer l writes from row
+    length - removed[groups[l]] on. Otherwise attention is that of the graph alone, and the caches are filled from row 0.
+
+    Not `in_place`, caches are only read, those to be filled are no input, and the new rows k0, v0, k1, v1, ...
+    [B, kv_heads, s_l, hd] are returned behind the graph's results. Runs after `prune`, so that s_l is what a layer really
+    attends to. Raises RewriteError if there is not one group per layer.
+    """
+    graph = module.graph
+    found = anchors(graph)
+    if len(groups) != len(found):
+        raise RewriteError(f"{len(groups)} groups were given for {len(found)} layers: one per layer is needed")
+    rows = [cast(fx.Node, tensor) for anchor in found for tensor in anchor.args[1:3]]
+    if filled:
+        _extend(graph, found, groups, in_place)
+    elif in_place:
+        caches = _caches(graph, len(found))
+        for i, anchor in enumerate(found):
+            with graph.inserting_before(anchor):
+                for cache, tensor in zip(caches[i], rows[2 * i : 2 * i + 2], strict=True):
+                    graph.call_function(fill_rows, (cache, tensor))
+    if not in_place:
+        output = output_node(graph)
+        output.args = ((*output.args[0], *rows),)  # type: ignore[misc]
+    return finish(module)
+
+
+def _extend(graph: fx.Graph, found: list[fx.Node], groups: tuple[int, ...], in_place: bool) -> None:
+    length, removed = placeholder(graph, "length"), placeholder(graph, "removed")
+    caches = _caches(graph, len(found))
+    places: dict[int, fx.Node] = {}
+    for anchor, group, cache in zip(found, groups, caches, strict=True):
+        query, key, value, scale = anchor.args[:4]
+        with graph.inserting_before(anchor):
+            if group not in places:
+                places[group] = graph.call_function(cache_rows, (length, removed, group, key))
+            at = places[group]
+            if in_place:
+                written = [graph.call_function(write_rows, (old, new, at)) for old, new in zip(cache, (key, value))]
+                step = graph.call_function(attend, (query, *written, scale, at))
+            else:
+                step = graph.call_function(attend_apart, (query, *cache, key, value, scale, at))
+        step.meta["val"] = anchor.meta["val"]
+        anchor.replace_all_uses_with(step)
+        graph.erase_node(anchor)
+
+
+def _caches(graph: fx.Graph, layers: int) -> list[tuple[fx.Node, fx.Node]]:
+    return [(placeholder(graph, f"key_{i}"), placeholder(graph, f"value_{i}")) for i in range(layers)]

@@ -1,0 +1,231 @@
+"""Prunes visual tokens behind layers of either side: the one pass that selects."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import RewriteError
+from ..ops.indexing import compact, take_rows
+from ..policies import POLICIES, Site
+from ..schedule import Stage
+from .token_axis import anchors, content_beside, finish, layer_exit, output_node, placeholder, reroute
+
+
+def prune_tokens(
+    hidden: Tensor,
+    visual: Tensor | int,
+    state: tuple[Tensor, ...],
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    scale: float | None,
+    *,
+    policy: str,
+    incoming: tuple[int, ...],
+    tokens: tuple[int, ...],
+    options: dict[str, Any],
+    site: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    """Reduces the visual tokens of every sample to `tokens`; no other row is touched.
+
+    hidden: [B, t, D]; visual: int64 [B, n], the visual rows, ascending, or where a run of them starts; state: [B, n] each;
+    query, key, value: [B, heads, t, hd] of the layer before, with `scale` on its logits; incoming: the n by segment; tokens: what
+    each segment keeps, or one number for all of them; options: of the policy; site: further fields of `Site`.
+
+    Returns (hidden [B, t', D], keep int64 [B, t']: the rows that stay, visual int64 [B, tokens]: the visual rows of the new
+    sequence, index int64 [B, tokens]: which of the n they are, state [B, tokens] each...).
+    """
+    batch, length, _ = hidden.shape
+    if isinstance(visual, int):
+        visual = torch.arange(visual, visual + sum(incoming), device=hidden.device).expand(batch, sum(incoming))
+    given = {"hidden": hidden, "query": query, "key": key, "value": value, "scale": scale}
+    found = _by_segment(policy, visual, state, given, incoming, tokens, options, site)
+    index, rows = found[0], found[1]
+    chosen = visual.gather(1, index)
+    keep, slot = _remaining(visual, chosen, length)
+    new_visual = slot.gather(1, chosen)
+    if rows is None:
+        return take_rows(hidden, keep), keep, new_visual, index, *found[2]
+    # Merged rows stand behind the old ones for a moment, so that every row is moved once.
+    source = keep.scatter(
+        1, new_visual, torch.arange(length, length + chosen.shape[1], device=keep.device).expand_as(new_visual)
+    )
+    return take_rows(torch.cat((hidden, rows), 1), source), keep, new_visual, index, *found[2]
+
+
+def _remaining(visual: Tensor, chosen: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """(keep int64 [B, t'], slot int64 [B, t]): the rows that are not visual, or chosen, and the new row of each."""
+    mask = torch.ones(visual.shape[0], length, dtype=torch.bool, device=visual.device)
+    mask = mask.scatter(1, visual, torch.zeros_like(visual, dtype=torch.bool))
+    mask = mask.scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
+    return compact(mask, length - visual.shape[1] + chosen.shape[1])
+
+
+def _by_segment(
+    policy: str,
+    visual: Tensor,
+    state: tuple[Tensor, ...],
+    given: dict[str, Any],
+    incoming: tuple[int, ...],
+    tokens: tuple[int, ...],
+    options: dict[str, Any],
+    site: dict[str, Any],
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """(index [B, tokens], rows [B, tokens, D] or None, state) of a policy, segment by segment; equal ones run as a batch."""
+    chosen = POLICIES[policy]
+    parts = []
+    for start, number, size, kept, blocks in runs(incoming, tokens):
+        stop = start + number * size
+        at = visual[:, start:stop].reshape(-1, size)
+        wired = {name: item if name in chosen.needs else None for name, item in given.items()}
+        if wired["hidden"] is not None:
+            hidden = take_rows(wired["hidden"], visual[:, start:stop])
+            wired["hidden"] = hidden.reshape(-1, size, hidden.shape[-1])
+        held = tuple(values[:, start:stop].reshape(-1, size) for values in state)
+        if blocks == 0:  # unequal segments that share a budget: clusters of different segments are different clusters
+            owner = torch.cat([torch.full((count,), i, device=at.device) for i, count in enumerate(incoming)])
+            held = tuple(values * len(incoming) + owner for values in held)
+        choice = chosen.choose(Site(at=at, state=held, blocks=blocks or 1, **wired, **site), kept, **options)
+        index, rows, added = choice
+        kept_state = tuple(values.gather(1, index) for values in held) + added
+        batch = visual.shape[0]
+        first = (torch.arange(number, device=at.device) * size + start).reshape(1, number, 1)
+        parts.append(
+            (
+                (index.reshape(batch, number, kept) + first).reshape(batch, number * kept),
+                None if rows is None else rows.reshape(batch, number * kept, -1),
+                tuple(values.reshape(batch, number * kept) for values in kept_state),
+            )
+        )
+    if len(parts) == 1:
+        return parts[0]
+    index, states = torch.cat([part[0] for part in parts], 1), zip(*(part[2] for part in parts), strict=True)
+    merged = None if parts[0][1] is None else torch.cat([part[1] for part in parts], 1)  # type: ignore[misc]
+    return index, merged, tuple(torch.cat(values, 1) for values in states)
+
+
+def runs(incoming: tuple[int, ...], tokens: tuple[int, ...]) -> list[tuple[int, int, int, int, int]]:
+    """(first candidate, problems, candidates of each, what each keeps, equal segments in each; 0 if they are unequal).
+
+    One number in `tokens` for several segments is a budget that they share.
+    """
+    if len(tokens) != len(incoming):
+        if len(tokens) != 1:
+            raise RewriteError(f"{len(tokens)} budgets for {len(incoming)} segments: give one each, or one for all")
+        equal = len(set(incoming)) == 1
+        return [(0, 1, sum(incoming), tokens[0], len(incoming) if equal else 0)]
+    found: list[tuple[int, int, int, int, int]] = []
+    start = 0
+    for size, kept in zip(incoming, tokens, strict=True):
+        if found and found[-1][2:4] == (size, kept):
+            first, number, *rest = found[-1]
+            found[-1] = (first, number + 1, rest[0], rest[1], 1)
+        else:
+            found.append((start, 1, size, kept, 1))
+        start += size
+    return found
+
+
+def prune(
+    module: fx.GraphModule,
+    stages: tuple[Stage, ...],
+    incoming: tuple[int, ...],
+    *,
+    prefix: int | None = None,
+    states: int = 0,
+    site: dict[str, Any] | None = None,
+) -> fx.GraphModule:
+    """Inserts one `prune_tokens` node behind the layer of each stage and moves the rest of the graph onto the shorter axis.
+
+    A stage of the encoder prunes what leaves its layer, one of the decoder what enters it; the layer left last is the one that
+    is scored. incoming: candidates by segment. With a `prefix` they follow so many other rows; without it the graph gets an input
+    `visual`, int64 [B, n], and so many inputs `state_i`, [B, n], as `states` says. site: further fields of `Site`.
+
+    Returned behind the graph's own result are the index of each stage, and then, with a `prefix`, the state. Skipped without
+    stages. Raises RewriteError if a stage's layer is not inside the graph or has no single exit, if stages do not ascend, for an
+    unknown policy, and where tokens would be merged that carry more than the hidden state.
+    """
+    if not stages:
+        return module
+    graph = module.graph
+    _check_places(stages, len(anchors(graph)))
+    visual: fx.Node | int = placeholder(graph, "visual") if prefix is None else prefix
+    state = tuple(placeholder(graph, f"state_{i}") for i in range(states))
+    # Found and checked before anything is inserted: a pruned table depends on content.
+    cuts = [layer_exit(graph, _scored(stage)) for stage in stages]
+    for stage, cut in zip(stages, cuts, strict=True):
+        _check_merge(graph, stage, cut)
+    selections = []
+    for stage, cut in zip(stages, cuts, strict=True):
+        query, key, value, scale = anchors(graph)[_scored(stage)].args[:4]
+        policy = POLICIES[stage.policy]
+        wired = [item if name in policy.needs else None for name, item in zip(("query", "key", "value"), (query, key, value))]
+        settings = {
+            "policy": stage.policy,
+            "incoming": incoming,
+            "tokens": stage.tokens,
+            "options": {name: _of_one(value) for name, value in stage.options},
+            "site": site or {},
+        }
+        with graph.inserting_after(cut):
+            arguments = (cut, visual, state, *wired, scale if "scale" in policy.needs else None)
+            pruned = graph.call_function(prune_tokens, arguments, settings)  # type: ignore[arg-type]
+        hidden, keep, visual, index, *rest = _parts(graph, pruned, 4 + len(state) + policy.adds)
+        hidden.meta["val"] = cut.meta["val"]
+        reroute(graph, cut, hidden, keep, renumber=stage.positions == "index")
+        state, incoming = tuple(rest), stage.tokens
+        selections.append(index)
+    output = output_node(graph)
+    output.args = ((*output.args[0], *selections, *(state if prefix is not None else ())),)  # type: ignore[misc]
+    return finish(module)
+
+
+def _scored(stage: Stage) -> int:
+    return stage.layer if stage.side == "encoder" else stage.layer - 1
+
+
+def _of_one(value: Any) -> Any:
+    """An option that has a value for each segment, for segments that are all alike."""
+    if not isinstance(value, tuple):
+        return value
+    if len(set(value)) != 1:
+        raise RewriteError(f"segments of one program differ in an option: {value}")
+    return value[0]
+
+
+def _check_places(stages: tuple[Stage, ...], layers: int) -> None:
+    before = -1
+    for stage in stages:
+        if stage.policy not in POLICIES:
+            raise RewriteError(f"policy {stage.policy!r} is unknown: use one of {', '.join(POLICIES)}")
+        if not before < _scored(stage) < layers - (stage.side == "decoder"):
+            first = before + 1 + (stage.side == "decoder")
+            raise RewriteError(
+                f"stage at layer {stage.layer} is out of place: stages ascend between layer {first} and {layers - 1}"
+            )
+        before = _scored(stage)
+
+
+def _check_merge(graph: fx.Graph, stage: Stage, cut: fx.Node) -> None:
+    if not POLICIES[stage.policy].merges:
+        return
+    beside = content_beside(graph, cut)
+    if beside:
+        names = ", ".join(node.name for node in beside)
+        raise RewriteError(
+            f"layer {_scored(stage)} has no single exit: {names} cross beside {cut.name}, and {stage.policy} merges "
+            "tokens of the hidden state only"
+        )
+
+
+def _parts(graph: fx.Graph, node: fx.Node, number: int) -> list[fx.Node]:
+    parts, after = [], node
+    for i in range(number):
+        with graph.inserting_after(after):
+            after = graph.call_function(operator.getitem, (node, i))
+        parts.append(after)
+    return parts
