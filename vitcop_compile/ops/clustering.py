@@ -34,10 +34,10 @@ def density_peaks(
         candidate = candidate & (_planar_distances(positions) <= reach)
     order = torch.arange(n, device=features.device)
     diagonal = order.unsqueeze(1) == order
-    reach = distance.masked_fill(~candidate | diagonal, math.inf)
+    apart = distance.masked_fill(~candidate | diagonal, math.inf)
     # Two reductions rather than min(dim), whose index on ties is unspecified and which TensorRT cannot convert.
-    delta = reach.amin(-1)
-    nearest = torch.where(reach == delta.unsqueeze(-1), order, n).amin(-1)
+    delta = apart.amin(-1)
+    nearest = torch.where(apart == delta.unsqueeze(-1), order, n).amin(-1)
     nearest = torch.where(torch.isinf(delta), 0, nearest)
 
     prominence = -(delta * rho)
