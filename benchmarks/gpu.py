@@ -28,7 +28,7 @@ from vitcop_compile.bench.cases import DENSE, DTYPES, Case, Entrant
 from vitcop_compile.bench.environment import environment
 from vitcop_compile.bench.rows import rows
 from vitcop_compile.bench.runner import timed
-from vitcop_compile.cli import errors_as_lines
+from vitcop_compile.cli.shared import errors_as_lines
 from vitcop_compile.families.registry import shape_of
 from vitcop_compile.progress import Steps
 from vitcop_compile.schedule import ModelShape, Schedule

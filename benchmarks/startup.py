@@ -21,7 +21,7 @@ from rich.table import Table
 
 from vitcop_compile import ViTCoPConfig, bench
 from vitcop_compile.backends import backend_of
-from vitcop_compile.cli import errors_as_lines
+from vitcop_compile.cli.shared import errors_as_lines
 
 MODEL = {
     "hidden": 1024, "layers": 12, "heads": 16, "intermediate": 2752,

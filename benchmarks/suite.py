@@ -6,7 +6,6 @@ Every table is written to benchmarks/results/NAME.json.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.console import Console
 from vitcop_compile import ViTCoPConfig, bench, optimize
 from vitcop_compile.bench.overhead import overhead as bench_overhead
 from vitcop_compile.bench.report import Columns, against_ideal, milliseconds, ratio
-from vitcop_compile.cli import errors_as_lines
+from vitcop_compile.cli.shared import WIDE_TABLE_WIDTH, errors_as_lines, without_future_warnings
 from vitcop_compile.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
@@ -196,8 +195,7 @@ def main(
     output_dir: Annotated[Path, typer.Option(help="Where the JSON files are.")] = RESULTS,
 ) -> None:
     """Measure the README's tables, or print them."""
-    with errors_as_lines(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about its own internals
+    with errors_as_lines(), without_future_warnings():
         chosen = names or [name for name in TABLES if name != TINY]
         for name in chosen:
             if name not in TABLES:
@@ -212,7 +210,7 @@ def main(
                 continue
             results = TABLES[name].measure(functools.partial(bench.write, path=path))
             bench.write(results, path)
-            Console(width=240).print(bench.table(results, TABLES[name].columns))
+            Console(width=WIDE_TABLE_WIDTH).print(bench.table(results, TABLES[name].columns))
 
 
 if __name__ == "__main__":

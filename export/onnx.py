@@ -1,4 +1,4 @@
-"""ExportedProgram -> ONNX, with every weight stored once for all programs of a folder."""
+"""ExportedProgram -> ONNX. All programs of a folder share one file of weights, in which every weight is stored once."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from ..isolation import tracing
 from .manifest import OPSETS, TensorSpec
 
 WEIGHTS = "weights.bin"
-# Smaller constants stay inside the graph file.
+# Smaller constants stay in the graph file: in the file of weights each would take up to a page (see _ALIGNMENT).
 _INLINE_BYTES = 1024
-# Offsets at which operating systems can map a file.
+# Tensors start at multiples of a page, so that they can be mapped into memory.
 _ALIGNMENT = 4096
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64"}
-# Larger constants are not computed at export.
+# Operations on constants are computed at export only up to this many elements, so that the graph file stays small.
 _FOLD_ELEMENTS = 1024
-# What static budgets have no use for, and what engines cannot take.
+# Control flow, sequences, and results whose size depends on data: static budgets need none, and not every engine accepts them.
 FORBIDDEN = ("NonZero", "Loop", "If", "Scan", "Unique", "Compress", "SequenceConstruct")
 
 
 @dataclass
 class WeightStore:
-    """One file of tensors, each content once. `add` returns where a tensor lies."""
+    """A file of tensors. Tensors with equal bytes are stored once."""
 
     path: Path
     size: int = 0
     _known: dict[bytes, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, data: bytes | memoryview) -> tuple[int, int]:
-        """(offset, bytes) of `data` in the file, written if its content is new."""
+        """Appends `data` unless the file already holds the same bytes. Returns (offset, length in bytes) in the file."""
         key = hashlib.sha256(data).digest()
         if key not in self._known:
             start = -(-self.size // _ALIGNMENT) * _ALIGNMENT
@@ -58,10 +58,10 @@ class WeightStore:
 def write_onnx(
     program: ExportedProgram, path: Path, store: WeightStore, inputs: list[str], outputs: list[str], opset: int
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Writes `program` to `path`, its weights to `store`, in the same folder. Returns the specs of inputs and outputs.
+    """Writes `program` to `path` and its weights to `store`, which must be in the same folder.
 
-    Standard operators only. Raises UnsupportedError for an opset out of range, a missing package, or an operator that static
-    budgets must not need.
+    inputs, outputs: names for the graph's inputs and outputs, in order. Returns their specs. Raises UnsupportedError for an
+    opset out of range, a missing package, or an operator that `check_nodes` refuses.
     """
     onnx_ir = _require("onnx_ir")
     if opset not in OPSETS:
@@ -75,7 +75,7 @@ def write_onnx(
         _simplify(model)
     check_nodes(model, path.name)
     for node in model.graph.all_nodes():
-        # Stack traces of the exporting machine: half the file, and nobody else's business.
+        # The exporter attaches stack traces: they make up half of the file and reveal paths of this machine.
         node.metadata_props.clear()
         node.doc_string = None
     for value in model.graph.initializers.values():
@@ -98,8 +98,10 @@ def write_onnx(
 
 
 def _simplify(model: Any) -> None:
-    """What matters of onnxscript's optimizer: folding and cleaning. Its other rewrites match next to nothing here and take
-    half the time of an export. Results beyond a few elements are not folded: masks of every bucket would outgrow the graph.
+    """Folds constants and removes what is unused, in place.
+
+    These are the steps of onnxscript's optimizer that help here. Its other rewrites match almost nothing and take half the
+    time of an export. Large results are not folded: the graph file would hold masks for every bucket.
     """
     optimizer, fusions = _require("onnxscript.optimizer"), _require("onnxscript.rewriter.onnx_fusions")
     common = _require("onnx_ir.passes.common")
@@ -120,12 +122,12 @@ def _simplify(model: Any) -> None:
 
 
 def _bytes(tensor: Any) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous."""
+    """The bytes of a tensor; copied only if it is not contiguous."""
     return memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 def check_nodes(model: Any, name: str) -> None:
-    """Raises UnsupportedError, naming node and remedy, for operators outside the standard domain or with dynamic results."""
+    """Raises UnsupportedError, naming the node, for an operator that is not standard ONNX or whose result is not static."""
     for node in model.graph.all_nodes():
         if node.domain not in ("", "ai.onnx"):
             raise UnsupportedError(f"{name}: node {node.name} is {node.domain}::{node.op_type}, not a standard operator")
@@ -139,7 +141,7 @@ def check_nodes(model: Any, name: str) -> None:
 
 
 def require_packages() -> None:
-    """Raises UnsupportedError, saying what to install, where ONNX export lacks a package."""
+    """Raises UnsupportedError, saying what to install, if a package that ONNX export needs is missing."""
     for name in ("onnx", "onnx_ir", "onnxscript"):
         _require(name)
 
@@ -157,14 +159,14 @@ def _specs(values: Any, symbol: str | None) -> tuple[TensorSpec, ...]:
 
 
 def _dim(dim: Any, symbol: str | None) -> int | str:
-    """A static count, or an expression in "rows"."""
+    """A static size as it is; a dynamic one as an expression in "rows", which replaces the exporter's `symbol`."""
     if isinstance(dim, int):
         return dim
     return str(dim.value).replace(str(symbol), "rows").replace(" ", "")
 
 
 def _row_symbol(model: Any) -> str | None:
-    """The exporter's name of the dynamic axis, if there is one."""
+    """The exporter's name for the dynamic axis; None if every size is static."""
     names = (dim.value for value in model.graph.inputs for dim in value.shape if not isinstance(dim, int))
     return next(names, None)
 
@@ -178,7 +180,7 @@ def _require(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports its own progress and its own deprecations; neither is about the model."""
+    """Hides the exporter's progress messages and deprecation warnings: they say nothing about the model."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

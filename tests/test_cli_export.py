@@ -15,7 +15,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vitcop_compile.export import EngineModel, Manifest
 
 import vitcop_compile as vc
-from vitcop_compile import ViTCoPConfig, cli_export, toy
+from vitcop_compile import ViTCoPConfig, toy
+from vitcop_compile.cli import export as cli_export
 
 checkpoint, good, copy = test_cli.checkpoint, test_folder.good, test_folder.copy
 invoke, error_of = test_cli.invoke, test_cli.error_of

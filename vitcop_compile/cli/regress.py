@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +11,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .config import DEFAULT_PRESET, PRESETS
-from .errors import ConfigError
+from ..config import DEFAULT_PRESET
+from ..errors import ConfigError
+from .shared import PRESET_NAMES, console, errors_as_lines, without_future_warnings
 
+# As `regress.ELSEWHERE`, repeated so that `--help` does not load the gate.
 _ELSEWHERE = ("refuse", "skip", "compare")
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the command to `app`."""
-    app.command("regress")(regress_command)
 
 
 def regress_command(
@@ -31,7 +27,7 @@ def regress_command(
         typer.Option(help="A LLaVA-1.5 folder or model on the hub; default: toy, a random LLaVA of these sizes."),
     ] = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help=f"Published settings: {', '.join(PRESETS)}; default: {DEFAULT_PRESET}.")
+        list[str] | None, typer.Option(help=f"Published settings: {PRESET_NAMES}; default: {DEFAULT_PRESET}.")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="What the programs compile with; default: inductor.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the random language model; default: 512.")] = None,
@@ -52,8 +48,6 @@ def regress_command(
 ) -> None:
     """Fail where compiled models have become slower or larger than their baseline. Exit codes: 0 pass, 1 regression, 2 not
     comparable. A check takes its settings from the file; --update keeps those that are not given."""
-    from .cli import console
-
     options = {
         "model": model,
         "presets": tuple(preset) if preset else None,
@@ -67,8 +61,7 @@ def regress_command(
         "new_tokens": new_tokens,
         "rounds": rounds,
     }
-    with _not_comparable(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about its own internals
+    with _not_comparable(), without_future_warnings():
         run = _update if update else _check
         if elsewhere not in _ELSEWHERE:
             raise ConfigError(f"--elsewhere {elsewhere!r} is unknown: use one of {', '.join(_ELSEWHERE)}")
@@ -78,8 +71,8 @@ def regress_command(
 
 
 def _check(path: Path, options: dict[str, Any], counts_only: bool, elsewhere: str, repeats: int | None, out: Console) -> bool:
-    from . import regress
-    from .regress.tables import print_report
+    from .. import regress  # not above: other commands start sooner without it
+    from ..regress.tables import print_report
 
     if repeats is not None:
         raise ConfigError(f"--repeats {repeats} belongs to --update: a check takes the tolerances of its baseline")
@@ -97,8 +90,8 @@ def _check(path: Path, options: dict[str, Any], counts_only: bool, elsewhere: st
 
 
 def _update(path: Path, options: dict[str, Any], counts_only: bool, elsewhere: str, repeats: int | None, out: Console) -> bool:
-    from . import regress
-    from .regress.tables import failures, print_update
+    from .. import regress  # not above: other commands start sooner without it
+    from ..regress.tables import failures, print_update
 
     if not path.resolve().parent.is_dir():
         raise ConfigError(f"--baseline {path}: the folder {path.resolve().parent} does not exist: make it first")
@@ -126,8 +119,6 @@ def _progress() -> Iterator[Callable[[str], None]]:
 @contextmanager
 def _not_comparable() -> Iterator[None]:
     """Whatever goes wrong becomes exit code 2: 1 means a regression and nothing else."""
-    from .cli import errors_as_lines
-
     try:
         with errors_as_lines():
             yield

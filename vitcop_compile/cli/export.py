@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +14,23 @@ from rich.text import Text
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from . import picture, toy
-from .config import DEFAULT_PRESET, PRESETS, ViTCoPConfig
-from .errors import ConfigError, InputError, UnsupportedError
-from .export.manifest import DTYPES, FolderError
-from .export.writer import FORMATS
+from .. import picture, toy
+from ..config import DEFAULT_PRESET, PRESETS, ViTCoPConfig
+from ..errors import ConfigError, InputError
+from ..export import EngineModel, FolderError, export
+from ..export.manifest import DTYPES
+from ..export.staging import check_target
+from ..export.writer import FORMATS, check_options
+from ..pipeline import optimize
+from .shared import (
+    PRESET_NAMES,
+    cannot_load,
+    console,
+    errors_as_lines,
+    model_shape,
+    settings_of_share,
+    without_future_warnings,
+)
 
 _QUESTION = "USER: {image}{text} ASSISTANT:"
 _PLACEHOLDER = "<image>\n"
@@ -26,17 +38,27 @@ _PLACEHOLDER = "<image>\n"
 _DEFAULT_DTYPES = {"onnx": "float32", "tensorrt": "float16"}
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands to `app`."""
-    app.command("export")(export_command)
-    app.command("run")(run_command)
+@dataclass(frozen=True)
+class _Asked:
+    """What `export` was asked for."""
+
+    model: str
+    config: ViTCoPConfig
+    output_dir: Path
+    format: str
+    dtype: str
+    batch_size: int
+    max_text_len: int
+    max_new_tokens: int
+    prompt_buckets: list[int] | None
+    opset: int
 
 
 def export_command(
     model: Annotated[str, typer.Option(help="A LLaVA-1.5 folder or model on the hub.")],
     output_dir: Annotated[Path, typer.Option(help="The folder to write; it appears whole or not at all.")],
     retention: Annotated[
-        str, typer.Option(help=f"A published setting ({', '.join(PRESETS)}), or the share of the visual tokens to keep.")
+        str, typer.Option(help=f"A published setting ({PRESET_NAMES}), or the share of the visual tokens to keep.")
     ] = DEFAULT_PRESET,
     format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "onnx",
     dtype: Annotated[
@@ -51,16 +73,22 @@ def export_command(
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 24.")] = 18,
 ) -> None:
     """Write a pruned model as a folder of ONNX graphs or TensorRT engines."""
-    from .cli import console, errors_as_lines
-
-    numbers = {"batch_size": batch_size, "max_text_len": max_text_len, "max_new_tokens": max_new_tokens}
-    with errors_as_lines(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about its own internals
-        config = retention_config(retention)
-        chosen = _dtype(dtype, format)
-        _check_before_loading(model, config, output_dir, format, chosen, opset, prompt_bucket, **numbers)
+    with errors_as_lines(), without_future_warnings():
+        asked = _Asked(
+            model=model,
+            config=retention_config(retention),
+            output_dir=output_dir,
+            format=format,
+            dtype=_dtype(dtype, format),
+            batch_size=batch_size,
+            max_text_len=max_text_len,
+            max_new_tokens=max_new_tokens,
+            prompt_buckets=prompt_bucket,
+            opset=opset,
+        )
+        _check_before_loading(asked)
         start = time.perf_counter()
-        folder, processor = _export(model, config, output_dir, format, chosen, opset, prompt_bucket, **numbers)
+        folder, processor = _export(asked)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         console().print(Text(f"{folder}: {size / 2**20:,.1f} MiB, {time.perf_counter() - start:.0f} s"), soft_wrap=True)
         if processor is None:
@@ -75,9 +103,6 @@ def run_command(
     verify: Annotated[bool, typer.Option(help="Compare the SHA-256 of every file first.")] = True,
 ) -> None:
     """Ask a folder of engines, and print the answer as it comes."""
-    from .cli import errors_as_lines
-    from .export import EngineModel
-
     with errors_as_lines():
         if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"--max-new-tokens {max_new_tokens} is below 1: ask for 1 or more")
@@ -97,9 +122,8 @@ def retention_config(value: str) -> ViTCoPConfig:
     try:
         share = float(value)
     except ValueError:
-        raise ConfigError(f"--retention {value!r} is neither one of {', '.join(PRESETS)} nor a number") from None
-    nearest = min(PRESETS, key=lambda name: abs(PRESETS[name][2] - share))
-    return ViTCoPConfig.preset(nearest, retention=share)
+        raise ConfigError(f"--retention {value!r} is neither one of {PRESET_NAMES} nor a number") from None
+    return settings_of_share(share)
 
 
 class IdStreamer(BaseStreamer):
@@ -126,59 +150,42 @@ def _dtype(name: str | None, format: str) -> str:
     return chosen
 
 
-def _check_before_loading(
-    model: str,
-    config: ViTCoPConfig,
-    output_dir: Path,
-    format: str,
-    dtype: str,
-    opset: int,
-    buckets: list[int] | None,
-    *,
-    batch_size: int,
-    max_text_len: int,
-    max_new_tokens: int,
-) -> None:
+def _check_before_loading(asked: _Asked) -> None:
     """Everything that can be refused before gigabytes of weights are loaded for nothing."""
-    from .cli import _shape_of
-    from .export.staging import check_target
-    from .export.writer import check_options
+    check_target(asked.output_dir)
+    schedule = asked.config.schedule(model_shape(asked.model))
+    numbers = (asked.batch_size, asked.max_text_len, asked.max_new_tokens)
+    check_options(schedule, asked.format, *numbers, asked.prompt_buckets, asked.opset)
+    if asked.format == "tensorrt":
+        from ..export.tensorrt import finisher  # not above: an ONNX export needs none of it
 
-    check_target(output_dir)
-    schedule = config.schedule(_shape_of(model))
-    check_options(schedule, format, batch_size, max_text_len, max_new_tokens, buckets, opset)
-    if format == "tensorrt":
-        from .export.tensorrt import finisher
-
-        finisher(getattr(torch, dtype))
+        finisher(getattr(torch, asked.dtype))
 
 
-def _export(
-    name: str,
-    config: ViTCoPConfig,
-    output_dir: Path,
-    format: str,
-    dtype: str,
-    opset: int,
-    buckets: list[int] | None,
-    **numbers: int,
-) -> tuple[Path, Any]:
+def _export(asked: _Asked) -> tuple[Path, Any]:
     """(folder, processor): the processor goes into the folder, None where the model has none."""
-    from .export import export
-    from .pipeline import optimize
-
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForImageTextToText.from_pretrained(asked.model, dtype=getattr(torch, asked.dtype))
     except (OSError, ValueError, ImportError) as error:
-        raise UnsupportedError(f"--model {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise cannot_load(asked.model, error) from None
     try:
-        processor = AutoProcessor.from_pretrained(name)
+        processor = AutoProcessor.from_pretrained(asked.model)
     except (OSError, ValueError):
         processor = None
     # Programs are exported, never run here: the backend does not matter.
-    optimized = optimize(model.eval(), config, backend="eager")
-    made = export(optimized, output_dir, format=format, prompt_buckets=buckets, opset=opset, processor=processor, **numbers)
-    return made, processor
+    optimized = optimize(model.eval(), asked.config, backend="eager")
+    folder = export(
+        optimized,
+        asked.output_dir,
+        format=asked.format,
+        batch_size=asked.batch_size,
+        max_text_len=asked.max_text_len,
+        max_new_tokens=asked.max_new_tokens,
+        prompt_buckets=asked.prompt_buckets,
+        opset=asked.opset,
+        processor=processor,
+    )
+    return folder, processor
 
 
 def _request(engine: Any, folder: Path, prompt: str, photo: Image.Image | None) -> tuple[Any, BaseStreamer]:

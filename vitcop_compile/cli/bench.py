@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from .config import DEFAULT_PRESET, PRESETS
-from .errors import ConfigError
+from ..config import DEFAULT_PRESET, PRESETS
+from ..errors import ConfigError
+from .shared import PRESET_NAMES, WIDE_TABLE_WIDTH, console, errors_as_lines, without_future_warnings
 
-_TABLE_WIDTH = 240
 _NONE = "none"
 # What is measured unless options say otherwise: in under three minutes on two cores, and as in the README.
 _QUICK = {"presets": (DEFAULT_PRESET,), "layers": 4, "vision_layers": 3, "rounds": 5}
@@ -24,16 +22,10 @@ def _or(name: str) -> str:
     return f"{_QUICK[name]}, with --full {_FULL[name]}"
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands to `app`."""
-    app.command("bench")(bench_command)
-    app.command("plot")(plot_command)
-
-
 def bench_command(
     preset: Annotated[
         list[str] | None,
-        typer.Option(help=f"Published settings to measure: {', '.join(PRESETS)}; default: {DEFAULT_PRESET}, with --full all."),
+        typer.Option(help=f"Published settings to measure: {PRESET_NAMES}; default: {DEFAULT_PRESET}, with --full all."),
     ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backends to measure; default: inductor.")] = None,
     against: Annotated[
@@ -59,11 +51,8 @@ def bench_command(
     json: Annotated[Path | None, typer.Option(help="Where to write environment and rows.")] = None,
 ) -> None:
     """Measure dense and pruned programs of a random LLaVA, stage by stage, in rounds interleaved with other arms."""
-    from .cli import errors_as_lines
-
-    with errors_as_lines(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, about its own internals
-        from . import bench
+    with errors_as_lines(), without_future_warnings():
+        from .. import bench  # not above: other commands start sooner without it
 
         given = {"presets": tuple(preset or ()) or None, "layers": layers, "vision_layers": vision_layers, "rounds": rounds}
         chosen: dict[str, Any] = (_FULL if full else _QUICK) | {k: value for k, value in given.items() if value is not None}
@@ -90,11 +79,10 @@ def bench_command(
         if json is not None:
             bench.check_target(json)
         results = bench.run(cases, rounds=chosen["rounds"], memory=memory)
-        console = Console()
-        wide = console if console.is_terminal else Console(width=max(console.width, _TABLE_WIDTH))
-        wide.print(bench.table(results))
+        out = console(WIDE_TABLE_WIDTH)
+        out.print(bench.table(results))
         if not full:
-            wide.print(Text("--full measures every setting on a larger model, as in the README", style="dim"))
+            out.print(Text("--full measures every setting on a larger model, as in the README", style="dim"))
         if json is not None:
             bench.write(results, json)
 
@@ -105,10 +93,8 @@ def plot_command(
     format: Annotated[str, typer.Option(help="png or svg.")] = "png",
 ) -> None:
     """Draw results: latency against retention, where the time goes, and the KV cache as it grows."""
-    from .cli import console, errors_as_lines
-
     with errors_as_lines():
-        from .bench import plot, read
+        from ..bench import plot, read
 
         for path in plot.draw_all(read(results), output_dir, format):
             console().print(Text(str(path)), soft_wrap=True)

@@ -1,0 +1,22 @@
+"""The command line: `vitcop-compile`."""
+
+import typer
+
+from . import bench, demo, explain, export, regress
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Visual-token pruning compiled into the graphs of large vision-language models.",
+)
+# `--help` lists them in this order.
+app.command("export")(export.export_command)
+app.command("run")(export.run_command)
+app.command("bench")(bench.bench_command)
+app.command("plot")(bench.plot_command)
+app.command("regress")(regress.regress_command)
+app.command("explain")(explain.explain_command)
+app.command("demo")(demo.demo_command)

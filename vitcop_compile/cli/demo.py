@@ -1,0 +1,36 @@
+"""The command `demo`: dense against pruned on one photograph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..demo import Options, run
+from .shared import PRESET_NAMES, console, errors_as_lines, model_shape, without_future_warnings
+
+
+def demo_command(
+    image: Annotated[Path | None, typer.Option(help="A photograph; default: one that comes with matplotlib.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A LLaVA-1.5 folder or model on the hub; default: a small one, random weights.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help=f"A published setting: {PRESET_NAMES}.")] = Options.preset,
+    backend: Annotated[str, typer.Option(help="What the programs compile with: inductor, eager.")] = Options.backend,
+    prompt: Annotated[str, typer.Option(help="The question.")] = Options.prompt,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = Options.max_new_tokens,
+    output: Annotated[Path, typer.Option(help="Where to write the picture.")] = Options.output,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = Options.seed,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: float32 on CPU, float16 on CUDA.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = Options.rounds,
+) -> None:
+    """Compile a dense and a pruned model, measure both on a photograph and draw what was pruned."""
+    with errors_as_lines():
+        if model is not None:
+            model_shape(model)  # before gigabytes of weights are loaded for nothing
+        options = Options(image, model, preset, backend, prompt, max_new_tokens, output, seed, dtype, rounds)
+        with without_future_warnings():
+            run(options, console())

@@ -1,0 +1,69 @@
+"""What the commands share: how errors and tables are printed, and how options become a model's shape or settings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoConfig
+
+from ..config import PRESETS, ViTCoPConfig
+from ..errors import UnsupportedError, VitcopError
+from ..families.registry import shape_of
+from ..schedule import ModelShape
+
+TABLE_WIDTH = 120
+# The columns of a benchmark.
+WIDE_TABLE_WIDTH = 240
+PRESET_NAMES = ", ".join(PRESETS)
+
+
+@contextmanager
+def errors_as_lines() -> Iterator[None]:
+    """What this package raises on purpose becomes one red line and exit code 2; anything else stays a traceback."""
+    try:
+        yield
+    except VitcopError as error:
+        Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def without_future_warnings() -> Iterator[None]:
+    """Hides what torch's compiler and exporter warn about their own internals: a user could not act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
+def console(width: int = TABLE_WIDTH) -> Console:
+    """Standard output; at least `width` columns where it is no terminal, so that tables stay whole."""
+    out = Console()
+    return out if out.is_terminal else Console(width=max(out.width, width))
+
+
+def settings_of_share(share: float) -> ViTCoPConfig:
+    """Settings that keep `share` of the visual tokens, with the ratios of the nearest preset. Raises ConfigError."""
+    nearest = min(PRESETS, key=lambda name: abs(PRESETS[name][2] - share))
+    return ViTCoPConfig.preset(nearest, retention=share)
+
+
+def model_shape(model: str) -> ModelShape:
+    """The shape of the model in a folder or on the hub, from its configuration alone. Raises UnsupportedError."""
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise UnsupportedError(f"--model {model} is not a folder: give one with config.json, or a name on the hub")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise cannot_load(model, error) from None
+    return shape_of(config)
+
+
+def cannot_load(model: str, error: Exception) -> UnsupportedError:
+    """The error for a `--model` that transformers refused with `error`."""
+    return UnsupportedError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}")
