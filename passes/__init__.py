@@ -4,8 +4,8 @@
     prefill   clean -> prune -> attach_cache -> lower_attention
     extend    clean -> attach_cache -> lower_attention
 
-The lists below are data: `encoder_passes` and its kin name them, `rewrite` runs them. The backends inductor and aotinductor end
-with one more on every exported program: lower_linear.
+The lists below are data: `encoder_passes` and its kin name them, `rewrite` runs them. The backends inductor and aotinductor
+end with one more on every exported program: lower_linear.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Passes = tuple[tuple[str, Pass], ...]
 
 
 def encoder_passes(schedule: Schedule, attn_implementation: str = "sdpa", exact: bool = True) -> Passes:
-    """hidden [I, prefix + patches, C] -> (patches [I, n, C], kept int64 [I, n], state [I, n]...), for images of one segment."""
+    """hidden [I, prefix + patches, C] -> (patches [I, n, C], kept int64 [I, n], state [I, n]...), an image a row."""
     shape, stage = schedule.shape, schedule.vision
     prefix, (segment, *_) = shape.prefix_tokens, schedule.layout
     site = {"prefix": prefix, "grid": segment.grid[1:], "exact": exact}
@@ -70,8 +70,8 @@ def prefill_passes(
     filled: bool = False,
     in_place: bool = True,
 ) -> Passes:
-    """(embeddings [B, t, D], positions, visual, state..., [length, removed,] key_0, value_0, ...) -> (hidden [B, t', D], index of
-    each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that are not `filled` are no input."""
+    """(embeddings [B, t, D], positions, visual, state..., [length, removed,] key_0, value_0, ...) -> (hidden [B, t', D], index
+    of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that are not `filled` are no input."""
     return (
         ("clean", clean),
         ("prune", partial(prune, stages=schedule.decoder_stages, incoming=schedule.segment_tokens, states=states)),
@@ -83,7 +83,8 @@ def prefill_passes(
 def extend_passes(schedule: Schedule, attn_implementation: str = "sdpa", in_place: bool = True) -> Passes:
     """(embeddings [B, s, D], positions, length [B], removed [groups, B], key_0, value_0, ...) -> (hidden [B, s, D],).
 
-    Not `in_place`, the new rows k0, v0, k1, v1, ... [B, kv_heads, s, hd] follow the hidden state, and attention stays spelled out.
+    Not `in_place`, the new rows k0, v0, k1, v1, ... [B, kv_heads, s, hd] follow the hidden state, and attention stays spelled
+    out.
     """
     return (
         ("clean", clean),
@@ -95,8 +96,8 @@ def extend_passes(schedule: Schedule, attn_implementation: str = "sdpa", in_plac
 def rewrite(
     captured: fx.GraphModule, passes: Passes, dump: Path | None = None, inputs: Sequence[Tensor] = ()
 ) -> fx.GraphModule:
-    """A copy of `captured` after all `passes`. dump: a folder that gets the graph as it is after each, for people to read, with
-    the shapes that `inputs` of the finished graph lead to."""
+    """A copy of `captured` after all `passes`. dump: a folder that gets the graph as it is after each, for people to read,
+    with the shapes that `inputs` of the finished graph lead to."""
     module = _copy(captured)
     if dump is not None:
         dump_graph(module, dump, 0, "captured", inputs)

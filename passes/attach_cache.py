@@ -81,9 +81,9 @@ def attend_apart(
 def attach_cache(module: fx.GraphModule, groups: tuple[int, ...], *, filled: bool, in_place: bool = True) -> fx.GraphModule:
     """Adds the inputs key_l, value_l of every layer, [B, kv_heads, r_l, hd], and runs attention over them.
 
-    filled: the caches hold tokens, and those of the graph follow them. The graph then gets the inputs `length` (int64 [B]: tokens
-    before these, as layer 0 counts them) and `removed` (int64 [groups, B]) in front of the caches; layer l writes from row
-    length - removed[groups[l]] on. Otherwise attention is that of the graph alone, and the caches are filled from row 0.
+    filled: the caches hold tokens, and those of the graph follow them. The graph then gets the inputs `length` (int64 [B]:
+    tokens before these, as layer 0 counts them) and `removed` (int64 [groups, B]) in front of the caches; layer l writes from
+    row length - removed[groups[l]] on. Otherwise attention is that of the graph alone, and the caches are filled from row 0.
 
     Not `in_place`, caches are only read, those to be filled are no input, and the new rows k0, v0, k1, v1, ...
     [B, kv_heads, s_l, hd] are returned behind the graph's results. Runs after `prune`, so that s_l is what a layer really

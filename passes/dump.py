@@ -14,7 +14,8 @@ from ..attention import ANCHOR
 
 
 def dump_graph(module: fx.GraphModule, folder: Path, number: int, name: str, inputs: Sequence[torch.Tensor]) -> Path:
-    """Writes `module` to `folder`/NN_name.txt, a line a node: its name, the type and shape of its value, what it calls and on what.
+    """Writes `module` to `folder`/NN_name.txt, a line a node: its name, the type and shape of its value, what it calls and on
+    what.
 
     Shapes are those that `inputs` lead to, computed on fake tensors; a graph takes as many of them as it has inputs so far.
     """

@@ -33,8 +33,8 @@ def prune_tokens(
     """Reduces the visual tokens of every sample to `tokens`; no other row is touched.
 
     hidden: [B, t, D]; visual: int64 [B, n], the visual rows, ascending, or where a run of them starts; state: [B, n] each;
-    query, key, value: [B, heads, t, hd] of the layer before, with `scale` on its logits; incoming: the n by segment; tokens: what
-    each segment keeps, or one number for all of them; options: of the policy; site: further fields of `Site`.
+    query, key, value: [B, heads, t, hd] of the layer before, with `scale` on its logits; incoming: the n by segment; tokens:
+    what each segment keeps, or one number for all of them; options: of the policy; site: further fields of `Site`.
 
     Returns (hidden [B, t', D], keep int64 [B, t']: the rows that stay, visual int64 [B, tokens]: the visual rows of the new
     sequence, index int64 [B, tokens]: which of the n they are, state [B, tokens] each...).
@@ -142,12 +142,12 @@ def prune(
     """Inserts one `prune_tokens` node behind the layer of each stage and moves the rest of the graph onto the shorter axis.
 
     A stage of the encoder prunes what leaves its layer, one of the decoder what enters it; the layer left last is the one that
-    is scored. incoming: candidates by segment. With a `prefix` they follow so many other rows; without it the graph gets an input
-    `visual`, int64 [B, n], and so many inputs `state_i`, [B, n], as `states` says. site: further fields of `Site`.
+    is scored. incoming: candidates by segment. With a `prefix` they follow so many other rows; without it the graph gets an
+    input `visual`, int64 [B, n], and so many inputs `state_i`, [B, n], as `states` says. site: further fields of `Site`.
 
     Returned behind the graph's own result are the index of each stage, and then, with a `prefix`, the state. Skipped without
-    stages. Raises RewriteError if a stage's layer is not inside the graph or has no single exit, if stages do not ascend, for an
-    unknown policy, and where tokens would be merged that carry more than the hidden state.
+    stages. Raises RewriteError if a stage's layer is not inside the graph or has no single exit, if stages do not ascend, for
+    an unknown policy, and where tokens would be merged that carry more than the hidden state.
     """
     if not stages:
         return module

@@ -156,8 +156,8 @@ def _as_flash_attn_lays_out(query: Tensor) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
 
 
-# name -> (what an anchor becomes in encoder and prefill, what it becomes over caches). Of a custom operation it is the operator
-# that a graph may hold, and not the Python object that defined it.
+# name -> (what an anchor becomes in encoder and prefill, what it becomes over caches). Of a custom operation it is the
+# operator that a graph may hold, and not the Python object that defined it.
 LOWERINGS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "sdpa": (sdpa, sdpa_cached),
     "flash_attention_2": (torch.ops.vitcop.flash_prefill.default, torch.ops.vitcop.flash_cached.default),

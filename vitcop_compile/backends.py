@@ -64,8 +64,8 @@ def backend_of(name: str) -> Backend:
 def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool) -> Program:
     """A program that returns its new keys and values behind its results, as one that writes them into its caches.
 
-    groups: that of every layer; filled: the caches hold tokens, and the program gets `length` and `removed` to say how many: third
-    and fifth of an extend program, the last two before the caches of a prefill program. Otherwise it takes no caches.
+    groups: that of every layer; filled: the caches hold tokens, and the program gets `length` and `removed` to say how many:
+    third and fifth of an extend program, the last two before the caches of a prefill program. Otherwise it takes no caches.
     """
     count = 2 * len(groups)
 

@@ -26,8 +26,8 @@ class Selection:
     Tokens are counted through all images of a sample, in raster order: with 576 patches an image, 600 is in the second. Where
     samples differ in their images, rows end in -1.
 
-    kept: [B, n], what left the vision stage; labels: [B, n], their clusters, counted anew in each image; stages: for each decoder
-    stage [B, tokens], what left it.
+    kept: [B, n], what left the vision stage; labels: [B, n], their clusters, counted anew in each image; stages: for each
+    decoder stage [B, tokens], what left it.
     """
 
     kept: Tensor | None = None
@@ -39,10 +39,10 @@ class PrunedCache(Cache):
     """KV cache of a conversation: filled by prefill, extended in place by every token and turn after it.
 
     `get_seq_length()` is logical: the tokens of `input_ids` seen so far, image placeholders included, as transformers' loop
-    expects. `buffers` holds key_0, value_0, key_1, ...: [B, kv_heads, rows_l, hd]. On the device, by sample: `length` int64 [B],
-    tokens as layer 0 sees them; `position` int64 [B], that of the next token; `removed` int64 [groups, B], the rows that each group
-    of layers lacks. `selection` tells which visual tokens of the last turn with an image stayed. When the cache is gone, its
-    buffers serve another request: clone what has to outlive it.
+    expects. `buffers` holds key_0, value_0, key_1, ...: [B, kv_heads, rows_l, hd]. On the device, by sample: `length` int64
+    [B], tokens as layer 0 sees them; `position` int64 [B], that of the next token; `removed` int64 [groups, B], the rows that
+    each group of layers lacks. `selection` tells which visual tokens of the last turn with an image stayed. When the cache is
+    gone, its buffers serve another request: clone what has to outlive it.
 
     max_length: of `input_ids` at the end of the turn, None if nobody knows.
     """
@@ -106,8 +106,8 @@ class PrunedCache(Cache):
     def account(self, columns: int, rows: list[int], removed: list[list[int]], images: tuple[int, ...]) -> None:
         """Counts, on the host, a turn that the programs have written.
 
-        columns: of `input_ids`; rows: by sample, in layer 0; removed: by group and sample, rows that the turn lacks there; images:
-        by sample.
+        columns: of `input_ids`; rows: by sample, in layer 0; removed: by group and sample, rows that the turn lacks there;
+        images: by sample.
         """
         self._seen += columns
         self._lengths = [a + b for a, b in zip(self._lengths or [0] * len(rows), rows, strict=True)]
@@ -211,8 +211,8 @@ class PrunedCache(Cache):
 
 
 class Buffers:
-    """The tensors of one cache: `layers` key_0, value_0, ... and, by sample, `length`, `position`, `last` int64 [B], `token` int64
-    [B, 1], `removed` int64 [groups, B].
+    """The tensors of one cache: `layers` key_0, value_0, ... and, by sample, `length`, `position`, `last` int64 [B], `token`
+    int64 [B, 1], `removed` int64 [groups, B].
 
     rows: of each group of layers. Compiled programs are told that their addresses hold, so that CUDA graphs copy none of them.
     """
@@ -231,7 +231,8 @@ class Buffers:
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
     def clear(self) -> None:
-        """Zeros everything: what an earlier request left might not be finite, and even what no query attends to is multiplied."""
+        """Zeros everything: what an earlier request left might not be finite, and even what no query attends to is
+        multiplied."""
         torch._foreach_zero_(self.layers)
         self.reset()
 

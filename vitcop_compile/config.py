@@ -293,7 +293,8 @@ def published_budgets(
 ) -> tuple[int, int]:
     """(R, RD): what the shallow and the deep stage keep of `tokens`. Python's round, half to even, in float64.
 
-    The published formula with 32 replaced by `layers` and 1/5 by 1/`divisor`. It knows no bounds; `ViTCoPConfig.stages` checks them.
+    The published formula with 32 replaced by `layers` and 1/5 by 1/`divisor`. It knows no bounds; `ViTCoPConfig.stages` checks
+    them.
     """
     weight = deep - shallow + (layers - deep) / divisor
     merged = round((layers * retention / vision_ratio - shallow) / weight * tokens)

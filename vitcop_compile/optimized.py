@@ -31,8 +31,8 @@ _ROWS = 256
 class CompiledOnDemand:
     """Provides programs through a backend, one for every batch size and bucket that comes up. `compiled` holds them by key.
 
-    Keys: ("vision", images), ("prefill", batch, text rows, images, cache rows, filled), ("extend", batch, tokens, cache rows), with
-    the rows of the caches by group of layers.
+    Keys: ("vision", images), ("prefill", batch, text rows, images, cache rows, filled), ("extend", batch, tokens, cache rows),
+    with the rows of the caches by group of layers.
     """
 
     def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int]):
@@ -58,8 +58,8 @@ class CompiledOnDemand:
     def plan(self, ask: Ask) -> Plan:
         """Text in its bucket, and caches with room for it, the images and new tokens in theirs.
 
-        A first turn makes caches for as many images as its richest prompt has, one at least, so that all kinds of prompts share a
-        program for decoding. A later one keeps them where it fits, or asks for larger ones, in steps.
+        A first turn makes caches for as many images as its richest prompt has, one at least, so that all kinds of prompts
+        share a program for decoding. A later one keeps them where it fits, or asks for larger ones, in steps.
         """
         text = bucket(ask.text, self._prompt_buckets, "text tokens in a prompt")
         room = bucket(NEW_TOKEN_BUCKETS[0] if ask.new is None else ask.new, NEW_TOKEN_BUCKETS, "new tokens")
@@ -157,7 +157,8 @@ class OptimizedModel(CompiledModel):
         return tuple(self._on_demand.compiled)
 
     def warmup(self, batch_size: int = 1, text_tokens: int = 64, max_new_tokens: int = 64, images: int = 1) -> None:
-        """Exports, compiles and runs once every program that a request of `batch_size` prompts with so many `images` each needs.
+        """Exports, compiles and runs once every program that a request of `batch_size` prompts with so many `images` each
+        needs.
 
         Raises InputError without weights.
         """

@@ -32,7 +32,8 @@ def optimize(
     config: what to prune, `DEFAULT_PRESET` by default; backend: a name in `backends.BACKENDS`; attn_implementation: "sdpa" or
     "flash_attention_2", the kernels that attention lowers to; prompt_buckets: ascending numbers of text tokens that prompts
     are padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
-    through `warmup`. dump: a folder that gets every graph after every pass, as text. A model on the meta device is for planning: it has a schedule and its programs can be exported.
+    through `warmup`. dump: a folder that gets every graph after every pass, as text. A model on the meta device is for
+    planning: it has a schedule and its programs can be exported.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
     the model's shape cannot meet; both before anything is traced.

@@ -19,9 +19,10 @@ class Site(NamedTuple):
     for itself, n: candidates of one of them. Fields that the policy does not need are None.
 
     at: int64 [b, n], the candidates' rows among the t rows of their sample; hidden: [b, n, D], what leaves the layer before;
-    query, key, value: [B, heads, t, hd] of that layer, with `scale` on its logits; state: what the policies before left behind,
-    each [b, n]; blocks: the n candidates are those of so many segments, equally many each, one after another; prefix: rows
-    before the first candidate; grid: (rows, columns) of the candidates of an unpruned segment; exact: whether there is float64.
+    query, key, value: [B, heads, t, hd] of that layer, with `scale` on its logits; state: what the policies before left
+    behind, each [b, n]; blocks: the n candidates are those of so many segments, equally many each, one after another; prefix:
+    rows before the first candidate; grid: (rows, columns) of the candidates of an unpruned segment; exact: whether there is
+    float64.
     """
 
     at: Tensor
@@ -43,8 +44,8 @@ class Site(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """index: int64 [b, budget], ascending: which candidates stay; rows: [b, budget, D] in place of their hidden state, None where
-    it is as it was; state: added to the state of those that stay, each [b, budget]."""
+    """index: int64 [b, budget], ascending: which candidates stay; rows: [b, budget, D] in place of their hidden state, None
+    where it is as it was; state: added to the state of those that stay, each [b, budget]."""
 
     index: Tensor
     rows: Tensor | None = None

@@ -43,9 +43,9 @@ class Prefill(nn.Module):
     """A prompt with images spliced in -> (logits [B, 1, vocab], index per stage..., and new keys and values if not in place).
 
     ids: int64 [B, t], right-padded, anything at visual rows; last: int64 [B], the row of each prompt's last token; positions:
-    int64 [dims, B, t]; features: [B, n, D]; visual: int64 [B, n], the rows the features take; then the state of the vision stage,
-    [B, n] each, and what `attach_cache` asks for. Rows behind `last` are padding: attention is causal, so nothing before them
-    can see them.
+    int64 [dims, B, t]; features: [B, n, D]; visual: int64 [B, n], the rows the features take; then the state of the vision
+    stage, [B, n] each, and what `attach_cache` asks for. Rows behind `last` are padding: attention is causal, so nothing
+    before them can see them.
     """
 
     def __init__(self, family: Family, decoder: fx.GraphModule, schedule: Schedule, states: int, all_logits: bool = False):
@@ -246,7 +246,8 @@ class Programs:
         return rewrite(captured, passes, dump, inputs)
 
     def _decoder_inputs(self, inputs: tuple[Tensor, ...], own: tuple[int, ...]) -> list[Tensor]:
-        """What the decoder gets where its program gets `inputs`: embeddings, positions, those in `own`, and all from the sixth."""
+        """What the decoder gets where its program gets `inputs`: embeddings, positions, those in `own`, and all from the
+        sixth."""
         if self.dump is None or not inputs:
             return []
         batch, tokens = inputs[0].shape

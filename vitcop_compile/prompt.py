@@ -22,8 +22,8 @@ class ImageInput:
 
 
 class Prompt(NamedTuple):
-    """Rows of equal samples: ids int64 [B, rows], right-padded, images at their pruned length; last int64 [B]: row of each last
-    token; visual int64 [B, n]: the rows of the images, empty without one."""
+    """Rows of equal samples: ids int64 [B, rows], right-padded, images at their pruned length; last int64 [B]: row of each
+    last token; visual int64 [B, n]: the rows of the images, empty without one."""
 
     ids: Tensor
     last: Tensor
@@ -41,8 +41,8 @@ def read(ids: Tensor, mask: Tensor, image: ImageInput, vocab: int) -> Reading:
     """Counts images and text of ids int64 [B, T] with mask bool [B, T], which may be on a device: one copy to the host, before
     anything is launched.
 
-    Raises InputError for a sample without tokens, ids outside the vocabulary, placeholders that are no whole number of images, and
-    text inside an image.
+    Raises InputError for a sample without tokens, ids outside the vocabulary, placeholders that are no whole number of images,
+    and text inside an image.
     """
     ids, mask = ids.cpu(), mask.cpu()
     placeholder = (ids == image.token_id) & mask

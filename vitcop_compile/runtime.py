@@ -36,7 +36,8 @@ _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BE
 
 class Ask(NamedTuple):
     """What a turn needs. batch: sequences; text: text tokens of the longest; images: of the one with most; new: tokens to be
-    generated, None if nobody knows; held: rows that the caches hold by group, () before the first turn; rows: those they have."""
+    generated, None if nobody knows; held: rows that the caches hold by group, () before the first turn; rows: those they
+    have."""
 
     batch: int
     text: int
@@ -56,9 +57,9 @@ class Plan(NamedTuple):
 class Provider(Protocol):
     """Where programs come from: compiled on demand, or loaded from a folder of engines.
 
-    vision(pixels) -> (features, kept, state...) or (features,); prefill(ids, last, positions, features, visual, state..., [length,
-    removed,] caches...) -> (logits, index per stage...); extend(ids, last, length, position, removed, caches...) -> (logits,).
-    Caches are updated in place.
+    vision(pixels) -> (features, kept, state...) or (features,); prefill(ids, last, positions, features, visual, state...,
+    [length, removed,] caches...) -> (logits, index per stage...); extend(ids, last, length, position, removed, caches...) ->
+    (logits,). Caches are updated in place.
     """
 
     image: ImageInput
@@ -146,10 +147,10 @@ class CompiledModel(GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """One forward pass: a whole prompt, or what follows on a filled cache: a token, or a turn of text and images.
 
-        input_ids: int64 [B, T], image placeholders expanded by the processor, on a filled cache the new ones alone; pixel_values:
-        [images, channels, height, width], those of `input_ids` in their order; attention_mask: [B, T], 0 for pads, or of the whole
-        conversation; past_key_values: what an earlier call returned, also by its newer name `cache`. Returns logits [B, 1, vocab]
-        *of each sample's last token only*, wherever its pads stand, and the cache to pass on.
+        input_ids: int64 [B, T], image placeholders expanded by the processor, on a filled cache the new ones alone;
+        pixel_values: [images, channels, height, width], those of `input_ids` in their order; attention_mask: [B, T], 0 for
+        pads, or of the whole conversation; past_key_values: what an earlier call returned, also by its newer name `cache`.
+        Returns logits [B, 1, vocab] *of each sample's last token only*, wherever its pads stand, and the cache to pass on.
 
         Raises InputError for inputs that the programs cannot take, before anything is exported or compiled.
         """
@@ -227,8 +228,8 @@ class CompiledModel(GenerationMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """What a cache has not seen of a conversation: ids int64 [B, S] and their pixels.
 
-        As in transformers, ids are those of the whole conversation, or new ones alone beside a longer mask. Processors send all
-        images again: those seen are left out.
+        As in transformers, ids are those of the whole conversation, or new ones alone beside a longer mask. Processors send
+        all images again: those seen are left out.
         """
         if mask is None or mask.shape[1] == ids.shape[1]:
             seen = cache.get_seq_length()
@@ -287,8 +288,8 @@ class CompiledModel(GenerationMixin):
             raise InputError(f"past_key_values is a {type(cache).__name__}: a compiled model works on the cache it returns")
         elif cache.filled and cache.batch != batch_size:
             raise InputError(
-                f"{batch_size} sequences (prompts times beams) follow on a cache of {cache.batch}: beams need a cache of their "
-                "own; pass the whole conversation without one"
+                f"{batch_size} sequences (prompts times beams) follow on a cache of {cache.batch}: beams need a cache of "
+                "their own; pass the whole conversation without one"
             )
         cache.max_length = generation_config.max_length
         self._running.cache = cache

@@ -82,8 +82,9 @@ class Method(Protocol):
     """Decides what is pruned where: `ViTCoPConfig` is one."""
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
-        """The stages for a prompt of `layout`, the encoder's first, then the decoder's by ascending layer. Their number, layers
-        and policies do not depend on the layout, as long as there is an image. Raises ConfigError if it cannot be met."""
+        """The stages for a prompt of `layout`, the encoder's first, then the decoder's by ascending layer. Their number,
+        layers and policies do not depend on the layout, as long as there is an image. Raises ConfigError if it cannot be
+        met."""
         ...
 
 
@@ -144,7 +145,8 @@ class Schedule:
         return tuple(tokens[group] for group in self.groups)
 
     def removed_rows(self) -> tuple[int, ...]:
-        """Tokens removed from the prompt before each decoder layer: its KV cache holds so many rows fewer than that of layer 0."""
+        """Tokens removed from the prompt before each decoder layer: its KV cache holds so many rows fewer than that of layer
+        0."""
         return tuple(self.image_tokens - tokens for tokens in self.visual_tokens())
 
     def kv_rows(self, text: int, new: int = 0) -> tuple[int, ...]:

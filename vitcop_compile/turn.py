@@ -14,8 +14,8 @@ from .schedule import Schedule
 
 
 class Turn(NamedTuple):
-    """ids int64 [B, T] and mask bool [B, T], which say what is new; pixels: of its images, None without; reading: what that is;
-    text: text rows of the programs; filled: whether the caches hold an earlier turn."""
+    """ids int64 [B, T] and mask bool [B, T], which say what is new; pixels: of its images, None without; reading: what that
+    is; text: text rows of the programs; filled: whether the caches hold an earlier turn."""
 
     ids: Tensor
     mask: Tensor
@@ -36,8 +36,8 @@ class Seen(NamedTuple):
 def run_turn(provider: Any, schedules: dict[int, Schedule], turn: Turn, cache: PrunedCache) -> Tensor:
     """Logits [B, 1, vocab] of the last tokens; keys and values, counts and the selection go into `cache`.
 
-    provider: as in `runtime.Provider`; schedules: by number of images. Samples with as many images share their programs; each set
-    of them runs on the rows of the caches that are theirs.
+    provider: as in `runtime.Provider`; schedules: by number of images. Samples with as many images share their programs; each
+    set of them runs on the rows of the caches that are theirs.
     """
     seen = None
     if turn.pixels is not None:
