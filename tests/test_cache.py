@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import vitcop_compile
-from vitcop_compile import InputError, ViTCoPConfig, runtime
+from vitcop_compile import InputError, ViTCoPConfig, turn
 from vitcop_compile.bench import Request
 from vitcop_compile.bench.overhead import overhead
 from vitcop_compile.cache import BufferPool, PrunedCache
@@ -27,12 +27,13 @@ def request_():
 
 
 def addresses(cache: PrunedCache) -> list[int]:
-    return [tensor.data_ptr() for tensor in (*cache.buffers, cache.length, cache.token, cache.offsets)]
+    names = ("length", "position", "token", "last", "removed")
+    return [tensor.data_ptr() for tensor in (*cache.buffers, *(getattr(cache, name) for name in names))]
 
 
 def lend(pool: BufferPool, shapes=SHAPES, dtype=torch.float32):
     cache = PrunedCache()
-    return cache, pool.lend(cache, shapes, torch.empty(0, dtype=dtype), 2)
+    return cache, pool.lend(cache, shapes, tuple(shape[2] for shape in shapes), torch.empty(0, dtype=dtype))
 
 
 def test_a_request_takes_over_the_buffers_of_one_that_is_gone(fast, request_):
@@ -72,8 +73,9 @@ def test_what_a_request_leaves_behind_reaches_no_other(fast, request_):
 def test_a_pool_lends_by_shape_and_type():
     pool = BufferPool()
     cache, buffers = lend(pool)
-    assert [tuple(layer.shape) for layer in buffers.layers] == [SHAPES[0]] * 2 + [SHAPES[1]] * 2 and buffers.rows == 9
-    assert buffers.length.shape == (2,) and buffers.token.shape == (2, 1) and buffers.offsets.shape == (2,)
+    assert [tuple(layer.shape) for layer in buffers.layers] == [SHAPES[0]] * 2 + [SHAPES[1]] * 2 and buffers.rows == (9, 5)
+    assert buffers.length.shape == buffers.position.shape == buffers.last.shape == (2,)
+    assert buffers.token.shape == (2, 1) and buffers.removed.shape == (2, 2)
     del cache
     gc.collect()
     assert lend(pool, SHAPES[:1])[1] is not buffers
@@ -90,7 +92,7 @@ def test_idle_buffers_are_bounded_and_the_oldest_go_first():
         gc.collect()
     assert len(pool._free) == 2
     again = {rows: lend(pool, [(1, 1, rows, 2)])[1] for rows in (3, 2)}
-    assert {rows: id(buffers) for rows, buffers in again.items()} == {2: made[2], 3: made[3]}
+    assert {rows: id(buffers) for rows, buffers in again.items()} == {2: made[(2,)], 3: made[(3,)]}
 
 
 def test_buffers_made_in_inference_mode_serve_outside_of_it(request_):
@@ -107,17 +109,6 @@ def test_buffers_made_in_inference_mode_serve_outside_of_it(request_):
 
 # Postponed checks
 
-WRONG = {
-    "no placeholder": lambda ids, pixels: (ids.masked_fill(ids == models.IMAGE, 4), pixels, "no image token"),
-    "too few": lambda ids, pixels: (ids[:, :-20].index_fill(1, torch.tensor([5]), 4), pixels, "image tokens"),
-    "too many": lambda ids, pixels: (torch.cat((ids, ids), 1), pixels, f"{2 * models.PATCHES} image tokens"),
-    "a gap": lambda ids, pixels: (ids.roll(-6, 1).roll(6, 1).index_fill(1, torch.tensor([9]), 4), pixels, "image tokens"),
-    "outside": lambda ids, pixels: (ids.index_fill(1, torch.tensor([0]), 10**9), pixels, "outside the vocabulary"),
-    "negative": lambda ids, pixels: (ids.index_fill(1, torch.tensor([1]), -5), pixels, "outside the vocabulary"),
-    "not finite": lambda ids, pixels: (ids, pixels.index_fill(3, torch.tensor([3]), torch.nan), "NaN or infinite"),
-    "text alone with placeholders": lambda ids, pixels: (ids, None, "there are no pixel_values"),
-}  # fmt: skip
-
 
 @pytest.fixture
 def postponing(fast, monkeypatch):
@@ -126,16 +117,22 @@ def postponing(fast, monkeypatch):
     return fast
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_postponed_checks_refuse_the_same_values(postponing, request_, name):
-    ids, pixels, message = WRONG[name](request_["input_ids"], request_["pixel_values"])
+def test_pixels_that_are_not_finite_are_refused_when_the_host_waits(postponing, request_):
+    ids, pixels = request_["input_ids"], request_["pixel_values"].index_fill(3, torch.tensor([3]), torch.nan)
     out = postponing.forward(input_ids=ids, pixel_values=pixels)
     assert out.logits.shape[1] == 1
-    with pytest.raises(InputError, match=message):
-        postponing.forward(input_ids=ids[:, :1].clamp(0, 3), past_key_values=out.past_key_values)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        postponing.forward(input_ids=ids[:, :1], past_key_values=out.past_key_values)
     for new_tokens in (1, 3):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match="NaN or infinite"):
             postponing.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=new_tokens)
+
+
+def test_ids_are_read_before_anything_runs(postponing, request_, monkeypatch):
+    monkeypatch.setattr(postponing.on_demand, "vision", lambda *_: pytest.fail("a program was asked for"))
+    for wrong in (10**9, -5):
+        with pytest.raises(InputError, match="outside the vocabulary"):
+            postponing.forward(**request_ | {"input_ids": request_["input_ids"].index_fill(1, torch.tensor([0]), wrong)})
 
 
 def test_postponed_checks_are_silent_about_good_values(postponing, request_):
@@ -177,10 +174,10 @@ def test_overhead_times_the_runtime_and_not_the_programs(fast, monkeypatch):
     clock, provider = Clock(), fast.on_demand
     monkeypatch.setattr("vitcop_compile.bench.overhead.time", clock)
     monkeypatch.setattr("vitcop_compile.bench.timing.time", clock)
-    for name, seconds in (("prefill", 0.1), ("decode", 0.01)):
+    for name, seconds in (("prefill", 0.1), ("extend", 0.01)):
         made = getattr(provider, name)
         monkeypatch.setattr(provider, name, lambda *key, made=made, s=seconds: clock.taking(s, made(*key)))
-    monkeypatch.setattr("vitcop_compile.runtime.align", clock.taking(0.003, runtime.align))
+    monkeypatch.setattr("vitcop_compile.turn.align", clock.taking(0.003, turn.align))
     monkeypatch.setattr(PrunedCache, "take_token", clock.taking(0.001, PrunedCache.take_token))
     cost = overhead(fast, Request(text_tokens=14), rounds=5)
     expected = {"prefill": 3.0, "decode": 1.0, "prefill_alone": 3.0, "decode_alone": 1.0}
@@ -200,17 +197,20 @@ def nowhere():
 
 
 def test_no_value_is_read_between_the_pixels_and_the_next_token(nowhere, request_):
-    given = {name: tensor.to("meta") for name, tensor in request_.items()}
-    out = nowhere.forward(**given, attention_mask=torch.ones_like(given["input_ids"]))
+    """Ids are read once, before anything is launched: they are given on the host. Everything else has no value."""
+    ids, pixels = request_["input_ids"], request_["pixel_values"].to("meta")
+    out = nowhere._turn(ids, pixels, torch.ones_like(ids), PrunedCache())
     assert out.logits.is_meta and out.logits.shape[:2] == (1, 1)
-    step = nowhere.forward(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), past_key_values=out.past_key_values)
-    assert step.logits.is_meta and step.past_key_values.get_seq_length() == given["input_ids"].shape[1] + 1
+    cache = out.past_key_values
+    step = nowhere.forward(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), past_key_values=cache)
+    assert step.logits.is_meta and step.past_key_values.get_seq_length() == ids.shape[1] + 1
 
 
 def test_a_read_would_be_noticed(nowhere, request_, monkeypatch):
     monkeypatch.setattr(nowhere, "_postpone", False)  # as on a CPU, where values are read at once
+    ids, pixels = request_["input_ids"], request_["pixel_values"].to("meta")
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        nowhere.forward(**{name: tensor.to("meta") for name, tensor in request_.items()})
+        nowhere._turn(ids, pixels, torch.ones_like(ids), PrunedCache())
 
 
 def test_nothing_is_generated_or_warmed_up_without_values(nowhere, request_):

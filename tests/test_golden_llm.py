@@ -10,12 +10,12 @@ import pytest
 import torch
 from golden import TOLERANCE, largest_error, runs
 from torch import Tensor
-from vitcop_compile.passes import rewrite_decode
+from vitcop_compile.passes import extend_passes, rewrite
 
 from vitcop_compile import Budgets, ConfigError, ViTCoPConfig
 from vitcop_compile.capture import Capture, capture
 from vitcop_compile.families import Family, family_of
-from vitcop_compile.programs import Decode, Programs
+from vitcop_compile.programs import Extend, Programs
 
 VISION = {
     "hidden_size": 32,
@@ -74,7 +74,7 @@ def decoder(name: str) -> tuple[Family, Capture]:
 def programs(case: dict[str, Any]) -> Programs:
     family, captured = decoder(case["model"])
     shape = dataclasses.replace(family.shape, grid=(1, visual_tokens(case)))
-    return Programs(family, captured, config(case).schedule(shape))
+    return Programs(dataclasses.replace(family, shape=shape), captured, config(case))
 
 
 def config(case: dict[str, Any]) -> ViTCoPConfig:
@@ -89,12 +89,13 @@ def prefill(made: Programs, case: dict[str, Any], data: dict[str, Tensor]) -> tu
     """(logits of every row, index of each stage, k0, v0, k1, v1, ...)."""
     embeddings = data["inputs_embeds"]
     visual = torch.tensor([[i for start, stop in runs(case["parts"]) for i in range(start, stop)]])
-    selectors = (visual, data["cluster_labels"][None]) if pruned(case) else ()
+    labels = (data["cluster_labels"][None],) if pruned(case) else ()
+    tokens = embeddings.shape[1]
+    positions = torch.arange(tokens).reshape(1, 1, tokens)
     with torch.no_grad():
-        logits, *rest = made.prefill_module(all_logits=True).prefill(
-            embeddings, torch.tensor([embeddings.shape[1] - 1]), *selectors
-        )
-    stages = len(made.schedule.stages)
+        module = made.prefill_module(in_place=False, all_logits=True)
+        logits, *rest = module.prefill(embeddings, torch.tensor([tokens - 1]), positions, visual, *labels)
+    stages = len(made.schedule.decoder_stages)
     return logits, rest[:stages], rest[stages:]
 
 
@@ -123,14 +124,17 @@ def test_prefill_and_decode(case: dict[str, Any]) -> None:
         assert stages[1][0].tolist() == sorted(data["sdpa/deep/topk"].tolist())
 
     tokens, positions = case["tokens"][1:], case["decode_position_ids"]  # the first is a bos that is never fed
-    step = Decode(made.family, rewrite_decode(made.captured.decoder, made.schedule))
-    _, _, offsets, *buffers = made.decode_inputs(1, rows[0] + len(positions))
+    schedule = made.schedule
+    step = Extend(made.family, rewrite(made.captured.decoder, extend_passes(schedule)))
+    held = [rows[0] - schedule.image_tokens + tokens_ + len(positions) for tokens_ in schedule.group_tokens()]
+    _, last, _, _, removed, *buffers = made.extend_inputs(1, 1, held)
     for buffer, cache in zip(buffers, caches, strict=True):
         buffer[:, :, : cache.shape[2]] = cache
     assert logits[0, -1].argmax() == tokens[0]
     for t, position in enumerate(positions):
         with torch.no_grad():
-            logits, *_ = step(torch.tensor([[tokens[t]]]), torch.tensor([position]), offsets, *buffers)
+            at = torch.tensor([position])
+            logits, *_ = step(torch.tensor([[tokens[t]]]), last, at, at, removed, *buffers)
         assert largest_error(logits[:, 0], data["sdpa/decode/logits"][:, t]) < TOLERANCE
         assert logits.argmax() == tokens[t + 1]
     for layer in found:

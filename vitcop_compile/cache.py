@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +91,11 @@ class PrunedCache(Cache):
 
     def take(self, buffers: Buffers, clear: bool = True) -> None:
         """Makes `buffers` those of this cache; what an earlier set held moves along. clear: no program writes all of it."""
-        if self._buffers is None and clear:
+        if self.filled:
+            buffers.copy(self.held_buffers)
+        elif clear:
             buffers.clear()
         if self._buffers is not None:
-            buffers.copy(self._buffers)
             self._buffers.give_back()
         self._buffers = buffers
 
@@ -102,6 +104,19 @@ class PrunedCache(Cache):
         if self._buffers is not None:
             self._buffers.give_back()
         self.__init__(self.max_length)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """A turn that ends in an error within the context leaves the counts on the device as they were: it can be tried again."""
+        held = self.held_buffers
+        counts = (held.length, held.position, held.removed)
+        before = [tensor.clone() for tensor in counts] if self.filled else []
+        try:
+            yield
+        except BaseException:
+            for tensor, value in zip(counts, before):
+                tensor.copy_(value)
+            raise
 
     def account(self, columns: int, rows: list[int], removed: list[list[int]], images: tuple[int, ...]) -> None:
         """Counts, on the host, a turn that the programs have written.
@@ -176,7 +191,7 @@ class PrunedCache(Cache):
     @property
     def filled(self) -> bool:
         """Whether a prompt is in."""
-        return self._buffers is not None
+        return self._seen > 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._seen

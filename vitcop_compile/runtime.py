@@ -286,9 +286,9 @@ class CompiledModel(GenerationMixin):
             cache = model_kwargs[CACHE_NAME] = PrunedCache()
         elif not isinstance(cache, PrunedCache):
             raise InputError(f"past_key_values is a {type(cache).__name__}: a compiled model works on the cache it returns")
-        elif cache.filled and cache.batch != batch_size:
+        elif cache.filled and cache.batch != batch_size * (expand := _expansion(generation_config)):
             raise InputError(
-                f"{batch_size} sequences (prompts times beams) follow on a cache of {cache.batch}: beams need a cache of "
+                f"{batch_size * expand} sequences (prompts times beams) follow on a cache of {cache.batch}: beams need a cache of "
                 "their own; pass the whole conversation without one"
             )
         cache.max_length = generation_config.max_length
@@ -301,6 +301,7 @@ class CompiledModel(GenerationMixin):
         real = check_mask(_of_turn(mask, length, cache), ids)
         images = None if pixels is None else check_pixels(pixels, provider.image, self.device, self.dtype)
         reading = read(ids, real, provider.image, shape.vocab)
+        ids, real = ids.to(self.device), real.to(self.device)
         check_count(0 if images is None else images.shape[0], reading)
         if images is not None:
             self._check_pixels(images, cache)
@@ -311,12 +312,13 @@ class CompiledModel(GenerationMixin):
         self._check_length(max(map(sum, zip(rows, cache.lengths or [0] * batch, strict=True))), new or 1)
         counted = [(count, schedules[count].group_tokens()) for count in reading.images]
         plan = provider.plan(Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows))
-        if plan.rows != cache.rows:
+        if not cache.filled or plan.rows != cache.rows:
             shapes = self.schedule.cache_shapes(batch, plan.rows)
             like = ids.new_empty((), dtype=self.dtype)
             cache.take(self._pool.lend(cache, shapes, plan.rows, like), clear=0 in schedules)
         turn = Turn(ids, real, images, reading, plan.text, filled=seen > 0)
-        logits = run_turn(provider, schedules, turn, cache)
+        with cache.unless_it_fails():
+            logits = run_turn(provider, schedules, turn, cache)
         removed = [[schedules[count].image_tokens - tokens[g] for count, tokens in counted] for g in range(len(plan.rows))]
         cache.account(length, rows, removed, reading.images)
         return _answer(logits, cache)
@@ -355,6 +357,11 @@ def _one_cache(past_key_values: Any, cache: Any) -> Any:
     if past_key_values is not None and cache is not None:
         raise InputError("past_key_values and cache were given, two names of one thing: pass one")
     return cache if past_key_values is None else past_key_values
+
+
+def _expansion(config: Any) -> int:
+    """Sequences that `generate` makes of one prompt."""
+    return max(config.num_beams or 1, config.num_return_sequences or 1)
 
 
 def _of_turn(mask: Any, length: int, cache: PrunedCache) -> Any:

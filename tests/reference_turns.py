@@ -1,0 +1,121 @@
+"""A conversation by the book: turns with any number of images on caches of stock decoder layers, one sample, eager.
+
+On top of `reference_llava`, which does one prompt with one image; shares no code with the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import reference_llava as book
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+class Conversation:
+    """Keeps the caches from turn to turn. `stages` and `kept` are those of the last turn's images, one list each."""
+
+    def __init__(self, model: Any, settings: book.Settings, pooled: bool = False):
+        self.model, self.settings, self.pooled = model, settings, pooled
+        self.cache, self.start = DynamicCache(), 0
+        self.kept: list[list[int]] = []
+        self.stages: list[list[list[int]]] = []
+
+    @torch.no_grad()
+    def turn(self, ids: list[int], pixels: Tensor | None, said: list[int]) -> Tensor:
+        """Logits [steps, vocab] of the turn `ids`, in which image placeholders are expanded, made to say `said`.
+
+        The last of `said` is not fed: it belongs to the next turn, as in transformers.
+        """
+        hidden, spans, labels = self._embed(ids, pixels)
+        logits, length = [], hidden.shape[1]
+        hidden = self._prefill(hidden, spans, labels)
+        for step in range(len(said)):
+            logits.append(self._head(hidden))
+            if step + 1 < len(said):
+                hidden = self.model.get_input_embeddings()(torch.tensor([[said[step]]]))
+                at = torch.tensor([[self.start + length + step]])
+                for index in range(len(self.model.model.language_model.layers)):
+                    hidden = book._layer(self.model, index, hidden, at, self.cache)
+        self.start += length + len(said) - 1
+        return torch.stack(logits)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.model.language_model.norm(hidden[:, -1]))[0]
+
+    def _embed(self, ids: list[int], pixels: Tensor | None) -> tuple[Tensor, list[range], list[list[int]]]:
+        """Hidden states of text and pruned images, the rows of each image, and its clusters."""
+        token, embed = self.model.config.image_token_id, self.model.get_input_embeddings()
+        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
+        parts, spans, labels, self.kept = [], [], [], []
+        at = rows = image = 0
+        while at < len(ids):
+            if ids[at] != token:
+                parts.append(embed(torch.tensor([[ids[at]]])))
+                at, rows = at + 1, rows + 1
+                continue
+            assert all(entry == token for entry in ids[at : at + side * side])
+            found = book.Result()
+            assert pixels is not None
+            parts.append(book._see(self.model, pixels[image : image + 1], self.settings, found))
+            spans.append(range(rows, rows + len(found.kept)))
+            labels.append(found.labels)
+            self.kept.append(found.kept)
+            at, rows, image = at + side * side, rows + len(found.kept), image + 1
+        return torch.cat(parts, 1), spans, labels
+
+    def _prefill(self, hidden: Tensor, spans: list[range], labels: list[list[int]]) -> Tensor:
+        settings = self.settings
+        positions = [self.start + i for i in range(hidden.shape[1])]
+        patches, self.stages = [list(kept) for kept in self.kept], []
+        for index in range(len(self.model.model.language_model.layers)):
+            if spans and index in (settings.shallow, settings.deep):
+                if index == settings.deep and settings.positions == "published":
+                    positions = [self.start + i for i in range(len(positions))]
+                chosen, rows = self._choose(hidden, spans, labels, index)
+                keep, merged, new_spans = [], {}, []
+                for row in range(hidden.shape[1]):
+                    image = next((i for i, span in enumerate(spans) if row in span), None)
+                    if image is not None and row == spans[image].start:
+                        new_spans.append(range(len(keep), len(keep) + len(chosen[image])))
+                    if image is None:
+                        keep.append(row)
+                    elif row - spans[image].start in chosen[image]:
+                        merged[len(keep)] = rows[image][chosen[image].index(row - spans[image].start)]
+                        keep.append(row)
+                hidden = torch.stack([merged.get(i, hidden[0, row]) for i, row in enumerate(keep)])[None]
+                positions = [positions[row] for row in keep]
+                patches = [[of[i] for i in where] for of, where in zip(patches, chosen, strict=True)]
+                labels = [[of[i] for i in where] for of, where in zip(labels, chosen, strict=True)]
+                spans = new_spans
+                self.stages.append(patches)
+            hidden = book._layer(self.model, index, hidden, torch.tensor([positions]), self.cache)
+        return hidden
+
+    def _choose(
+        self, hidden: Tensor, spans: list[range], labels: list[list[int]], index: int
+    ) -> tuple[list[list[int]], list[list[Tensor]]]:
+        """By image: which of its tokens stay, and their hidden states."""
+        keys = self.cache.layers[index - 1].keys[0]
+        new = keys[:, keys.shape[1] - hidden.shape[1] :]
+        groups = [list(range(len(spans)))] if self.pooled else [[i] for i in range(len(spans))]
+        chosen: list[list[int]] = [[] for _ in spans]
+        rows: list[list[Tensor]] = [[] for _ in spans]
+        for group in groups:
+            at = [row for i in group for row in spans[i]]
+            owner = [(i, row - spans[i].start) for i in group for row in spans[i]]
+            values = new[:, at].mean(0).norm(dim=-1).tolist()
+            if index == self.settings.shallow:
+                # Clusters of different images are different clusters.
+                of = [100_000 * i + label for i in group for label in labels[i]]
+                found, where = book.merge(hidden[0, at], values, of, self.settings.merged * len(group))
+            else:
+                number = self.settings.kept * len(group)
+                where = sorted(sorted(range(len(values)), key=values.__getitem__)[:number])
+                found = hidden[0, at][where]
+            for place, row in zip(where, found, strict=True):
+                image, offset = owner[place]
+                chosen[image].append(offset)
+                rows[image].append(row)
+        return chosen, rows
