@@ -87,9 +87,9 @@ def test_generate(case: dict[str, Any], model: LlavaForConditionalGeneration) ->
     assert out.sequences[0, ids.shape[1] :].tolist() == case["tokens"][1:]
     assert largest_error(torch.cat(out.logits), data["sdpa/scores"]) < TOLERANCE
 
-    schedule = config.schedule(shape, text_tokens=ids.shape[1] - shape.patches)
-    assert list(schedule.kv_rows()) == case["kv_len_prefill"]
-    assert schedule.prompt_tokens == case["prefill_len"]
+    schedule, words = config.schedule(shape), ids.shape[1] - shape.patches
+    assert list(schedule.kv_rows(words)) == case["kv_len_prefill"]
+    assert schedule.prompt_tokens(words) == case["prefill_len"]
     # The last token of all is never fed back.
     assert out.past_key_values.length.tolist() == [case["decode_position_ids"][-1] + 1]
 
@@ -97,7 +97,7 @@ def test_generate(case: dict[str, Any], model: LlavaForConditionalGeneration) ->
     if not config.prune:
         assert selection.kept is None and selection.stages == ()
         return
-    assert [stage.tokens for stage in schedule.stages] == case["budget"]
+    assert [stage.total for stage in schedule.decoder_stages] == case["budget"]
     assert partition(selection.labels[0]) == partition(data["vision/labels"][0])
     start = case["pre"]
     merged = torch.cat((data["sdpa/shallow/selected_abs"], data["sdpa/shallow/merged_positions"])).sort().values - start

@@ -55,12 +55,12 @@ def mixed() -> torch.Tensor:
 TWO_IMAGES = torch.tensor([[4, *[IMAGE] * PATCHES, 5, *[IMAGE] * PATCHES, 6]])
 IDS, PIXELS = prompt(), pixels()
 FORWARD = {
-    "image token without pixels": ({"input_ids": IDS}, ["64 image tokens", "no pixel_values"]),
+    "image token without pixels": ({"input_ids": IDS}, ["placeholders of 1 images", "no pixel_values"]),
     "pixels without image token": ({"input_ids": text(3, 4), "pixel_values": PIXELS}, ["no image token"]),
     "pixels without text": ({"pixel_values": PIXELS}, ["input_ids", "NoneType"]),
-    "mixed batch": ({"input_ids": mixed(), "pixel_values": pixels(2)}, ["some prompts", "two batches"]),
-    "two images in one prompt": ({"input_ids": TWO_IMAGES, "pixel_values": PIXELS}, ["128 image tokens", "64"]),
-    "two images for one prompt": ({"input_ids": TWO_IMAGES, "pixel_values": pixels(2)}, ["2 images", "1 prompts"]),
+    "an image too many in a batch": ({"input_ids": mixed(), "pixel_values": pixels(2)}, ["2 images", "placeholders of 1"]),
+    "one image for two": ({"input_ids": TWO_IMAGES, "pixel_values": PIXELS}, ["1 images", "placeholders of 2"]),
+    "three images for two": ({"input_ids": TWO_IMAGES, "pixel_values": pixels(3)}, ["3 images", "placeholders of 2"]),
     "63 placeholders": ({"input_ids": prompt(image_tokens=63), "pixel_values": PIXELS}, ["63", "64"]),
     "65 placeholders": ({"input_ids": prompt(image_tokens=65), "pixel_values": PIXELS}, ["65", "64"]),
     "one of two short": (
@@ -76,7 +76,7 @@ FORWARD = {
     "image channels": ({"input_ids": IDS, "pixel_values": torch.zeros(1, 1, SIDE, SIDE)}, ["(1, 1, 112, 112)", "3"]),
     "3-D pixels": ({"input_ids": IDS, "pixel_values": PIXELS[0]}, ["(3, 112, 112)"]),
     "5-D pixels": ({"input_ids": IDS, "pixel_values": PIXELS[None]}, ["(1, 1, 3, 112, 112)"]),
-    "no image": ({"input_ids": IDS, "pixel_values": PIXELS[:0]}, ["0 images", "1 prompts"]),
+    "no image": ({"input_ids": IDS, "pixel_values": PIXELS[:0]}, ["placeholders of 1 images", "no pixel_values"]),
     "integer pixels": ({"input_ids": IDS, "pixel_values": PIXELS.byte()}, ["torch.uint8", "floating"]),
     "complex pixels": ({"input_ids": IDS, "pixel_values": PIXELS + 0j}, ["torch.complex64"]),
     "list of pixels": ({"input_ids": IDS, "pixel_values": [PIXELS]}, ["pixel_values", "list"]),
@@ -107,13 +107,13 @@ FORWARD = {
         {"input_ids": text(*[5] * 64), "past_key_values": PrunedCache(max_length=LIMIT + 1)},
         [str(LIMIT + 1), str(LIMIT)],
     ),
-    "wrong batch": ({"input_ids": IDS, "pixel_values": pixels(2)}, ["2 images", "1 prompts"]),
+    "wrong batch": ({"input_ids": IDS, "pixel_values": pixels(2)}, ["2 images", "placeholders of 1"]),
     "use_cache": ({"input_ids": text(3), "use_cache": False}, ["use_cache=False"]),
     "output_attentions": ({"input_ids": text(3), "output_attentions": True}, ["output_attentions"]),
     "output_hidden_states": ({"input_ids": text(3), "output_hidden_states": True}, ["output_hidden_states"]),
     "inputs_embeds": ({"inputs_embeds": torch.zeros(1, 3, 64)}, ["inputs_embeds"]),
     "position_ids": ({"input_ids": text(3), "position_ids": text(0)}, ["position_ids"]),
-    "labels": ({"input_ids": text(3), "labels": text(3)}, ["labels"]),
+    "labels": ({"input_ids": text(3), "labels": text(3)}, ["labels", "train the stock model"]),
     "logits_to_keep": ({"input_ids": text(3), "logits_to_keep": 2}, ["logits_to_keep=2"]),
     "foreign cache": ({"input_ids": text(3), "past_key_values": DynamicCache()}, ["DynamicCache"]),
     "unknown argument": ({"input_ids": text(3), "image_sizes": text(3)}, ["image_sizes"]),
@@ -129,8 +129,8 @@ def test_forward_refuses(fast, name):
 
 
 GENERATE = {
-    "assistant": ({"assistant_model": shared(3)}, ["assisted_generation", "greedy_search"]),
-    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, ["assisted_generation", "beam_search"]),
+    "assistant": ({"assistant_model": shared(3)}, ["assistant_model", "take back"]),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, ["prompt_lookup_num_tokens", "take back"]),
     "use_cache": ({"use_cache": False}, ["use_cache=False"]),
     "prefill_chunk_size": ({"prefill_chunk_size": 8}, ["prefill_chunk_size"]),
     "cache_implementation": ({"cache_implementation": "static"}, ["cache_implementation"]),
@@ -138,7 +138,6 @@ GENERATE = {
     "output_attentions": ({"output_attentions": True}, ["output_attentions"]),
     "output_hidden_states": ({"output_hidden_states": True}, ["output_hidden_states"]),
     "foreign cache": ({"past_key_values": DynamicCache()}, ["past_key_values"]),
-    "own cache": ({"past_key_values": PrunedCache()}, ["past_key_values"]),
     "beyond the positions": ({"max_new_tokens": LIMIT - 25}, [str(LIMIT + 1), str(LIMIT)]),
     "position_ids": ({"position_ids": torch.arange(78)[None]}, ["position_ids"]),
     "labels": ({"labels": IDS}, ["labels"]),
@@ -147,7 +146,7 @@ GENERATE = {
     "list of ids": ({"input_ids": IDS.tolist()}, ["list"]),
     "float ids": ({"input_ids": IDS.float()}, ["torch.float32"]),
     "id beyond vocabulary": ({"input_ids": IDS + 1}, [str(VOCAB)]),
-    "no pixels": ({"pixel_values": None}, ["64 image tokens"]),
+    "no pixels": ({"pixel_values": None}, ["placeholders of 1 images"]),
     "mask of another length": ({"attention_mask": torch.tensor([[0, 1, 1]])}, ["(1, 3)", "(1, 78)"]),
     "all-zero mask": ({"attention_mask": torch.zeros(1, 78)}, ["without tokens"]),
     "NaN": ({"pixel_values": spoil(pixels(), math.nan)}, ["NaN"]),
@@ -177,10 +176,10 @@ def filled(running, tokens: int = 0) -> PrunedCache:
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        ({"input_ids": text(3, 4)}, ["2 tokens", "one token"]),
-        ({"input_ids": IDS, "pixel_values": PIXELS}, ["78 tokens and an image"]),
-        ({"input_ids": text(3), "pixel_values": PIXELS}, ["1 tokens and an image"]),
-        ({"input_ids": torch.tensor([[3], [4]])}, ["2 tokens", "1 sequences"]),
+        ({"input_ids": text(*[5] * 65)}, ["65 text tokens", "largest bucket, 64"]),
+        ({"input_ids": IDS, "pixel_values": pixels(2)}, ["2 images", "placeholders of 1"]),
+        ({"input_ids": text(3), "pixel_values": PIXELS}, ["no image token"]),
+        ({"input_ids": torch.tensor([[3], [4]])}, ["2 samples", "a cache of 1"]),
         ({"input_ids": text(3).float()}, ["torch.float32"]),
         ({"input_ids": text(VOCAB)}, [f"vocabulary of {VOCAB}"]),
         ({"input_ids": text(3), "use_cache": False}, ["use_cache=False"]),
@@ -199,9 +198,9 @@ def test_filled_cache_refuses(running, request_, words):
 
 
 def test_cache_overflow(running):
-    cache = filled(running, 64)
-    assert cache.get_max_cache_shape() == cache.get_seq_length() == 78 + 64
-    with pytest.raises(InputError, match=r"full after 142 tokens.*max_new_tokens"):
+    cache = filled(running, 66)  # 64, and what the bucket of the prompt has left
+    assert cache.get_max_cache_shape() == cache.get_seq_length() == 78 + 66
+    with pytest.raises(InputError, match=r"full after 144 tokens.*max_new_tokens"):
         running(text(3), past_key_values=cache)
 
 

@@ -183,8 +183,8 @@ def test_autocast_reaches_no_export(model) -> None:
     fast = vitcop_compile.optimize(model, THIRD, backend="eager")
     exports = (
         lambda: fast.programs.export_vision(1),
-        lambda: fast.programs.export_prefill(1, 60),
-        lambda: fast.programs.export_decode(1, 90),
+        lambda: fast.programs.export_prefill(1, 32),
+        lambda: fast.programs.export_extend(1, 1, (90, 80, 70)),
     )
     for export in exports:
         plain = [str(node.target) for node in export().graph.nodes]
@@ -244,7 +244,7 @@ def test_programs_on_cuda_belong_to_a_worker(model, monkeypatch) -> None:
     fast = vitcop_compile.optimize(model, THIRD, backend="eager")
     provider, threads = fast.on_demand, set()
     expected = tokens(fast, 0)
-    monkeypatch.setattr(provider, "compiled", {})
+    provider.release()
     monkeypatch.setattr(provider, "device", torch.device("cuda"))
     owned = vitcop_compile.backends.Backend(
         lambda program: lambda *inputs: (threads.add(threading.get_ident()), program.module()(*inputs))[1], graphs=True

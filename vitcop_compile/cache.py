@@ -107,7 +107,8 @@ class PrunedCache(Cache):
 
     @contextlib.contextmanager
     def unless_it_fails(self) -> Iterator[None]:
-        """A turn that ends in an error within the context leaves the counts on the device as they were: it can be tried again."""
+        """A turn that ends in an error within the context leaves the counts on the device as they were: it can be tried
+        again."""
         held = self.held_buffers
         counts = (held.length, held.position, held.removed)
         before = [tensor.clone() for tensor in counts] if self.filled else []

@@ -218,7 +218,7 @@ def _compile(arm: Arm, subject: Subject, new_tokens: int, steps: Steps) -> None:
     """Makes the programs that `generate` will ask for, by the same two calls."""
 
     def made() -> str:
-        return f"[{', '.join(key[0] for key in arm.model.compiled) or 'nothing'} exported]"
+        return f"[{', '.join(key[0] for key in arm.model.compiled) or 'nothing'} made]"
 
     ids = subject.inputs["input_ids"]
     with steps.step(f"{arm.name}: compiling vision, prefill", made):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,19 +70,3 @@ def plain() -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         yield
-
-
-def compiling_at_first_call(program: Callable[..., Any]) -> Callable[..., Any]:
-    """`program`, whose first call is made as `tracing` asks: some backends trace and compile only then."""
-    ready = False
-
-    def call(*inputs: Any) -> Any:
-        nonlocal ready
-        if ready:
-            return program(*inputs)
-        with tracing():
-            outputs = program(*inputs)
-        ready = True
-        return outputs
-
-    return call

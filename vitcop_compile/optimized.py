@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
@@ -13,8 +14,8 @@ from .backends import Program, backend_of, writing_rows
 from .cache import PrunedCache
 from .config import ViTCoPConfig
 from .errors import InputError
-from .isolation import compiling_at_first_call, tracing
 from .layout import Layout
+from .program_cache import ProgramCache, bytes_of
 from .programs import Programs
 from .prompt import ImageInput
 from .runtime import Ask, CompiledModel, Plan, bucket
@@ -24,6 +25,8 @@ from .worker import Worker
 
 PROMPT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 NEW_TOKEN_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
+# What programs may hold together, weights that they share left out.
+PROGRAM_BYTES = 8 * 2**30
 # Caches of later turns grow in steps, so that few programs serve many conversations.
 _ROWS = 256
 
@@ -35,16 +38,25 @@ class CompiledOnDemand:
     with the rows of the caches by group of layers.
     """
 
-    def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int]):
+    def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int], program_bytes: int):
         self.programs = programs
+        self._cache = ProgramCache(program_bytes)
         self.backend = backend_of(backend)
         self._prompt_buckets = _check_buckets(prompt_buckets)
-        self.compiled: dict[tuple, Callable[..., Any]] = {}
         self._worker: Worker | None = None
         family, parameter = programs.family, next(programs.family.head.parameters())
         self.image = ImageInput(family.image_token_id, family.pixel_shape, family.shape.patches)
         self.position_dims = family.position_dims
         self.device, self.dtype = parameter.device, parameter.dtype
+
+    @property
+    def compiled(self) -> dict[tuple, Program]:
+        """The programs made so far by key."""
+        return self._cache.programs
+
+    def release(self) -> None:
+        """Lets all programs go; the next request makes its own."""
+        self._cache.release()
 
     @property
     def schedule(self) -> Schedule:
@@ -98,11 +110,12 @@ class CompiledOnDemand:
     def _get(
         self, key: tuple, export: Callable[[], ExportedProgram], around: Callable[[Program], Program] = lambda program: program
     ) -> Program:
-        if key not in self.compiled:
-            with tracing():
-                if key not in self.compiled:  # another thread may have made it while this one waited
-                    self.compiled[key] = self._owned(compiling_at_first_call(around(self.backend(export()))))
-        return self.compiled[key]
+        def make() -> tuple[Program, int]:
+            program = export()
+            size = bytes_of(program, self.backend.copies_weights)
+            return self._owned(around(self.backend(program))), size
+
+        return self._cache.get(key, make)
 
     def _owned(self, program: Program) -> Program:
         """CUDA graphs belong to the thread that recorded them: one thread calls all programs, whoever asks."""
@@ -127,6 +140,18 @@ class OptimizedModel(CompiledModel):
         self.pruning_config = pruning_config
         self.backend = backend
         self._weights = Weights(model, copied=backend_of(backend).copies_weights)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of the stock model, which the programs share."""
+        return self.model.parameters(recurse)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{sum(key[0] == kind for key in self.compiled)} {kind}" for kind in ("vision", "prefill", "extend"))
+        tokens = f"{self.schedule.patches} to {self.schedule.mean_visual_tokens():.1f} visual tokens"
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {tokens}, backend={self.backend!r}, "
+            f"{self.dtype} on {self.device}, programs: {kinds})"
+        )
 
     def check_weights(self) -> None:
         """Raises UnsupportedError if the model is no longer what was optimized; every request begins with this."""
@@ -155,6 +180,10 @@ class OptimizedModel(CompiledModel):
     def compiled(self) -> tuple[tuple, ...]:
         """Keys of the programs made so far, as `CompiledOnDemand` has them."""
         return tuple(self._on_demand.compiled)
+
+    def release(self) -> None:
+        """Lets all programs go: the next request makes its own again. Caches keep what they hold."""
+        self._on_demand.release()
 
     def warmup(self, batch_size: int = 1, text_tokens: int = 64, max_new_tokens: int = 64, images: int = 1) -> None:
         """Exports, compiles and runs once every program that a request of `batch_size` prompts with so many `images` each

@@ -14,7 +14,7 @@ from .capture import capture
 from .config import DEFAULT_PRESET, ViTCoPConfig
 from .errors import UnsupportedError
 from .families import family_of
-from .optimized import PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
+from .optimized import PROGRAM_BYTES, PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
 from .programs import Programs
 
 
@@ -25,6 +25,7 @@ def optimize(
     backend: str = "inductor",
     attn_implementation: str = "sdpa",
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
+    program_bytes: int = PROGRAM_BYTES,
     dump: str | Path | None = None,
 ) -> OptimizedModel:
     """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded, or wholly on "meta".
@@ -32,7 +33,8 @@ def optimize(
     config: what to prune, `DEFAULT_PRESET` by default; backend: a name in `backends.BACKENDS`; attn_implementation: "sdpa" or
     "flash_attention_2", the kernels that attention lowers to; prompt_buckets: ascending numbers of text tokens that prompts
     are padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
-    through `warmup`. dump: a folder that gets every graph after every pass, as text. A model on the meta device is for
+    through `warmup`. program_bytes: what programs may hold together; beyond that the one used
+    longest ago is let go. dump: a folder that gets every graph after every pass, as text. A model on the meta device is for
     planning: it has a schedule and its programs can be exported.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
@@ -46,7 +48,7 @@ def optimize(
     config.schedule(family.shape)
     captured = capture(family, model)
     programs = Programs(family, captured, config, attn_implementation, None if dump is None else Path(dump))
-    return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets), config, backend)
+    return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets, program_bytes), config, backend)
 
 
 def _check_weights(model: PreTrainedModel) -> None:

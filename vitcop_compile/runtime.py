@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ class CompiledModel(GenerationMixin):
 
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
+    output_modalities = ("text",)
+    training = False
     _is_stateful = False
 
     def __init__(self, provider: Provider, config: Any, generation_config: GenerationConfig):
@@ -122,6 +124,23 @@ class CompiledModel(GenerationMixin):
         """The schedule as a table: tokens, KV rows and FLOPs per group of layers."""
         return explain(self.schedule)
 
+    def eval(self) -> Self:
+        """The model itself: programs are made for evaluation."""
+        return self
+
+    def to(self, *place: Any, **named: Any) -> Self:
+        """The model itself, for the device and type that it has. Raises InputError for others: programs are made for one."""
+        wanted = [*place, *named.values()]
+        device = torch.device(next((item for item in wanted if isinstance(item, str | torch.device | int)), self.device))
+        dtype = next((item for item in wanted if isinstance(item, torch.dtype)), self.dtype)
+        same = device.type == self.device.type and device.index in (None, self.device.index)
+        if not same or dtype != self.dtype:
+            raise InputError(
+                f"the programs are made for {self.dtype} on {self.device}, not for {dtype} on {device}: move or convert the "
+                "stock model, and optimize that"
+            )
+        return self
+
     def can_generate(self) -> bool:
         """Yes."""
         return True
@@ -155,6 +174,11 @@ class CompiledModel(GenerationMixin):
         Raises InputError for inputs that the programs cannot take, before anything is exported or compiled.
         """
         given = sorted(name for name, value in unsupported.items() if value is not None and value is not False)
+        if "labels" in given:
+            raise InputError(
+                "labels need the logits of every position, and gradients: programs compute the last token's alone; train the "
+                "stock model"
+            )
         if given:
             raise InputError(f"{', '.join(given)} cannot be used with a compiled model: pass input_ids and pixel_values")
         if logits_to_keep not in (None, 0, 1):
@@ -185,6 +209,11 @@ class CompiledModel(GenerationMixin):
         given = [name for name in ("position_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if given:
             raise InputError(f"{', '.join(given)} cannot be used with a compiled model: pass input_ids and pixel_values")
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name) is not None:
+                raise InputError(
+                    f"{name} is not supported: a pruned cache cannot take back tokens that were guessed; leave it out"
+                )
         if self.device.type == "meta":
             raise InputError("the weights are on the meta device, which holds no values: load the model to generate")
         if CACHE_NAME != "past_key_values" and "past_key_values" in kwargs:
@@ -288,8 +317,8 @@ class CompiledModel(GenerationMixin):
             raise InputError(f"past_key_values is a {type(cache).__name__}: a compiled model works on the cache it returns")
         elif cache.filled and cache.batch != batch_size * (expand := _expansion(generation_config)):
             raise InputError(
-                f"{batch_size * expand} sequences (prompts times beams) follow on a cache of {cache.batch}: beams need a cache of "
-                "their own; pass the whole conversation without one"
+                f"{batch_size * expand} sequences (prompts times beams) follow on a cache of {cache.batch}: beams need a "
+                "cache of their own; pass the whole conversation without one"
             )
         cache.max_length = generation_config.max_length
         self._running.cache = cache

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention import sdpa
-from ..passes.decode_cache import attend_apart
+from ..passes.attach_cache import attend_apart
 
 # ATen's fused operators; a call that dispatches to none of them is composed of matrix products and a softmax.
 _FUSED = {
