@@ -1,7 +1,8 @@
 """Streams of random requests through one model, each answered as a fresh model answers it.
 
-The reference is a runtime without a past (no buffers, no caches) for every request, on eager programs. Where an image prompt
-has as many rows as a prompt without one, what serves both must tell them apart: 64 patches stay, and buckets differ by 64.
+The reference is a runtime without a past (no buffers, no caches) for every request, on eager programs; a conversation has one
+of its own. Where an image prompt has as many rows as a prompt without one, what serves both must tell them apart: 64 patches
+stay, and buckets differ by 64. What the eager programs compute is compared with stock layers in `test_turns`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ SPOKEN = 3  # new tokens of a request, however many it asks for: its caches are 
 
 @dataclass(frozen=True)
 class Request:
-    """lengths: text tokens of every prompt; side: where pads stand; beams: 1 for greedy or, with a seed, for sampling."""
+    """lengths: text tokens of every prompt; images: of every prompt; side: where pads stand; beams: 1 for greedy or, with a
+    seed, for sampling."""
 
     lengths: tuple[int, ...]
-    image: bool
+    images: tuple[int, ...]
     side: str = "left"
     beams: int = 1
     new_tokens: int = 2
@@ -42,12 +44,15 @@ class Request:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         prompts = []
-        for at, length in enumerate(self.lengths):
+        for at, (length, images) in enumerate(zip(self.lengths, self.images, strict=True)):
             words = torch.tensor([models.text(length, seed=7 * length + at)])
             run = torch.full((1, models.PATCHES), models.IMAGE)
-            prompts.append(torch.cat((words[:, : length // 2], run, words[:, length // 2 :]), 1) if self.image else words)
+            cut = length // (images + 1)
+            parts = [part for i in range(images) for part in (words[:, i * cut : (i + 1) * cut], run)]
+            prompts.append(torch.cat((*parts, words[:, images * cut :]), 1))
         ids, mask = models.pad(prompts, self.side)
-        pixels = {"pixel_values": models.pixels(len(prompts), sum(self.lengths))} if self.image else {}
+        total = sum(self.images)
+        pixels = {"pixel_values": models.pixels(total, sum(self.lengths))} if total else {}
         return {"input_ids": ids, "attention_mask": mask} | pixels
 
 
@@ -59,6 +64,7 @@ class Held:
     reference: Any
     batch: int
     room: int = field(default=60)
+    turns: int = field(default=0)
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +118,10 @@ class Stream(RuleBasedStateMachine):
     beams: tuple[int, ...] = (1, 1, 1, 2)
     rooms: tuple[int, ...] = (1, 2, 2, 5, 66)
     sampled = True
+    # Of each prompt: whether prompts of a batch may differ, how many there may be, and whether later turns bring some.
+    mixed = True
+    images: tuple[int, ...] = (0, 0, 1, 1, 2)
+    later_images: tuple[int, ...] = (0, 0, 1)
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,13 +134,17 @@ class Stream(RuleBasedStateMachine):
         length = st.sampled_from((1, 2, 20, 31, 32, 33, 90, 96))
         drawn = Request(
             tuple(data.draw(length) for _ in range(batch)),
-            data.draw(st.booleans()),
+            self.counts(data, batch, self.images),
             data.draw(st.sampled_from(("left", "right"))),
             beams,
             data.draw(st.sampled_from(self.rooms)),
             data.draw(st.sampled_from((None, 1))) if self.sampled and beams == 1 else None,
         )
         return dataclasses.replace(drawn, **fixed)
+
+    def counts(self, data: Any, batch: int, of: tuple[int, ...]) -> tuple[int, ...]:
+        count = st.sampled_from(of)
+        return tuple(data.draw(count) for _ in range(batch)) if self.mixed else (data.draw(count),) * batch
 
     @rule(data=st.data(), keep=st.booleans())
     def serve(self, data: Any, keep: bool) -> None:
@@ -146,7 +160,7 @@ class Stream(RuleBasedStateMachine):
     def begin(self, data: Any) -> Held:
         request = self.request(data, beams=1, seed=None)
         if len(request.lengths) not in self.batches:
-            request = dataclasses.replace(request, lengths=request.lengths * 2)
+            request = dataclasses.replace(request, lengths=request.lengths * 2, images=request.images * 2)
         inputs = request.inputs()
         ours, reference = self.ours(**inputs), fresh(eager())(**inputs)
         torch.testing.assert_close(ours.logits, reference.logits, atol=NEAR, rtol=0)
@@ -163,15 +177,29 @@ class Stream(RuleBasedStateMachine):
         at.room -= 1
         return at if at.room > 1 else multiple()
 
+    @rule(data=st.data(), at=consumes(held), target=held)
+    def turn(self, data: Any, at: Held) -> Any:
+        lengths = tuple(data.draw(st.sampled_from((2, 3, 20))) for _ in range(at.batch))
+        inputs = Request(
+            lengths, self.counts(data, at.batch, self.later_images), data.draw(st.sampled_from(("left", "right")))
+        ).inputs()
+        ours = self.ours(**inputs, past_key_values=at.ours)
+        reference = eager()(**inputs, past_key_values=at.reference)
+        torch.testing.assert_close(ours.logits, reference.logits, atol=NEAR, rtol=0)
+        self.count()
+        at.turns, at.room = at.turns + 1, self.least_room() - 24 * (at.turns + 1)
+        return at if at.turns < 2 else multiple()
+
     @rule(at=held)
-    def refuse_two_tokens(self, at: Held) -> None:
-        with pytest.raises(InputError, match="only one token at a time can follow"):
-            self.ours(input_ids=torch.full((at.batch, 2), 5), past_key_values=at.ours)
+    def refuse_another_batch(self, at: Held) -> None:
+        with pytest.raises(InputError, match=f"{at.batch + 1} samples for a cache of {at.batch}"):
+            self.ours(input_ids=torch.full((at.batch + 1, 2), 5), past_key_values=at.ours)
         self.count()
 
     @rule(data=st.data(), wrong=st.sampled_from(("ids", "pixels", "placeholders", "length")))
     def refuse(self, data: Any, wrong: str) -> None:
-        inputs = self.request(data, image=True, beams=1).inputs()
+        request = self.request(data, beams=1)
+        inputs = dataclasses.replace(request, images=(1,) * len(request.lengths)).inputs()
         if wrong == "ids":
             inputs["input_ids"][0, -1] = models.VOCAB + 5
             inputs["attention_mask"][0, -1] = 1
@@ -180,7 +208,8 @@ class Stream(RuleBasedStateMachine):
         elif wrong == "placeholders":
             inputs["input_ids"][inputs["input_ids"] == models.IMAGE] = 7
         else:
-            inputs = Request((97,) * inputs["input_ids"].shape[0], False).inputs()
+            batch = inputs["input_ids"].shape[0]
+            inputs = Request((97,) * batch, (0,) * batch).inputs()
         with pytest.raises(InputError):
             self.ours.generate(**inputs, max_new_tokens=1)
         self.count()
@@ -210,6 +239,7 @@ class OnnxRuntime(Stream):
     beams = (1, 1, 2)
     rooms = (1, 2, 5)
     sampled = False  # by the last bit, a draw may differ
+    mixed, images, later_images = False, (0, 1), (0,)
 
 
 @cache
@@ -230,6 +260,7 @@ class Folder(Stream):
     beams = (1, 1, 2)
     rooms = (1, 2, 5, 66)
     sampled = False
+    mixed, images, later_images = False, (0, 1), (0,)
 
 
 ARMS = {"eager": Eager, "onnxruntime": OnnxRuntime, "folder": Folder}
@@ -257,14 +288,14 @@ def test_a_long_stream_is_served_as_fresh_models_serve_it(name: str) -> None:
 def test_equal_rows_of_both_kinds() -> None:
     """The stream that failed: an image prompt and a longer one without, of 96 rows each in layer 0, in one set of buffers."""
     model = fresh(eager())
-    for request in (Request((20,), True, new_tokens=66), Request((90,), False), Request((20,), True, new_tokens=66)):
+    for request in (Request((20,), (1,), new_tokens=66), Request((90,), (0,)), Request((20,), (1,), new_tokens=66)):
         out = generate(model, request)
         assert out.sequences.tolist() == expected(request)[0]
         del out
 
 
 def test_every_row_that_was_asked_for_can_be_used() -> None:
-    inputs = Request((20, 7), True).inputs()
+    inputs = Request((20, 7), (1, 1)).inputs()
     for model in (fresh(eager()), fresh(folder())):
         out = model.generate(**inputs, max_new_tokens=66, do_sample=False)
         assert torch.equal(out, fresh(eager()).generate(**inputs, max_new_tokens=66, do_sample=False))
