@@ -191,7 +191,8 @@ def test_no_manifest(copy: Path, tmp_path: Path) -> None:
 
 FIELDS = [
     "product", "architecture", "config", "shape", "image", "position_dims", "dtype", "batch_size", "max_text_len",
-    "prompt_buckets", "max_new_tokens", "opset", "kv_rows", "programs", "versions", "files", "schedule", "format_version", "digest",
+    "prompt_buckets", "max_new_tokens", "opset", "kv_rows", "programs", "versions", "files",
+    "schedule", "format_version", "digest",
 ]  # fmt: skip
 
 
