@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ..policies import POLICIES
+from ..schedule import Schedule
 from .manifest import NAME, FolderError, Manifest, ProgramSpec, TensorSpec
 
-# Rows a dynamic prompt axis starts at, beside the image: torch.export treats a size of 1 as a constant.
+# Text tokens a dynamic axis starts at: torch.export treats a size of 1 as a constant.
 LEAST_TEXT = 2
 
 
@@ -26,61 +28,86 @@ def check_programs(manifest: Manifest) -> None:
 
 def expected_programs(manifest: Manifest) -> list[ProgramSpec]:
     """The programs of a folder, in the order they are written; files are left as ""."""
-    n, text = manifest.schedule.image_tokens, manifest.max_text_len
-    pruned = manifest.schedule.vision is not None
-    float_, batch = manifest.dtype, manifest.batch_size
-    selection = (_ints("kept", batch, n), _ints("labels", batch, n)) if pruned else ()
-    features = TensorSpec("features", float_, (batch, n, manifest.shape.hidden))
-    pixels = TensorSpec("pixels", float_, (batch, *manifest.image.pixel_shape))
-    programs = [ProgramSpec("vision", "", None, (pixels,), (features, *selection))]
-    spans = [(LEAST_TEXT, text)] if manifest.prompt_buckets is None else [(size, size) for size in manifest.prompt_buckets]
+    programs = [_vision(manifest)]
+    if manifest.prompt_buckets is None:
+        spans = [(LEAST_TEXT, manifest.max_text_len)]
+    else:
+        spans = [(size, size) for size in manifest.prompt_buckets]
     for least, most in spans:
-        programs.append(_prefill(manifest, features, n + least, n + most, True))
-        programs.append(_prefill(manifest, features, least, most, False))
-    return [*programs, _decode(manifest)]
+        programs.append(_prefill(manifest, least, most))
+        if most > 1:  # one token is a decoding step
+            programs.append(_extend(manifest, "extend", (least, most)))
+    return [*programs, _extend(manifest, "decode", None)]
 
 
-def _prefill(manifest: Manifest, features: TensorSpec, least: int, most: int, image: bool) -> ProgramSpec:
-    schedule, batch = manifest.schedule, manifest.batch_size
-    rows: int | str = most if least == most else "rows"
-    stages = schedule.stages if image else ()
-    given: tuple[TensorSpec, ...] = ()
-    if image:
-        n = schedule.image_tokens
-        given = (features, _ints("visual", batch, n), *([_ints("labels", batch, n)] if stages else []))
-    caches = []
-    for name, _, delta in _caches(manifest):
-        removed = delta if image else 0
-        kept: int | str = rows - removed if isinstance(rows, int) else f"rows-{removed}" if removed else rows
-        caches.append(TensorSpec(name, manifest.dtype, (batch, manifest.shape.kv_heads, kept, manifest.shape.head_dim)))
+def _states(schedule: Schedule) -> int:
+    """Tensors of state that the vision program gives."""
+    return POLICIES[schedule.vision.policy].adds if schedule.vision else 0
+
+
+def _vision(manifest: Manifest) -> ProgramSpec:
+    batch = manifest.batch_size
+    pixels = TensorSpec("pixels", manifest.dtype, (batch, *manifest.image.pixel_shape))
+    kept = (_ints("kept", batch, manifest.schedule.image_tokens),) if manifest.schedule.vision else ()
+    return ProgramSpec("vision", "", None, (pixels,), (_features(manifest), *kept, *_state(manifest)))
+
+
+def _prefill(manifest: Manifest, least: int, most: int) -> ProgramSpec:
+    schedule, batch, n = manifest.schedule, manifest.batch_size, manifest.schedule.image_tokens
+    rows: int | str = n + most if least == most else "rows"
+    stages = schedule.decoder_stages
+    given = (
+        _ints("ids", batch, rows),
+        _ints("last", batch),
+        _ints("positions", manifest.position_dims, batch, rows),
+        _features(manifest),
+        _ints("visual", batch, n),
+        *(_state(manifest) if stages else ()),
+    )
+    found = (_ints(f"stage_{stage.layer}", batch, stage.total) for stage in stages)
+    written = []
+    for removed in schedule.removed_rows():
+        written.append(rows - removed if isinstance(rows, int) else f"rows-{removed}" if removed else rows)
     return ProgramSpec(
-        "prefill" if image else "text",
-        "",
-        (least, most),
-        (_ints("ids", batch, rows), _ints("last", batch), *given),
-        (_logits(manifest), *(_ints(f"stage_{stage.layer}", batch, stage.tokens) for stage in stages), *caches),
+        "prefill", "", (n + least, n + most), given, (_logits(manifest), *found, *_key_values(manifest, "", written))
     )
 
 
-def _decode(manifest: Manifest) -> ProgramSpec:
-    batch, shape = manifest.batch_size, manifest.shape
-    groups = len(set(manifest.schedule.removed_rows()))
-    caches = [TensorSpec(name, manifest.dtype, (batch, *dims)) for name, dims, _ in _caches(manifest)]
-    rows = [
-        TensorSpec(f"new_{name}", manifest.dtype, (batch, shape.kv_heads, 1, shape.head_dim)) for name, *_ in _caches(manifest)
-    ]
-    taken = (_ints("token", batch, 1), _ints("length", batch), _ints("offsets", groups), *caches)
-    return ProgramSpec("decode", "", None, taken, (_logits(manifest), *rows))
+def _extend(manifest: Manifest, kind: str, span: tuple[int, int] | None) -> ProgramSpec:
+    """More tokens on filled caches; one token without a `span`."""
+    batch, schedule = manifest.batch_size, manifest.schedule
+    least, most = span or (1, 1)
+    rows: int | str = most if least == most else "rows"
+    given = (
+        _ints("ids", batch, rows),
+        _ints("last", batch),
+        _ints("length", batch),
+        _ints("position", batch),
+        _ints("removed", len(schedule.group_tokens()), batch),
+        *_key_values(manifest, "", [manifest.cache_rows[group] for group in schedule.groups]),
+    )
+    written = [rows] * manifest.shape.layers
+    return ProgramSpec(kind, "", span, given, (_logits(manifest), *_key_values(manifest, "new_", written)))
 
 
-def _caches(manifest: Manifest) -> list[tuple[str, tuple[int, int, int], int]]:
-    """(name, dimensions beside the batch, rows missing) of every key and value cache."""
-    shape = manifest.shape
+def _key_values(manifest: Manifest, prefix: str, rows: list[int | str] | list[int]) -> list[TensorSpec]:
+    """Keys and values of every layer, of so many rows each."""
+    shape, batch = manifest.shape, manifest.batch_size
     return [
-        (f"{name}_{layer}", (shape.kv_heads, manifest.cache_rows - delta, shape.head_dim), delta)
-        for layer, delta in enumerate(manifest.schedule.removed_rows())
+        TensorSpec(f"{prefix}{name}_{layer}", manifest.dtype, (batch, shape.kv_heads, count, shape.head_dim))
+        for layer, count in enumerate(rows)
         for name in ("key", "value")
     ]
+
+
+def _features(manifest: Manifest) -> TensorSpec:
+    shape = (manifest.batch_size, manifest.schedule.image_tokens, manifest.shape.hidden)
+    return TensorSpec("features", manifest.dtype, shape)
+
+
+def _state(manifest: Manifest) -> list[TensorSpec]:
+    schedule = manifest.schedule
+    return [_ints(f"state_{i}", manifest.batch_size, schedule.image_tokens) for i in range(_states(schedule))]
 
 
 def _logits(manifest: Manifest) -> TensorSpec:

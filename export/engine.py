@@ -14,8 +14,10 @@ from transformers import AutoConfig, GenerationConfig
 
 from ..backends import writing_rows
 from ..errors import InputError
-from ..runtime import CompiledModel, Plan
-from .contract import check_programs
+from ..layout import Layout
+from ..runtime import Ask, CompiledModel, Plan
+from ..schedule import Schedule
+from .contract import LEAST_TEXT, check_programs
 from .manifest import FolderError, Manifest, ProgramSpec
 from .ort import OrtProgram
 
@@ -23,61 +25,112 @@ Runner = Callable[..., Sequence[Tensor]]
 
 
 class EngineFolder:
-    """Provides the programs of a folder, loaded when first used and kept."""
+    """Provides the programs of a folder, loaded when first used and kept.
+
+    Every program takes a whole batch: all of its prompts hold one image, or none does.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, load: Callable[[Path, ProgramSpec], Runner], device: torch.device):
         self._folder, self.manifest, self._load = folder, manifest, load
-        self.schedule, self.image = manifest.schedule, manifest.image
+        self.image, self.position_dims = manifest.image, manifest.position_dims
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
+        self.schedule = manifest.schedule
+        self._schedules = {self.schedule.layout: self.schedule}
         self._loaded: dict[str, Runner] = {}
+        self._around: dict[str, Runner] = {}
         self._loading = threading.Lock()
-        self._step: Runner | None = None
 
-    def plan(self, batch: int, text: int, new_tokens: int, image: bool) -> Plan:
-        """Rows of the exported profile. Raises InputError for a request beyond it."""
-        held = self.manifest
-        if batch != held.batch_size:
-            raise InputError(
-                f"{batch} sequences (prompts times beams), the engine was built for {held.batch_size}: export again"
-            )
-        if text > held.max_text_len:
-            raise InputError(f"{text} text tokens in a prompt exceed max_text_len={held.max_text_len} of the engine")
-        if new_tokens > held.max_new_tokens:
-            raise InputError(f"max_new_tokens={new_tokens} exceeds max_new_tokens={held.max_new_tokens} of the engine")
-        kept = self.schedule.image_tokens if image else 0
-        if held.prompt_buckets is not None:
-            rows = next(size for size in held.prompt_buckets if text <= size) + kept
-        else:
-            spans = sorted(spec.rows for spec in held.programs if spec.kind == _prefill_kind(image) and spec.rows)
-            rows = next(max(least, text + kept) for least, most in spans if text + kept <= most)
-        return Plan(rows, held.cache_rows, held.max_new_tokens)
+    def schedule_of(self, layout: Layout) -> Schedule:
+        """That of a prompt with the images of `layout`, of which programs take one at most."""
+        if layout not in self._schedules:
+            self._schedules[layout] = self.manifest.config.schedule(self.manifest.shape, layout)
+        return self._schedules[layout]
 
-    def default_new_tokens(self) -> int:
-        """Room of a cache made by `forward`."""
-        return self.manifest.max_new_tokens
+    def plan(self, ask: Ask) -> Plan:
+        """Text rows of the exported profile, and the caches of the folder. Raises InputError for a request beyond it."""
+        folder = self.manifest
+        self._check_kind(ask)
+        if ask.text > folder.max_text_len:
+            raise InputError(f"{ask.text} text tokens in a prompt exceed max_text_len={folder.max_text_len} of the engine")
+        if ask.held:
+            self._check_room(ask)
+        elif ask.new is not None and ask.new > folder.max_new_tokens:
+            raise InputError(f"max_new_tokens={ask.new} exceeds max_new_tokens={folder.max_new_tokens} of the engine")
+        if folder.prompt_buckets is None:
+            return Plan(max(LEAST_TEXT, ask.text), folder.cache_rows)
+        return Plan(next(size for size in folder.prompt_buckets if ask.text <= size), folder.cache_rows)
 
-    def vision(self, batch: int) -> Runner:
+    def vision(self, images: int) -> Runner:
         """The vision program."""
+        self._check_batch(images)
         return self._get(self.manifest.program("vision"))
 
-    def prefill(self, batch: int, rows: int, image: bool) -> Runner:
-        """The prefill program for `rows` rows, or the text-only one."""
-        return self._get(self.manifest.program(_prefill_kind(image), rows))
+    def prefill(self, batch: int, text: int, images: int, rows: tuple[int, ...], filled: bool = False) -> Runner:
+        """The prefill program for `text` text rows; its keys and values are written into the caches here."""
+        self._check_batch(batch)
+        spec = self.manifest.program("prefill", text + self.schedule.image_tokens)
+        return self._writing(spec, filled=False)
 
-    def decode(self, batch: int, cache_rows: int) -> Runner:
-        """The decode program; its new keys and values are written into the caches here, one row per layer and step."""
-        if self._step is None:
-            program = self._get(self.manifest.program("decode"))
-            step = writing_rows(program, self.schedule.removed_rows())
-            # A runner that can replay a whole step, the writes included, brings its own wrapper.
-            graphed = getattr(program, "graphed", None)
-            self._step = step if graphed is None else graphed(step)
-        return self._step
+    def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Runner:
+        """The program for so many more tokens, 1 a decoding step; its new keys and values are written into the caches here."""
+        self._check_batch(batch)
+        spec = self.manifest.program("decode") if tokens == 1 else self.manifest.program("extend", tokens)
+        return self._writing(spec, filled=True)
 
     def bytes_per_step(self) -> int:
         """Bytes of keys and values that a decode step hands to the host and the host writes into the caches."""
         outputs = self.manifest.program("decode").outputs[1:]
         return sum(torch.Size(spec.shape).numel() for spec in outputs) * self.dtype.itemsize  # type: ignore[arg-type, misc]
+
+    def _check_kind(self, ask: Ask) -> None:
+        """Raises InputError for what no program of a folder takes, whatever the numbers."""
+        self._check_batch(ask.batch)
+        if ask.images > 1:
+            raise InputError(
+                f"{ask.images} images in a prompt, the engine takes one: ask about each alone, or call optimize(), whose "
+                "model takes several"
+            )
+        if not ask.alike:
+            raise InputError(
+                "some prompts of the batch hold an image and others none, the engine takes a batch of one kind: ask in a "
+                "request for each kind, or call optimize(), whose model takes both at once"
+            )
+        if ask.held and ask.images:
+            raise InputError(
+                "a later turn holds an image, the engine takes one in the first prompt alone: if it is the first of the "
+                "conversation, pass all of that without a cache, or call optimize(), whose model takes images in every turn"
+            )
+        if ask.rows and ask.rows != self.manifest.cache_rows:
+            raise InputError(
+                f"the cache has {ask.rows} rows by group of layers, the engine's have {self.manifest.cache_rows}: a cache "
+                "goes back to the model that returned it"
+            )
+
+    def _check_batch(self, batch: int) -> None:
+        size = self.manifest.batch_size
+        if batch != size:
+            raise InputError(f"{batch} sequences (prompts times beams), the engine was built for {size}: export again")
+
+    def _check_room(self, ask: Ask) -> None:
+        """Raises InputError if a later turn and its new tokens do not fit behind what the caches hold."""
+        free = min(rows - held for rows, held in zip(ask.rows, ask.held, strict=True))
+        new = ask.new or 1
+        if ask.text + new > free:
+            folder = self.manifest
+            raise InputError(
+                f"{ask.text} text tokens and {new} new ones do not fit into the {free} rows that are left of the engine's "
+                f"max_text_len={folder.max_text_len} and max_new_tokens={folder.max_new_tokens}: ask for fewer, or export "
+                "with more"
+            )
+
+    def _writing(self, spec: ProgramSpec, filled: bool) -> Runner:
+        if spec.file not in self._around:
+            program = self._get(spec)
+            step = writing_rows(program, self.schedule.groups, filled=filled)
+            # A runner that can replay a whole decoding step, the writes included, brings its own wrapper.
+            graphed = getattr(program, "graphed", None) if spec.kind == "decode" else None
+            self._around.setdefault(spec.file, step if graphed is None else graphed(step))
+        return self._around[spec.file]
 
     def _get(self, spec: ProgramSpec) -> Runner:
         if spec.file not in self._loaded:
@@ -90,7 +143,8 @@ class EngineFolder:
 class EngineModel(CompiledModel):
     """Programs loaded from a folder that `vitcop_compile.export.export` wrote, with transformers' `generate()`.
 
-    The batch size, the longest prompt and the number of new tokens are those of the export.
+    The batch size, the longest turn and the room for new tokens are those of the export. Prompts of a batch hold one image
+    each, or none; turns after the first are text.
     """
 
     def __init__(self, engines: EngineFolder, config: Any, generation_config: GenerationConfig):
@@ -133,7 +187,3 @@ class EngineModel(CompiledModel):
 
             device, load = loader(manifest)
         return cls(EngineFolder(root, manifest, load, device), config, generation)
-
-
-def _prefill_kind(image: bool) -> str:
-    return "prefill" if image else "text"

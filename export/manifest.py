@@ -17,14 +17,14 @@ from ..prompt import ImageInput
 from ..schedule import ModelShape, Schedule
 
 _Kind = TypeVar("_Kind")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = "vitcop.json"
 # What transformers reads of a folder, whatever the product.
 CONFIGS = ("config.json", "generation_config.json")
 DTYPES = ("float32", "float16", "bfloat16")
 PRODUCTS = ("onnx", "tensorrt", "tensorrt_rtx")
 OPSETS = range(18, 25)
-PROGRAMS = ("vision", "prefill", "text", "decode")
+PROGRAMS = ("vision", "prefill", "extend", "decode")
 
 
 class FolderError(VitcopError):
@@ -33,7 +33,7 @@ class FolderError(VitcopError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output. A dimension is a count, or "rows" for a dynamic number of prompt rows (plus an offset)."""
+    """One input or output. A dimension is a count, or "rows" for a dynamic number of rows of a turn (less an offset)."""
 
     name: str
     dtype: str
@@ -42,7 +42,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """One program file. rows: prompt rows it takes, least and most (equal if static); None where there are none.
+    """One program file. rows: those of a turn that it takes, least and most (equal if static); None where there are none.
 
     profiles: optimization profiles of a TensorRT engine with dynamic rows, each (least, optimal, most) of "rows".
     """
@@ -57,13 +57,15 @@ class ProgramSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything `vitcop.json` says. `files` maps every other file of the folder to (SHA-256, bytes)."""
+    """Everything `vitcop.json` says. position_dims: of a token's position; kv_rows: rows of every layer's cache; `files` maps
+    every other file of the folder to (SHA-256, bytes)."""
 
     product: str
     architecture: str
     config: ViTCoPConfig
     shape: ModelShape
     image: ImageInput
+    position_dims: int
     dtype: str
     batch_size: int
     max_text_len: int
@@ -77,13 +79,13 @@ class Manifest:
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule, resolved anew from config and shape."""
-        return self.config.schedule(self.shape, text_tokens=self.max_text_len)
+        """The schedule of a prompt with one image, resolved anew from config and shape."""
+        return self.config.schedule(self.shape)
 
     @property
-    def cache_rows(self) -> int:
-        """Rows of layer 0's KV cache."""
-        return self.schedule.image_tokens + self.max_text_len + self.max_new_tokens
+    def cache_rows(self) -> tuple[int, ...]:
+        """Rows of the KV caches of each group of layers."""
+        return tuple(tokens + self.max_text_len + self.max_new_tokens for tokens in self.schedule.group_tokens())
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -91,7 +93,6 @@ class Manifest:
         schedule = self.schedule
         return {
             "image_tokens": schedule.image_tokens,
-            "vision": dataclasses.asdict(schedule.vision) if schedule.vision else None,
             "stages": [dataclasses.asdict(stage) for stage in schedule.stages],
             "visual_tokens": list(schedule.visual_tokens()),
         }
@@ -119,7 +120,9 @@ class Manifest:
             raise FolderError(f"{NAME} holds a {type(values).__name__}: an object is expected")
         version = values.get("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
-            raise FolderError(f"{NAME}: format_version {version!r} cannot be read, this package reads {FORMAT_VERSION}")
+            raise FolderError(
+                f"{NAME}: format_version {version!r} cannot be read, this package reads {FORMAT_VERSION}: export again with it"
+            )
         known = {f.name for f in dataclasses.fields(cls)} | {"format_version", "schedule", "digest"}
         if unknown := sorted(values.keys() - known):
             raise FolderError(f"{NAME}: unknown fields {unknown}; the folder may need a newer vitcop-compile")
@@ -154,7 +157,7 @@ class Manifest:
                 raise FolderError(f"{name} does not have the SHA-256 in {NAME}: the file was changed or swapped")
 
     def program(self, kind: str, rows: int | None = None) -> ProgramSpec:
-        """The program of `kind` that takes `rows` prompt rows."""
+        """The program of `kind` that takes a turn of `rows` rows."""
         for spec in self.programs:
             if spec.kind == kind and (rows is None or spec.rows is None or spec.rows[0] <= rows <= spec.rows[1]):
                 return spec
@@ -165,14 +168,14 @@ class Manifest:
             raise FolderError(f"{NAME}: product {self.product!r} is none of {', '.join(PRODUCTS)}")
         if self.dtype not in DTYPES:
             raise FolderError(f"{NAME}: dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        for name in ("batch_size", "max_text_len", "max_new_tokens", "opset"):
+        for name in ("position_dims", "batch_size", "max_text_len", "max_new_tokens", "opset"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise FolderError(f"{NAME}: {name}={value!r} is not a positive count")
         if self.opset not in OPSETS:
             raise FolderError(f"{NAME}: opset={self.opset} is none of {OPSETS.start} to {OPSETS.stop - 1}")
         schedule = self.schedule
-        if self.kv_rows != schedule.kv_rows(self.max_new_tokens):
+        if self.kv_rows != schedule.kv_rows(self.max_text_len, self.max_new_tokens):
             raise FolderError(f"{NAME}: kv_rows do not follow from config, shape, max_text_len and max_new_tokens")
         kinds = {spec.kind for spec in self.programs}
         if kinds != set(PROGRAMS):

@@ -82,7 +82,7 @@ def _check_signature(file: str, values: list[Any], stated: tuple[TensorSpec, ...
 
 
 def check_inputs(spec: ProgramSpec, inputs: tuple[Tensor, ...]) -> int | None:
-    """Checks count, types and shapes against a program's spec; returns the number of prompt rows. Raises InputError."""
+    """Checks count, types and shapes against a program's spec; returns the rows of the turn. Raises InputError."""
     if len(inputs) != len(spec.inputs):
         raise InputError(f"{spec.kind} takes {len(spec.inputs)} inputs, got {len(inputs)}")
     rows: int | None = spec.rows[1] if spec.rows else None
@@ -92,7 +92,7 @@ def check_inputs(spec: ProgramSpec, inputs: tuple[Tensor, ...]) -> int | None:
         if expected.name == "ids" and tensor.dim() == 2 and spec.rows is not None:
             rows = tensor.shape[1]
             if not spec.rows[0] <= rows <= spec.rows[1]:
-                raise InputError(f"{spec.kind}: {rows} prompt rows, the engine takes {spec.rows[0]} to {spec.rows[1]}")
+                raise InputError(f"{spec.kind}: {rows} rows of a turn, the engine takes {spec.rows[0]} to {spec.rows[1]}")
         if tuple(tensor.shape) != resolve(expected.shape, rows):
             raise InputError(
                 f"{spec.kind}: input {expected.name} has shape {tuple(tensor.shape)}, the engine takes "
@@ -102,7 +102,7 @@ def check_inputs(spec: ProgramSpec, inputs: tuple[Tensor, ...]) -> int | None:
 
 
 def resolve(shape: tuple[int | str, ...], rows: Any) -> tuple[int, ...]:
-    """The shape of a spec for `rows` prompt rows: "rows" and "rows-110" become counts."""
+    """The shape of a spec for a turn of `rows` rows: "rows" and "rows-110" become counts."""
     return tuple(dim if isinstance(dim, int) else _count(dim, rows) for dim in shape)
 
 

@@ -126,7 +126,8 @@ class TensorRtProgram:
             return
         fitting = [i for i, (least, _, most) in enumerate(self._spec.profiles) if least <= rows <= most]
         if not fitting:
-            raise InputError(f"{self._spec.kind}: {rows} prompt rows are in none of the profiles {list(self._spec.profiles)}")
+            profiles = list(self._spec.profiles)
+            raise InputError(f"{self._spec.kind}: a turn of {rows} rows is in none of the profiles {profiles}")
         if fitting[0] != self._profile:
             self._context.set_optimization_profile_async(fitting[0], stream.cuda_stream)
             self._profile = fitting[0]

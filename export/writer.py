@@ -40,11 +40,11 @@ def export(
 ) -> Path:
     """Writes `model` as a folder that deploys without its Python: "onnx", or "tensorrt" engines.
 
-    batch_size: sequences per call (prompts times beams); max_text_len: text tokens of the longest prompt; max_new_tokens:
-    rows for generated tokens; prompt_buckets: static prompt lengths, ending in max_text_len, in place of a dynamic text axis:
-    one ONNX file each, or one optimization profile each of a TensorRT engine; opset: 18 to 24; processor: saved beside the
-    engines; build_options: of `tensorrt.BuildOptions`. Visual budgets are static. Returns the folder, which appears whole or
-    not at all.
+    batch_size: sequences per call (prompts times beams), all with one image or all without; max_text_len: text tokens of the
+    longest turn; max_new_tokens: rows for generated tokens; later turns of text use what is left of both; prompt_buckets:
+    static lengths of a turn's text, ending in max_text_len, in place of a dynamic axis: ONNX files for each, or an
+    optimization profile for each in a TensorRT engine; opset: 18 to 24; processor: saved beside the engines; build_options:
+    of `tensorrt.BuildOptions`. Visual budgets are static. Returns the folder, which appears whole or not at all.
 
     Raises ConfigError for numbers that do not fit, UnsupportedError for a format or a missing package, before any work.
     """
@@ -84,13 +84,14 @@ def export(
             config=model.pruning_config,
             shape=schedule.shape,
             image=model.image,
+            position_dims=model.programs.family.position_dims,
             dtype=str(model.dtype).removeprefix("torch."),
             batch_size=batch_size,
             max_text_len=max_text_len,
             prompt_buckets=buckets,
             max_new_tokens=max_new_tokens,
             opset=opset,
-            kv_rows=model.pruning_config.schedule(schedule.shape, text_tokens=max_text_len).kv_rows(max_new_tokens),
+            kv_rows=schedule.kv_rows(max_text_len, max_new_tokens),
             programs=tuple(specs),
             versions=_versions(),
         )
@@ -105,42 +106,35 @@ def export(
 def _programs(
     model: OptimizedModel, batch: int, text: int, new: int, spans: list[tuple[int, int]]
 ) -> Iterator[tuple[str, tuple[int, int] | None, Callable[[], ExportedProgram], list[str], list[str]]]:
-    """(kind, prompt rows, export, input names, output names) of every program of a folder."""
-    programs, text_programs = model.programs, model.text_programs
-    schedule = programs.schedule
-    pruned = schedule.vision is not None
-    vision = ["features", "kept", "labels"] if pruned else ["features"]
-    yield "vision", None, lambda: programs.export_vision(batch, exact=False), ["pixels"], vision
-    caches = [f"{name}_{layer}" for layer in range(schedule.shape.layers) for name in ("key", "value")]
-    stages = [f"stage_{stage.layer}" for stage in schedule.stages]
-    image = ["features", "visual", *(["labels"] if schedule.stages else [])]
-    for fewest, most in spans:
-        for kind, source, base, extra, found in (
-            ("prefill", programs, schedule.image_tokens, image, stages),
-            ("text", text_programs, 0, [], []),
-        ):
-            least = base + fewest
-            dynamic = None if fewest == most else least
-
-            def make(
-                source: Any = source, rows: int = base + most, kind: str = kind, dynamic: Any = dynamic
-            ) -> ExportedProgram:
-                return source.export_prefill(batch, rows, kind == "prefill", dynamic)
-
-            yield kind, (least, base + most), make, ["ids", "last", *extra], ["logits", *found, *caches]
-    rows = schedule.image_tokens + text + new
+    """(kind, rows of a turn, export, input names, output names) of every program of a folder."""
+    programs, schedule = model.programs, model.schedule
+    layers = range(schedule.shape.layers)
+    state = [f"state_{i}" for i in range(programs.states)]
+    kept = ["kept"] if schedule.vision else []
+    yield "vision", None, lambda: programs.export_vision(batch, exact=False), ["pixels"], ["features", *kept, *state]
+    caches = [f"{name}_{layer}" for layer in layers for name in ("key", "value")]
+    stages = [f"stage_{stage.layer}" for stage in schedule.decoder_stages]
+    image = ["ids", "last", "positions", "features", "visual", *(state if stages else [])]
+    longer = ["ids", "last", "length", "position", "removed", *caches]
     new_rows = [f"new_{name}" for name in caches]
-    yield (
-        "decode",
-        None,
-        lambda: programs.export_decode(batch, rows, in_place=False),
-        ["token", "length", "offsets", *caches],
-        ["logits", *new_rows],
-    )
+    n, rows = schedule.image_tokens, [tokens + text + new for tokens in schedule.group_tokens()]
+    for least, most in spans:
+        dynamic = None if least == most else least
+
+        def prefill(most: int = most, dynamic: int | None = dynamic) -> ExportedProgram:
+            return programs.export_prefill(batch, most, in_place=False, least_text=dynamic)
+
+        def extend(most: int = most, dynamic: int | None = dynamic) -> ExportedProgram:
+            return programs.export_extend(batch, most, rows, in_place=False, least_tokens=dynamic)
+
+        yield "prefill", (n + least, n + most), prefill, image, ["logits", *stages, *caches]
+        if most > 1:  # one token is a decoding step
+            yield "extend", (least, most), extend, longer, ["logits", *new_rows]
+    yield "decode", None, lambda: programs.export_extend(batch, 1, rows, in_place=False), longer, ["logits", *new_rows]
 
 
 def _spans(format: str, text: int, buckets: tuple[int, ...] | None) -> list[tuple[int, int]]:
-    """Fewest and most text tokens of every prefill file: one file with dynamic rows, or one for each bucket.
+    """Fewest and most text tokens of every prefill and extend file: one of each with dynamic rows, or one for each bucket.
 
     TensorRT takes one file for all buckets: an engine holds its weights once and a profile for every bucket.
     """

@@ -20,7 +20,7 @@ import reference_llava as reference
 import torch
 from folders import BUDGET, CONFIG, FOLDERS, LAYERS, NEW, SETTINGS, SHIFTS, STEPS, TEXT, folder, generate, optimized
 from golden import largest_error
-from models import PATCHES, pad, pixels, prompt, text
+from models import pad, pixels, prompt, text
 from torch import Tensor
 from vitcop_compile.export import EngineModel, FolderError, Manifest, export, writer
 from vitcop_compile.export import onnx as onnx_export
@@ -119,7 +119,8 @@ def test_bytes_of_a_step(engine: Callable) -> None:
     spec = model.manifest.program("decode")
     program = model.engines._get(spec)
     cache = model(input_ids=prompt(), pixel_values=pixels()).past_key_values
-    given = (cache.token, cache.length, cache.offsets, *cache.buffers)
+    held = cache.held_buffers
+    given = (held.token, held.last, held.length, held.position, held.removed, *held.layers)
     assert all(tensor.is_contiguous() for tensor in given)  # what is not is copied before it is bound
     copies = [buffer.clone() for buffer in cache.buffers]
     logits, *rows = program(*given)
@@ -167,10 +168,11 @@ def test_graphs(name: str) -> None:
             a.s for node in nodes if node.op_type.startswith("Scatter") for a in node.attribute if a.name == "reduction"
         ]
         assert set(scatters) <= {b"none"}
-        # Decode attends to cache and new row apart: a decomposition at every opset. The vision stage adds its CLS scores.
+        # Over caches, held and new rows are attended to apart: a decomposition at every opset. The vision stage adds its CLS
+        # scores.
         attentions = names.count("Attention") + names.count("Softmax")
         assert attentions == {"vision": 4}.get(kind, LAYERS)
-        if opset == 23 and kind in ("prefill", "text"):
+        if opset == 23 and kind == "prefill":
             assert names.count("Attention") == LAYERS
 
 
@@ -180,10 +182,10 @@ def test_only_rows_are_dynamic(name: str) -> None:
         for value in (*model.graph.input, *model.graph.output):
             dims = value.type.tensor_type.shape.dim
             dynamic = [i for i, dim in enumerate(dims) if not dim.HasField("dim_value")]
-            may = name == "dynamic" and kind in ("prefill", "text")
-            if may and value.name == "ids":
+            rows = {"prefill": r"positions|(key|value)_\d", "extend": r"new_(key|value)_\d"}.get(kind)
+            if name == "dynamic" and rows and value.name == "ids":
                 assert dynamic == [1]
-            elif may and re.match(r"(key|value)_\d", value.name):
+            elif name == "dynamic" and rows and re.fullmatch(rows, value.name):
                 assert dynamic == [2]
             else:
                 assert not dynamic, (kind, value.name)
@@ -197,7 +199,7 @@ def test_weights_are_stored_once() -> None:
         assert {entry["location"] for entry in external} == {"weights.bin"}
         places[kind] = {(entry["offset"], entry["length"]) for entry in external}
         assert all(len(t.raw_data) < 1024 for t in model.graph.initializer)
-    assert places["text"] <= places["prefill"] and len(places["text"] & places["decode"]) >= 7 * LAYERS + 2
+    assert places["extend"] <= places["prefill"] and len(places["extend"] & places["decode"]) >= 7 * LAYERS + 2
     # Nothing of the machine that exported.
     assert not any(
         b"/site-packages/" in file.read_bytes() or b"vitcop_compile" in file.read_bytes() for file in path.glob("*.onnx")
@@ -206,20 +208,20 @@ def test_weights_are_stored_once() -> None:
 
 def test_manifest(fast: Any) -> None:
     values = json.loads((folder("pair") / "vitcop.json").read_text())
-    assert (values["format_version"], values["product"], values["dtype"], values["opset"]) == (1, "onnx", "float32", 18)
+    assert (values["format_version"], values["product"], values["dtype"], values["opset"]) == (2, "onnx", "float32", 18)
     assert values["kv_rows"] == [TEXT + BUDGET + NEW - shift for shift in SHIFTS]
     assert values["schedule"]["visual_tokens"] == [BUDGET - shift for shift in SHIFTS]
-    assert [stage["tokens"] for stage in values["schedule"]["stages"]] == [18, 7]
+    assert [stage["tokens"] for stage in values["schedule"]["stages"]] == [[BUDGET], [18], [7]]
     assert (values["batch_size"], values["prompt_buckets"]) == (2, [10, TEXT])
     assert {"torch", "transformers", "onnx", "onnxruntime", "vitcop-compile"} <= values["versions"].keys()
     present = {file.name for file in folder("pair").iterdir()} - {"vitcop.json"}
     assert present == values["files"].keys()
-    assert {"config.json", "generation_config.json", "weights.bin", "prefill_40.onnx", "text_24.onnx"} <= present
+    assert {"config.json", "generation_config.json", "weights.bin", "prefill_40.onnx", "extend_24.onnx"} <= present
     for name, (digest, size) in values["files"].items():
         data = (folder("pair") / name).read_bytes()
         assert (hashlib.sha256(data).hexdigest(), len(data)) == (digest, size)
     ranges = {spec["kind"]: spec["rows"] for spec in json.loads((folder("dynamic") / "vitcop.json").read_text())["programs"]}
-    assert ranges == {"vision": None, "prefill": [32, 54], "text": [2, TEXT], "decode": None}
+    assert ranges == {"vision": None, "prefill": [32, 54], "extend": [2, TEXT], "decode": None}
 
 
 _PEAK = """
@@ -260,12 +262,12 @@ def test_plan_names_value_and_bound(engine: Callable) -> None:
         ({"inputs": prompt(20, 5), "max_new_tokens": 2, **given}, "25 text tokens in a prompt exceed max_text_len=24"),
         ({"inputs": torch.tensor([text(25)]), "max_new_tokens": 2}, "25 text tokens in a prompt exceed max_text_len=24"),
         ({"inputs": ids.repeat(2, 1), "max_new_tokens": 2, "pixel_values": pixels(2)}, "2 sequences .* built for 1"),
-        ({"inputs": ids, "max_new_tokens": 2, "pixel_values": pixels(2)}, "2 images for 1 prompts: exactly one image"),
+        ({"inputs": ids, "max_new_tokens": 2, "pixel_values": pixels(2)}, "2 images for placeholders of 1: pass as many"),
         ({"inputs": ids, "max_new_tokens": 2, "pixel_values": pixels().int()}, "dtype torch.int32: pass normalised"),
         ({"inputs": ids.float(), "max_new_tokens": 2, **given}, "dtype torch.float32: pass int64"),
         (
             {"inputs": torch.cat((ids, ids[:, 5:]), 1), "max_new_tokens": 2, **given},
-            f"128 image tokens, one image needs {PATCHES}",
+            "1 images for placeholders of 2: pass as many",
         ),
     ):
         with pytest.raises(InputError, match=message):
@@ -273,22 +275,24 @@ def test_plan_names_value_and_bound(engine: Callable) -> None:
 
 
 def test_threads_of_a_program_do_not_spin_into_the_next(engine: Callable) -> None:
-    options = engine("dynamic").engines.prefill(1, 8, image=False)._session.get_session_options()
+    options = engine("dynamic").engines._get(engine("dynamic").manifest.program("decode"))._session.get_session_options()
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_programs_check_their_inputs(engine: Callable) -> None:
     engines = engine("dynamic").engines
-    run = engines.prefill(1, 8, image=False)
+    run = engines._get(engines.manifest.program("extend", 8))
+    _, *rest = optimized().programs.extend_inputs(1, 8, engines.manifest.cache_rows)
     ids, last = torch.ones(1, 8, dtype=torch.int64), torch.tensor([7])
-    assert isinstance(run, OrtProgram) and run(ids, last)[0].shape == (1, 1, models.VOCAB)
+    assert isinstance(run, OrtProgram) and run(ids, *rest)[0].shape == (1, 1, models.VOCAB)
+    others = rest[1:]
     for inputs, message in (
-        ((ids,), "text takes 2 inputs, got 1"),
-        ((ids.int(), last), "input ids is torch.int32, the engine takes int64"),
-        ((ids[:, :1], last), "1 prompt rows, the engine takes 2 to 24"),
-        ((ids.repeat(1, 4), last), "32 prompt rows, the engine takes 2 to 24"),
-        ((ids.repeat(2, 1), last), r"input ids has shape \(2, 8\), the engine takes \(1, 8\)"),
-        ((ids, last.repeat(2)), r"input last has shape \(2,\), the engine takes \(1,\)"),
+        ((ids,), "extend takes 11 inputs, got 1"),
+        ((ids.int(), last, *others), "input ids is torch.int32, the engine takes int64"),
+        ((ids[:, :1], last, *others), "1 rows of a turn, the engine takes 2 to 24"),
+        ((ids.repeat(1, 4), last, *others), "32 rows of a turn, the engine takes 2 to 24"),
+        ((ids.repeat(2, 1), last, *others), r"input ids has shape \(2, 8\), the engine takes \(1, 8\)"),
+        ((ids, last.repeat(2), *others), r"input last has shape \(2,\), the engine takes \(1,\)"),
     ):
         with pytest.raises(InputError, match=message):
             run(*inputs)

@@ -21,7 +21,7 @@ from vitcop_compile.export import EngineModel, FolderError
 
 from vitcop_compile.errors import VitcopError
 
-FILES = ("vision.onnx", "prefill.onnx", "text.onnx", "decode.onnx", "weights.bin", "config.json", "generation_config.json")
+FILES = ("vision.onnx", "prefill.onnx", "extend.onnx", "decode.onnx", "weights.bin", "config.json", "generation_config.json")
 NAME = "vitcop.json"
 WRONG: list[Any] = [None, True, -1, 0, 1.5, "x", "", [], {}, ["x"], {"x": 1}, [[]], 10**40, [None]]
 
@@ -167,11 +167,12 @@ def test_a_broken_graph_that_nobody_hashed(copy: Path) -> None:
         (b'{"format_version": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),
         (b"[]", "holds a list: an object is expected"),
         (b"null", "holds a NoneType"),
-        (b"{}", "format_version None cannot be read, this package reads 1"),
+        (b"{}", "format_version None cannot be read, this package reads 2"),
         (b'{"format_version": true}', "format_version True cannot be read"),
-        (b'{"format_version": 2, "new": 1}', "format_version 2 cannot be read, this package reads 1"),
-        (b'{"format_version": 1}', "fields .* are missing"),
-        (b'{"format_version": 1, "novelty": 1, "b": 2}', r"unknown fields \['b', 'novelty'\]; the folder may need a newer"),
+        (b'{"format_version": 1, "old": 1}', "format_version 1 cannot be read, this package reads 2: export again"),
+        (b'{"format_version": 3, "new": 1}', "format_version 3 cannot be read, this package reads 2"),
+        (b'{"format_version": 2}', "fields .* are missing"),
+        (b'{"format_version": 2, "novelty": 1, "b": 2}', r"unknown fields \['b', 'novelty'\]; the folder may need a newer"),
     ],
 )
 def test_other_manifests(data: bytes, message: str, copy: Path) -> None:
@@ -189,8 +190,9 @@ def test_no_manifest(copy: Path, tmp_path: Path) -> None:
 
 
 FIELDS = [
-    "product", "architecture", "config", "shape", "image", "dtype", "batch_size", "max_text_len", "prompt_buckets",
-    "max_new_tokens", "opset", "kv_rows", "programs", "versions", "files", "schedule", "format_version", "digest",
+    "product", "architecture", "config", "shape", "image", "position_dims", "dtype", "batch_size", "max_text_len",
+    "prompt_buckets", "max_new_tokens", "opset", "kv_rows", "programs", "versions", "files",
+    "schedule", "format_version", "digest",
 ]  # fmt: skip
 
 

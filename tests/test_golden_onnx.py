@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import golden
 import models
 import pytest
 import test_golden_e2e as e2e
-import torch
 from folders import generate, without_collection
 from golden import largest_error
 from vitcop_compile.export import EngineModel, Manifest, export
@@ -42,25 +38,8 @@ def _golden_params() -> list:
     ]
 
 
-@pytest.fixture(scope="module")
-def one_text_program() -> Iterator[None]:
-    """The text program is the same in every folder: its conversion, the slow part, is made once for an opset."""
-    convert, made = torch.onnx.export, {}
-
-    def once(program: Any, **options: Any) -> Any:
-        if options["input_names"] != ["ids", "last"]:
-            return convert(program, **options)
-        key = options["opset_version"]
-        if key not in made:
-            made[key] = convert(program, **options).model
-        return SimpleNamespace(model=made[key].clone())
-
-    with mock.patch("torch.onnx.export", once):
-        yield
-
-
 @pytest.mark.parametrize(("case", "opset"), _golden_params())
-def test_golden(case: dict, opset: int, golden_model: Any, one_text_program: None, tmp_path: Path) -> None:
+def test_golden(case: dict, opset: int, golden_model: Any, tmp_path: Path) -> None:
     data, config = golden.load("e2e", case["file"]), e2e._config(case["env"])
     fast = models.optimize(golden_model, config)
     ids = e2e._expanded(data["input_ids"], golden_model.config.image_token_id, fast.schedule.shape.patches)

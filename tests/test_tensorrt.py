@@ -87,7 +87,7 @@ def test_rtx_builds_every_program_whole(built):
     manifest.verify(engines)
     assert manifest.product == "tensorrt_rtx"
     assert manifest.versions["tensorrt_rtx"] == importlib.import_module("tensorrt_rtx").__version__
-    assert [spec.kind for spec in manifest.programs] == ["vision", "prefill", "text", "decode"]
+    assert [spec.kind for spec in manifest.programs] == ["vision", "prefill", "extend", "decode"]
     plans = {f"{spec.kind}/engine.plan" for spec in manifest.programs}
     assert {spec.file for spec in manifest.programs} == plans
     assert {path.relative_to(engines).as_posix() for path in engines.rglob("*") if path.is_file()} == plans | {
@@ -106,23 +106,24 @@ def test_rtx_budgets_are_static_and_profiles_span_the_rows(built):
     manifest, schedule = Manifest.read(engines), optimized.schedule
     by_kind = {spec.kind: spec for spec in manifest.programs}
     shapes = {spec.name: spec.shape for spec in (*by_kind["vision"].outputs, *by_kind["prefill"].outputs)}
-    assert shapes["kept"] == shapes["labels"] == (1, schedule.image_tokens)
-    for stage in schedule.stages:
-        assert shapes[f"stage_{stage.layer}"] == (1, stage.tokens)
-    for kind, image in (("prefill", schedule.image_tokens), ("text", 0)):
+    assert shapes["kept"] == shapes["state_0"] == (1, schedule.image_tokens)
+    for stage in schedule.decoder_stages:
+        assert shapes[f"stage_{stage.layer}"] == (1, stage.total)
+    for kind, image in (("prefill", schedule.image_tokens), ("extend", 0)):
         if manifest.prompt_buckets is None:
             assert by_kind[kind].profiles == ((2 + image, TEXT + image, TEXT + image),)
         else:
             assert by_kind[kind].profiles == tuple((size + image,) * 3 for size in BUCKETS)
         assert by_kind[kind].rows == (by_kind[kind].profiles[0][0], by_kind[kind].profiles[-1][2])
     assert by_kind["vision"].profiles == by_kind["decode"].profiles == ()
-    for spec, rows in zip(by_kind["decode"].inputs[3::2], manifest.kv_rows, strict=True):
-        assert spec.shape[2] == rows
+    for kind in ("extend", "decode"):
+        for spec, rows in zip(by_kind[kind].inputs[5::2], manifest.kv_rows, strict=True):
+            assert spec.shape[2] == rows
 
 
 @needs_rtx
 def test_onnxruntime_agrees_on_the_files_the_rtx_engines_were_built_from(built):
-    """Prefill, then a decode step, from the same features: the graph's own arithmetic, not TensorRT's."""
+    """Prefill, then more text or a decode step, from the same features: the graph's own arithmetic, not TensorRT's."""
     optimized, onnx, _ = built
     if optimized.dtype == torch.bfloat16:
         pytest.skip("onnxruntime's CPU provider has no bfloat16 kernels for these graphs; the float16 files are compared")
@@ -136,10 +137,11 @@ def test_onnxruntime_agrees_on_the_files_the_rtx_engines_were_built_from(built):
     assert same >= 0.95 * kept.shape[1]
     rows = optimized.schedule.image_tokens + TEXT
     caches = compare_prefill(run["prefill"], programs, (features, labels), rows)
-    step = decode_inputs(programs, caches, rows)
-    plain = programs.export_decode(1, rows + NEW, in_place=False).module(check_guards=False)
-    for value, expected in zip(run["decode"](*step), plain(*step), strict=True):
-        close(value, expected)
+    for kind, tokens in (("decode", 1), ("extend", 8)):
+        taken = extend_inputs(programs, caches, rows, tokens, manifest.cache_rows)
+        plain = programs.export_extend(1, tokens, manifest.cache_rows, in_place=False).module(check_guards=False)
+        for value, expected in zip(run[kind](*taken), plain(*taken), strict=True):
+            close(value, expected)
 
 
 @torch.no_grad()
@@ -150,11 +152,12 @@ def compare_prefill(run, programs, image, rows):
     it shifts. Where both select alike everything must agree; where no prompt of eight is, what does not hang on one token.
     """
     features, labels = image
-    stages = len(programs.schedule.stages)
+    stages = len(programs.schedule.decoder_stages)
+    positions = torch.arange(rows).repeat(1, 1, 1)
     visual = torch.arange(features.shape[1])[None] + 2
-    module = programs.prefill_module()
+    module = programs.prefill_module(in_place=False)
     for _ in range(8):
-        inputs = (torch.randint(3, 200, (1, rows)), torch.tensor([rows - 1]), features, visual, labels)
+        inputs = (torch.randint(3, 200, (1, rows)), torch.tensor([rows - 1]), positions, features, visual, labels)
         got, want = run(*inputs), module(*inputs)
         alike = all(torch.equal(got[1 + i], want[1 + i]) for i in range(stages))
         chosen = slice(None) if alike else slice(1 + stages, 3 + stages)  # keys and values before the first stage
@@ -171,11 +174,11 @@ def close(value, want, share=0.03):
     assert (value.float() - want.float()).abs().max() <= share * want.float().abs().max()
 
 
-def decode_inputs(programs, caches, rows):
-    token, length, offsets, *buffers = programs.decode_inputs(1, rows + NEW)
+def extend_inputs(programs, caches, rows, tokens, cache_rows):
+    ids, last, length, position, removed, *buffers = programs.extend_inputs(1, tokens, cache_rows)
     for buffer, cache in zip(buffers, caches, strict=True):
         buffer[:, :, : cache.shape[2]] = cache
-    return torch.full_like(token, 7), torch.full_like(length, rows), offsets, *buffers
+    return torch.full_like(ids, 7), last, torch.full_like(length, rows), torch.full_like(position, rows), removed, *buffers
 
 
 @pytest.fixture(scope="module")

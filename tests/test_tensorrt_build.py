@@ -161,10 +161,10 @@ def test_static_dimension_beside_a_dynamic_one_may_be_unknown_and_a_budget_may_n
 
 
 def test_profiles_of_a_loaded_engine_are_compared():
-    spec = ProgramSpec("text", "t", (2, 8), (TensorSpec("ids", "int64", (1, "rows")),), (), ((2, 8, 8),))
-    tensorrt.check_profiles("text", spec, {"ids": [[[1, 2], [1, 8], [1, 8]]]})
+    spec = ProgramSpec("extend", "t", (2, 8), (TensorSpec("ids", "int64", (1, "rows")),), (), ((2, 8, 8),))
+    tensorrt.check_profiles("extend", spec, {"ids": [[[1, 2], [1, 8], [1, 8]]]})
     with pytest.raises(FolderError, match=r"profiles of ids are \[\[\[1, 2\], \[1, 4\], \[1, 8\]\]\], vitcop.json says"):
-        tensorrt.check_profiles("text", spec, {"ids": [[[1, 2], [1, 4], [1, 8]]]})
+        tensorrt.check_profiles("extend", spec, {"ids": [[[1, 2], [1, 4], [1, 8]]]})
 
 
 @pytest.mark.parametrize(

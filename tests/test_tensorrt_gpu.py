@@ -66,7 +66,7 @@ def test_generation_with_a_graph_equals_generation_without(pair):
     inputs = request_of(engines.config, "<image> describe")
     options = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True)
     graphed = engines.generate(**inputs, **options)
-    step = engines.engines.decode(1, engines.manifest.cache_rows)
+    step = engines.engines.extend(1, 1, engines.manifest.cache_rows)
     assert not step._plain and step._graph is not None, "the decode step was not captured"
     step._plain = True
     try:

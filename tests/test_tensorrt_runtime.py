@@ -68,16 +68,17 @@ def test_torch_tensorrt_is_asked_for_one_engine_and_its_decode_mutates_nothing(f
     backend = backends.backend_of("tensorrt")
     assert not backend.in_place
     optimized = vc.optimize(tiny, settings, backend="eager")
-    program = optimized.programs.export_decode(1, 64, in_place=False)
-    step = backends.writing_rows(backend(program), optimized.schedule.removed_rows())
+    programs, rows = optimized.programs, [64 + tokens for tokens in optimized.schedule.group_tokens()]
+    step = backends.writing_rows(
+        backend(programs.export_extend(1, 1, rows, in_place=False)), optimized.schedule.groups, filled=True
+    )
     assert [options.get("dryrun", False) for options in compiler.calls] == [True, False]
     assert compiler.calls[1]["require_full_compilation"] and compiler.calls[1]["min_block_size"] == 1
-    inputs = optimized.programs.decode_inputs(1, 64)
+    inputs, again = (programs.extend_inputs(1, 1, rows) for _ in range(2))
     (logits,) = step(*inputs)
-    again = optimized.programs.decode_inputs(1, 64)
-    want = optimized.programs.export_decode(1, 64).module(check_guards=False)(*again)
+    want = programs.export_extend(1, 1, rows).module(check_guards=False)(*again)
     assert torch.allclose(logits, want[0], atol=1e-4)
-    for cache, expected in zip(inputs[3:], again[3:], strict=True):
+    for cache, expected in zip(inputs[5:], again[5:], strict=True):
         assert torch.allclose(cache, expected, atol=1e-5)
 
 
@@ -85,7 +86,8 @@ def test_torch_tensorrt_fallback_is_refused_by_node(fake):
     compiler = fake(2)
     tiny = vc.optimize(small_llava(**SIZE, image_size=56), vc.ViTCoPConfig.preset("1/3"), backend="eager")
     with pytest.raises(UnsupportedError, match=r"leave 2 nodes in PyTorch: cumsum_default \(aten.cumsum.default\), cumsum"):
-        tensorrt_backend.compile_whole(tiny.programs.export_decode(1, 64, in_place=False))
+        rows = [64] * len(tiny.schedule.group_tokens())
+        tensorrt_backend.compile_whole(tiny.programs.export_extend(1, 1, rows, in_place=False))
     assert len(compiler.calls) == 1
 
 
@@ -178,8 +180,8 @@ def fake_program(monkeypatch, tmp_path, spec):
 
 
 ROWS = ProgramSpec(
-    "text",
-    "text/engine.plan",
+    "extend",
+    "extend/engine.plan",
     (4, 8),
     (TensorSpec("ids", "int64", (1, "rows")),),
     (TensorSpec("key_0", "float32", (1, "rows-1")),),
@@ -194,9 +196,9 @@ def test_runner_binds_addresses_and_selects_the_profile(monkeypatch, tmp_path):
         (out,) = program(torch.zeros(rows, 1, dtype=torch.int64).T)
         assert torch.equal(out, torch.full((1, rows - 1), float(rows)))
     assert engine.chosen == [1, 0]
-    with pytest.raises(InputError, match=r"5 prompt rows are in none of the profiles \[\(4, 4, 4\), \(8, 8, 8\)\]"):
+    with pytest.raises(InputError, match=r"a turn of 5 rows is in none of the profiles \[\(4, 4, 4\), \(8, 8, 8\)\]"):
         program(torch.zeros(1, 5, dtype=torch.int64))
-    with pytest.raises(InputError, match="9 prompt rows, the engine takes 4 to 8"):
+    with pytest.raises(InputError, match="9 rows of a turn, the engine takes 4 to 8"):
         program(torch.zeros(1, 9, dtype=torch.int64))
     with pytest.raises(InputError, match="an input is on meta, the engine runs on cpu"):
         program(torch.zeros(1, 4, dtype=torch.int64, device="meta"))
@@ -204,7 +206,7 @@ def test_runner_binds_addresses_and_selects_the_profile(monkeypatch, tmp_path):
 
 def test_outputs_are_new_in_every_call_but_those_of_decode(monkeypatch, tmp_path):
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    for kind, same in (("text", False), ("decode", True)):
+    for kind, same in (("extend", False), ("decode", True)):
         _, load = fake_program(monkeypatch, tmp_path, dataclasses.replace(ROWS, kind=kind))
         program = load("p")
         assert (program(ids)[0].data_ptr() == program(ids)[0].data_ptr() and program(ids)[0] is program(ids)[0]) is same
@@ -213,7 +215,7 @@ def test_outputs_are_new_in_every_call_but_those_of_decode(monkeypatch, tmp_path
 def test_plan_that_does_not_load_or_differs_is_refused(monkeypatch, tmp_path):
     (tmp_path / "bad").write_bytes(b"?")
     engine, load = fake_program(monkeypatch, tmp_path, ROWS)
-    with pytest.raises(FolderError, match=r"text/engine\.plan cannot be loaded by fake 0 on none: no reason given; build"):
+    with pytest.raises(FolderError, match=r"extend/engine\.plan cannot be loaded by fake 0 on none: no reason given; build"):
         load("bad")
     engine.profiles = ((4, 4, 4), (4, 8, 8))
     with pytest.raises(FolderError, match=r"profiles of ids are"):

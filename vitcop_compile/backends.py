@@ -85,6 +85,9 @@ def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool) -> 
             group = groups[i // 2]
             if group not in places:
                 places[group] = cache_rows(length, removed, group, row)
+                if row.shape[2] > 1:
+                    # Pads behind a turn may reach beyond the caches; the last row then belongs to a token to come.
+                    places[group] = places[group].clamp_max(cache.shape[2] - 1)
             write_rows(cache, row, places[group])
         return tuple(results)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,6 +185,12 @@ class OptimizedModel(CompiledModel):
     def release(self) -> None:
         """Lets all programs go: the next request makes its own again. Caches keep what they hold."""
         self._on_demand.release()
+
+    def export(self, folder: str | Path, **options: Any) -> Path:
+        """Writes a folder that deploys without this model, as `vitcop_compile.export.export` with `options` does."""
+        from .export import export  # needs packages that are optional
+
+        return export(self, folder, **options)
 
     def warmup(self, batch_size: int = 1, text_tokens: int = 64, max_new_tokens: int = 64, images: int = 1) -> None:
         """Exports, compiles and runs once every program that a request of `batch_size` prompts with so many `images` each

@@ -37,7 +37,7 @@ _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BE
 class Ask(NamedTuple):
     """What a turn needs. batch: sequences; text: text tokens of the longest; images: of the one with most; new: tokens to be
     generated, None if nobody knows; held: rows that the caches hold by group, () before the first turn; rows: those they
-    have."""
+    have; alike: whether all have as many images."""
 
     batch: int
     text: int
@@ -45,6 +45,7 @@ class Ask(NamedTuple):
     new: int | None
     held: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
+    alike: bool = True
 
 
 class Plan(NamedTuple):
@@ -340,7 +341,8 @@ class CompiledModel(GenerationMixin):
         rows = [text + schedules[count].image_tokens for text, count in zip(reading.text, reading.images, strict=True)]
         self._check_length(max(map(sum, zip(rows, cache.lengths or [0] * batch, strict=True))), new or 1)
         counted = [(count, schedules[count].group_tokens()) for count in reading.images]
-        plan = provider.plan(Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows))
+        alike = len(schedules) == 1
+        plan = provider.plan(Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows, alike))
         if not cache.filled or plan.rows != cache.rows:
             shapes = self.schedule.cache_shapes(batch, plan.rows)
             like = ids.new_empty((), dtype=self.dtype)
