@@ -15,8 +15,8 @@ from rich.table import Table
 
 from vitcop_compile import ConfigError, ViTCoPConfig, optimize, regress, toy
 from vitcop_compile.bench import Request
+from vitcop_compile.bench.bind import bind
 from vitcop_compile.regress import compare, gate
-from vitcop_compile.regress.calls import bind
 
 SIZES = {
     "hidden": 256, "heads": 4, "layers": 4, "intermediate": 768, "vision_hidden": 128, "vision_heads": 2, "vision_layers": 2,

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..bench import interleave, median_ratio
+from ..bench.bind import bind
+from ..bench.timing import Call
 from ..config import ViTCoPConfig
 from ..errors import ConfigError
 from ..optimized import OptimizedModel
 from . import facts as fact
 from .baseline import Baseline, Record, here, load, machine, save, versions
-from .calls import Call, bind
 from .compare import MEASURES, Failure, Report, Timing, broken_promises, compare_facts, failure_of, judge, timing_of
 from .subject import GIVEN, TOY, Build, Settings, Source, builder, check_settings
 
