@@ -123,7 +123,7 @@ def test_a_quick_run_is_the_default_and_options_win(monkeypatch):
     ("arguments", "message"),
     [
         (["missing.json"], "missing.json cannot be read: No such file"),
-        (["old.json"], "old.json holds no results of this version's benchmarks: measure them anew"),
+        (["old.json"], "old.json: rows.0 lacks arm, preset, ratio_to: measure the results anew"),
         (["empty.json"], "the results have no rows: there is nothing to draw"),
         (["empty.json", "--format", "pdf"], "format 'pdf' is unknown: use one of png, svg"),
     ],

@@ -27,7 +27,8 @@ def overhead(optimized: OptimizedModel, request: Request, rounds: int = 51) -> d
     inside, replay = 0.0, False
 
     def watch(name: str, make: Callable[[], Any]) -> Callable[..., Any]:
-        program, outputs = make(), []
+        program = make()
+        outputs: list[Any] = []
 
         def watched(*given: Any) -> Any:
             nonlocal inside
