@@ -12,6 +12,7 @@ from rich.table import Table
 from typing_extensions import TypedDict
 
 from ..errors import InputError
+from . import table as tables
 from .environment import hardware
 from .stored import load, save
 
@@ -19,7 +20,6 @@ Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
 _NOTHING = "-"
 _REMEDY = "measure the results anew"
-_WORDS = ("backend", "arm", "preset", "settings")  # columns of text, the others are numbers
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -87,26 +87,17 @@ def columns(results: Mapping[str, Any]) -> Columns:
 
 def table(results: Mapping[str, Any], chosen: Columns | None = None) -> Table:
     """One line per row: times in ms, ratios as time over the line's own time with quartiles behind."""
-    out = Table(title=caption(results), title_justify="left")
-    cells = chosen or columns(results)
-    for name in cells:
-        out.add_column(name, justify="left" if name in _WORDS else "right")
-    for row in results["rows"]:
-        out.add_row(*(cell(row) for cell in cells.values()))
-    return out
+    return tables.printed(*_cells(results, chosen), caption(results))
 
 
 def markdown(results: Mapping[str, Any], chosen: Columns | None = None) -> str:
     """The same as a Markdown table below a line with its conditions."""
+    return f"{caption(results)}.\n\n{tables.markdown(*_cells(results, chosen))}"
+
+
+def _cells(results: Mapping[str, Any], chosen: Columns | None) -> tuple[Iterable[str], list[list[str]]]:
     cells = chosen or columns(results)
-    lines = [
-        f"{caption(results)}.",
-        "",
-        _line(cells),
-        _line("---" if name in _WORDS else "---:" for name in cells),
-        *(_line(cell(row) for cell in cells.values()) for row in results["rows"]),
-    ]
-    return "\n".join(lines) + "\n"
+    return cells, [[cell(row) for cell in cells.values()] for row in results["rows"]]
 
 
 def caption(results: Mapping[str, Any]) -> str:
@@ -155,7 +146,3 @@ def _mebibytes(count: int | None, missing: str = _NOTHING) -> str:
 
 def _number(value: float | None) -> str:
     return _NOTHING if value is None else f"{value:.1f}"
-
-
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
