@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from models import PATCHES as PATCHES_DEEP
 from models import captured, llava, randomize, shared, slow
-from models import optimize as optimize_once
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.nn.attention import sdpa_kernel as allow_only
@@ -33,7 +32,6 @@ from vitcop_compile import ConfigError, UnsupportedError, ViTCoPConfig, pipeline
 from vitcop_compile.backends import BACKENDS
 from vitcop_compile.bench import ours, stock
 from vitcop_compile.bench.arms import ARMS, Arm, Request, build, inputs
-from vitcop_compile.bench.bind import Served, bind, with_programs
 from vitcop_compile.bench.kernels import onnx_kernel, recorded, sdpa_kernel
 from vitcop_compile.bench.selection import SelectionOnly, selection_arm, selection_inputs
 from vitcop_compile.cache import CACHE_NAME
@@ -303,25 +301,6 @@ def test_a_selection_arm_returns_what_the_schedule_says(backend, deep):
     patches, hidden = selection_arm(schedule, request, backend, torch.float32, CPU)()
     assert patches.shape == (2, 1 + 19, 32)  # CLS and 0.3 of 64 patches
     assert hidden.shape == (2, 7 + schedule.stages[1].tokens, 64)
-
-
-@torch.no_grad()
-def test_a_program_is_made_when_a_call_first_needs_it_and_given_what_the_runtime_gives(deep):
-    served, request = optimize_once(deep, PRUNED["1/3"]), Request(2, 7, 5)
-    calls, given = bind(served, request), {}
-
-    def noting(name, make):
-        program = make()
-        return lambda *inputs: (given.setdefault(name, [x.clone() for x in inputs]), program(*inputs))[1]
-
-    for name, kinds in (("vision", ["vision"]), ("decode", ["vision", "prefill", "decode"])):
-        calls[name]()
-        assert [key[0] for key in served.compiled] == kinds
-    Served(served, request).decode(with_programs(served, noting))
-    for _ in range(2):
-        for name, inputs_ in given.items():
-            expected = getattr(served.on_demand, name)(*next(key[1:] for key in served.compiled if key[0] == name))(*inputs_)
-            assert all(torch.equal(a, b) for a, b in zip(calls[name](), expected, strict=True))
 
 
 def test_a_selection_arm_refuses_a_schedule_of_something_else(deep):
