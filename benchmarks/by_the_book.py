@@ -1,10 +1,10 @@
 """ViTCoP as its published code computes it, as the arm "by_the_book": eager, one prompt at a time.
 
-Written from the description of the method; shares no operation with the package, which it is also an oracle for. Stock
-transformers modules are called layer by layer. What makes the published form slow is kept: the scoring layer's attention
-matrices, an [n, n, d] tensor of differences, clusters merged in Python loops that read scalars back from the device, causal
-masks, and a cache that grows by concatenation. What is no part of the method is left out: the encoder ends at the layer whose
-features are used.
+Written from the description of the method; shares no operation with the package. An arm and no oracle: golden data of the
+published code check it, and `tests/reference_llava.py`, as it does every other arm. Stock transformers modules are called
+layer by layer. What makes the published form slow is kept: the scoring layer's attention matrices, an [n, n, d] tensor of
+differences, clusters merged in Python loops that read scalars back from the device, causal masks, and a cache that grows by
+concatenation. What is no part of the method is left out: the encoder ends at the layer whose features are used.
 """
 
 from __future__ import annotations
@@ -29,33 +29,6 @@ from vitcop_compile.schedule import Schedule
 
 
 @dataclass
-class Host:
-    """Reads values back from the device and counts: on CUDA each of `reads` is a wait for all work queued so far."""
-
-    reads: int = 0
-
-    def item(self, value: Tensor) -> Any:
-        """The one value of `value`."""
-        self.reads += 1
-        return value.item()
-
-    def all(self, values: Tensor) -> list[int]:
-        """All values of `values`."""
-        self.reads += 1
-        return values.tolist()
-
-    def distinct(self, values: Tensor) -> list[int]:
-        """The distinct values of `values`, ascending; how many there are is a read of its own."""
-        self.reads += 1
-        return self.all(values.unique())
-
-    def where(self, mask: Tensor) -> Tensor:
-        """Indices of the true entries of `mask` [n]; how many there are is a read."""
-        self.reads += 1
-        return mask.nonzero()[:, 0]
-
-
-@dataclass
 class Seen:
     """What the vision stage hands on: features [1, n, D], kept patches int64 [n] in raster order, their labels int64 [n]."""
 
@@ -66,17 +39,15 @@ class Seen:
 
 @dataclass
 class Prefilled:
-    """logits [1, 1, vocab]; the cache, of its own length in every layer; length: tokens of the prompt in layer 0; stages: for
-    both decoder stages the patches (raster indices) that left it."""
+    """logits [1, 1, vocab]; the cache, of its own length in every layer; length: tokens of the prompt in layer 0."""
 
     logits: Tensor
     cache: DynamicCache
     length: int
-    stages: list[Tensor]
 
 
 class ByTheBook:
-    """A pruned model for one prompt at a time; `reads` counts how often the host has waited for a value.
+    """A pruned model for one prompt at a time.
 
     Raises UnsupportedError for a model of no known family; ConfigError for a model in training mode or not on "sdpa", for a
     dense config, and for an encoder pruned elsewhere than at its feature layer.
@@ -96,12 +67,6 @@ class ByTheBook:
                 f"vision_layer={config.vision_layer} is layer {self.vision.layer}, the published code prunes after layer "
                 f"{self.schedule.shape.feature_layer} only, which the features are read from: choose that"
             )
-        self._host = Host()
-
-    @property
-    def reads(self) -> int:
-        """Host reads so far."""
-        return self._host.reads
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> Seen:
@@ -120,36 +85,34 @@ class ByTheBook:
         score = weights[0, :, 0, 1:].sum(0)
         kept = score.topk(stage.tokens).indices.sort().values
         places = torch.stack((kept // side, kept % side), 1) / side
-        return kept, cluster(keys[0, 1:][kept], places, stage.centers, stage.density_width, stage.reach, self._host)
+        return kept, cluster(keys[0, 1:][kept], places, stage.centers, stage.density_width, stage.reach)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, seen: Seen) -> Prefilled:
         """The first logits and the cache, from ids int64 [1, T] with the image's expanded placeholder."""
         language = self.model.model.language_model
         image = (ids[0] == self.model.config.image_token_id).int()
-        start = self._host.item(image.argmax())
-        patches = self._host.item(image.sum())
+        start = image.argmax().item()
+        patches = image.sum().item()
         before, after = language.embed_tokens(ids[:, :start]), language.embed_tokens(ids[:, start + patches :])
         hidden = torch.cat((before, seen.features, after), 1)
         length = hidden.shape[1]
         cache: Any = DynamicCache()
         positions = torch.arange(length, device=ids.device)
-        rest, labels = seen.kept, seen.labels
-        first, left = 0, []
+        labels, first = seen.labels, 0
         for stage in self.schedule.stages:
             hidden = self._layers(hidden, positions, cache, first, stage.layer)
             first = stage.layer
-            rows = slice(start, start + len(rest))
+            rows = slice(start, start + len(labels))
             keys = cache.layers[first - 1].keys[:, :, rows]
             visual, index = self.reduce(stage.policy, hidden[0, rows], keys, labels, stage.tokens)
             if stage.positions == "index":
                 positions = torch.arange(len(positions), device=ids.device)
             hidden = torch.cat((hidden[:, :start], visual.unsqueeze(0), hidden[:, rows.stop :]), 1)
             positions = torch.cat((positions[:start], positions[rows][index], positions[rows.stop :]))
-            rest, labels = rest[index], labels[index]
-            left.append(rest)
+            labels = labels[index]
         hidden = self._layers(hidden, positions, cache, first, len(language.layers))
-        return Prefilled(self.model.lm_head(language.norm(hidden[:, -1:])), cache, length, left)
+        return Prefilled(self.model.lm_head(language.norm(hidden[:, -1:])), cache, length)
 
     def reduce(self, policy: str, hidden: Tensor, keys: Tensor, labels: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """(hidden [budget, D], index int64 [budget]): the visual rows that go on, and where they were.
@@ -158,7 +121,7 @@ class ByTheBook:
         """
         importance = keys[0].mean(0).norm(dim=-1)
         if policy == "merge_by_cluster":
-            return merge(hidden, importance, labels, budget, self._host)
+            return merge(hidden, importance, labels, budget)
         index = importance.topk(budget, largest=False).indices.sort().values
         return hidden[index], index
 
@@ -204,7 +167,7 @@ def attend(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hidden + layer.mlp(layer.layer_norm2(hidden)), weights, keys
 
 
-def cluster(features: Tensor, places: Tensor, centers: int, density_width: float, reach: float, host: Host) -> Tensor:
+def cluster(features: Tensor, places: Tensor, centers: int, density_width: float, reach: float) -> Tensor:
     """Labels int64 [n] by density peaks among spatial neighbours, -1 where a chain of neighbours reaches no center.
 
     features [n, d]; places [n, 2] in units of the image side.
@@ -223,27 +186,27 @@ def cluster(features: Tensor, places: Tensor, centers: int, density_width: float
     settled = labels >= 0
     while True:
         taken = torch.where(settled, labels, labels[nearest])
-        if host.item((taken == labels).all()):
+        if (taken == labels).all().item():
             return labels
         labels = taken
 
 
-def merge(hidden: Tensor, importance: Tensor, labels: Tensor, budget: int, host: Host) -> tuple[Tensor, Tensor]:
+def merge(hidden: Tensor, importance: Tensor, labels: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     """(hidden [budget, D], index int64 [budget], ascending): rows [n, D] merged cluster by cluster; importance [n]."""
-    members = [host.where(labels == label) for label in host.distinct(labels)]
+    members = [(labels == label).nonzero()[:, 0] for label in labels.unique().tolist()]
     total = torch.stack([importance[tokens].sum() for tokens in members])
-    ascending = host.all(total.argsort())
+    ascending = total.argsort().tolist()
     alone: list[Tensor] = []
     groups: list[Tensor] = []
     if len(members) > budget:
         groups = [members[c] for c in ascending[: budget - 1]]
         groups.append(torch.cat([members[c] for c in ascending[budget - 1 :]]).sort().values)
     else:
-        for tokens, quota in zip(members, _quotas(members, ascending, len(labels), budget, host), strict=True):
+        for tokens, quota in zip(members, _quotas(members, ascending, len(labels), budget), strict=True):
             ranked = tokens[importance[tokens].argsort()]
             alone.append(ranked[:quota])
             groups.append(ranked[quota:].sort().values)
-    middles = [host.item(group[len(group) // 2]) for group in groups]
+    middles = [group[len(group) // 2].item() for group in groups]
     merged = torch.stack([hidden[middle] + hidden[group].mean(0) for middle, group in zip(middles, groups, strict=True)])
     index = torch.cat((*alone, torch.tensor(middles, device=hidden.device)))
     rows = torch.cat((hidden[index[: len(index) - len(groups)]], merged))
@@ -251,22 +214,22 @@ def merge(hidden: Tensor, importance: Tensor, labels: Tensor, budget: int, host:
     return rows[order], index[order]
 
 
-def _quotas(members: list[Tensor], ascending: list[int], tokens: int, budget: int, host: Host) -> list[int]:
+def _quotas(members: list[Tensor], ascending: list[int], tokens: int, budget: int) -> list[int]:
     """How many tokens of each cluster stay as they are."""
     clusters = len(members)
     spare = torch.tensor([len(group) - 1 for group in members], device=members[0].device)
     # Divided by a tensor: CUDA multiplies by the reciprocal of a number, which rounds differently.
     share = spare.float() / torch.full_like(spare, max(tokens - clusters, 1)) * (budget - clusters)
     quota = torch.minimum(share.round().long(), spare)
-    missing = budget - clusters - host.item(quota.sum())
+    missing = budget - clusters - quota.sum().item()
     step = 1 if missing > 0 else -1
     for c in ascending if missing > 0 else ascending[::-1]:
         if missing == 0:
             break
-        if 0 <= host.item(quota[c]) + step <= host.item(spare[c]):
+        if 0 <= quota[c].item() + step <= spare[c].item():
             quota[c] += step
             missing -= step
-    return [host.item(quota[c]) for c in range(clusters)]
+    return [quota[c].item() for c in range(clusters)]
 
 
 @register("by_the_book")

@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from vitcop_compile import ConfigError, ViTCoPConfig, optimize, regress, toy
 from vitcop_compile.bench import Request
+from vitcop_compile.bench.bind import bind
+from vitcop_compile.bench.table import printed
 from vitcop_compile.regress import compare, gate
-from vitcop_compile.regress.calls import bind
 
 SIZES = {
     "hidden": 256, "heads": 4, "layers": 4, "intermediate": 768, "vision_hidden": 128, "vision_heads": 2, "vision_layers": 2,
@@ -50,18 +50,7 @@ def main(honest: Annotated[int, typer.Option(help="Checks that must pass.")] = 2
         compared = arms()
     with console.status("measuring the baseline"):
         timed, rounds = baseline(compared)
-    found = Table(title=f"{honest} honest checks, then each program three times over; {rounds} rounds")
-    for name in (
-        "measure",
-        "dense / pruned",
-        "tolerance",
-        "honest: lowest last ratio",
-        "failed",
-        "slowed: highest ratio",
-        "failed",
-    ):
-        found.add_column(name, justify="right")
-    right = True
+    rows, right = [], True
     honestly = regress.Report()
     for at in range(honest):
         with console.status(f"honest check {at + 1} of {honest}"):
@@ -77,8 +66,18 @@ def main(honest: Annotated[int, typer.Option(help="Checks that must pass.")] = 2
         right &= failed == 0 and len(mine) == honest and len(slowed.failures) == 1
         lowest, highest = min(judged.found[-1] for judged in mine), max(slowed.timed[0].found)
         cells = [name, f"{timing.ratio:.3f}", f"{timing.tolerance:.1%}", f"{lowest:.3f}", f"{failed} of {honest}"]
-        found.add_row(*cells, f"{highest:.3f}", f"{len(slowed.failures)} of 1")
-    console.print(found)
+        rows.append([*cells, f"{highest:.3f}", f"{len(slowed.failures)} of 1"])
+    names = (
+        "measure",
+        "dense / pruned",
+        "tolerance",
+        "honest: lowest last ratio",
+        "failed",
+        "slowed: highest ratio",
+        "failed",
+    )
+    title = f"{honest} honest checks, then each program three times over; {rounds} rounds"
+    console.print(printed(names, rows, title))
     raise typer.Exit(0 if right else 1)
 
 

@@ -28,6 +28,7 @@ from vitcop_compile.bench.cases import DENSE, DTYPES, Case, Entrant
 from vitcop_compile.bench.environment import environment
 from vitcop_compile.bench.rows import rows
 from vitcop_compile.bench.runner import timed
+from vitcop_compile.bench.table import markdown
 from vitcop_compile.cli.shared import errors_as_lines
 from vitcop_compile.families.registry import shape_of
 from vitcop_compile.progress import Steps
@@ -264,7 +265,7 @@ def table(results: dict[str, Any]) -> str:
     """The rows as Markdown, times in ms, memory in GiB."""
     names = ("model", "batch", "text", "preset", "TTFT", "x roofline", "ratio", "TPOT", "x roofline", "ratio", "selection",
              "memory", "host syncs")  # fmt: skip
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = []
     for row in results["rows"]:
         ratios = row["ratio_to_dense"] or {}
         cells = [row["shape"], str(row["batch"]), str(row["text_tokens"]), row["preset"]]
@@ -275,8 +276,8 @@ def table(results: dict[str, Any]) -> str:
         cells.append("" if share is None else f"{row['selection_ms']:.2f} ({100 * share:.1f} %)")
         cells.append("" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**30:.1f}")
         cells.append("" if row["host_syncs"] is None else str(row["host_syncs"]))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(names, lines).rstrip()
 
 
 def run(models: dict[str, Model], toy: bool, minutes: float, rounds: int, console: Console) -> dict[str, Any]:

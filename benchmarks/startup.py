@@ -21,6 +21,7 @@ from rich.table import Table
 
 from vitcop_compile import ViTCoPConfig, bench
 from vitcop_compile.backends import backend_of
+from vitcop_compile.bench.table import printed
 from vitcop_compile.cli.shared import errors_as_lines
 
 MODEL = {
@@ -66,17 +67,16 @@ def measure(
 
 def table(results: dict[str, Any]) -> Table:
     """Seconds of every step, and what both caches counted together, a line per program."""
-    out = Table(title="start-up, seconds")
-    for name in ("process", "import", "optimize", "optimize, CPU", "program", *_STEPS, "hits", "misses, bypasses"):
-        out.add_column(name, justify="left" if name in ("process", "program") else "right")
+    lines = []
     for row in results["rows"]:
         head = [row["process"], *(f"{row[name]:.1f}" for name in ("import_s", "optimize_s", "optimize_cpu_s"))]
         for program in row["programs"]:
             seconds = [f"{program[name]:.1f}" if name in program else "-" for name in _STEPS.values()]
             counts = [_sum(program, "_hit"), _sum(program, "_miss", "_bypass")]
-            out.add_row(*head, program["program"], *seconds, *counts)
+            lines.append([*head, program["program"], *seconds, *counts])
             head = [""] * len(head)
-    return out
+    names = ("process", "import", "optimize", "optimize, CPU", "program", *_STEPS, "hits", "misses, bypasses")
+    return printed(names, lines, "start-up, seconds")
 
 
 def _sum(program: dict[str, Any], *endings: str) -> str:

@@ -20,9 +20,11 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     """
     imported, _ = timed(load)
     import torch
+    from torch._dynamo.utils import counters
 
     from vitcop_compile import ViTCoPConfig, optimize
     from vitcop_compile.backends import backend_of
+    from vitcop_compile.bench import Request, bind
     from vitcop_compile.toy import small_llava
 
     with torch.device("meta" if asked["meta"] else "cpu"):
@@ -31,35 +33,35 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     captured, fast = timed(lambda: optimize(model, ViTCoPConfig.preset(asked["preset"]), backend=asked["backend"]))
     result = {"import_s": imported, "optimize_s": captured, "optimize_cpu_s": time.process_time() - processor, "programs": []}
 
-    programs, rows = fast.programs, fast.schedule.image_tokens + asked["text_tokens"]
-    exports = {
-        "vision": lambda: programs.export_vision(1),
-        "prefill": lambda: programs.export_prefill(1, rows),
-        "decode": lambda: programs.export_decode(1, rows + asked["new_tokens"], backend_of(asked["backend"]).in_place),
-    }
-    for name, export in exports.items():
-        exported, program = timed(export)
-        row = {"program": name, "nodes": len(program.graph.nodes), "export_s": exported}
-        result["programs"].append(row if asked["meta"] else row | compiled(program, asked["backend"]))
+    def compiled(program: Any) -> Callable[..., Any]:
+        row["nodes"] = len(program.graph.nodes)
+        if asked["meta"]:
+            return program.module(check_guards=False)
+        counters.clear()
+        row["compile_s"], call = timed(lambda: backend_of(asked["backend"])(program))
+        return call
+
+    def steps(name: str, make: Callable[[], Any]) -> Callable[..., Any]:
+        row.clear()
+        took, program = timed(make)
+        row["export_s"] = took - row.get("compile_s", 0.0)
+
+        def first(*given: Any) -> Any:
+            seconds, found = timed(lambda: program(*given))
+            made = {"program": name, **row}
+            if not asked["meta"]:
+                made["first_call_s"] = seconds
+                for cache, (group, prefix) in CACHES.items():
+                    made |= {f"{cache}_{event}": counters[group][prefix + event] for event in EVENTS}
+            result["programs"].append(made)
+            return found
+
+        return first
+
+    row: dict[str, Any] = {}
+    served = bind.Served(fast, Request(1, asked["text_tokens"], asked["new_tokens"]))
+    served.decode(bind.with_programs(bind.compiled_by(fast, compiled), steps))
     return result
-
-
-def compiled(program: Any, backend: str) -> dict[str, Any]:
-    """Seconds of compiling `program` and of its first call, and what the caches did meanwhile."""
-    import torch
-    from torch._dynamo.utils import counters
-
-    from vitcop_compile.backends import backend_of
-
-    counters.clear()
-    inputs, _ = program.example_inputs
-    with torch.no_grad():
-        made, call = timed(lambda: backend_of(backend)(program))
-        called, _ = timed(lambda: call(*inputs))
-    found = {
-        f"{cache}_{event}": counters[group][prefix + event] for cache, (group, prefix) in CACHES.items() for event in EVENTS
-    }
-    return {"compile_s": made, "first_call_s": called} | found
 
 
 def load() -> None:

@@ -11,7 +11,7 @@ import torch
 from models import PATCHES, optimize, shared
 
 from vitcop_compile import OptimizedModel, ViTCoPConfig, programs
-from vitcop_compile.bench import Request
+from vitcop_compile.bench import Request, bind
 from vitcop_compile.regress import facts
 
 # A language model of 3 layers, 64 wide, 4 query heads on 2 key heads; an encoder 32 wide, read after the third of its layers.
@@ -31,9 +31,10 @@ REQUEST = Request(BATCH, TEXT, NEW)
 def build(config: ViTCoPConfig | None = None, backend: str = "eager") -> OptimizedModel:
     """A fresh model; its programs are exported once for all models of one schedule and one set of passes."""
     optimized = optimize(shared(LAYERS, KV_HEADS), config or ViTCoPConfig.preset(PRESET), backend=backend)
-    for made in (optimized.programs, optimized.text_programs):
-        for name in ("export_vision", "export_prefill", "export_decode"):
-            object.__setattr__(made, name, _kept(name, made))
+    for made in vars(optimized.on_demand).values():
+        if isinstance(made, programs.Programs):
+            for name in ("export_vision", "export_prefill", "export_decode"):
+                object.__setattr__(made, name, _kept(name, made))
     return optimized
 
 
@@ -47,7 +48,7 @@ def measured() -> tuple[OptimizedModel, dict[str, Any]]:
 @functools.cache
 def exported() -> dict[str, torch.export.ExportedProgram]:
     """The programs of `measured`."""
-    return facts.export(measured()[0], REQUEST)
+    return bind.exported(measured()[0], REQUEST)
 
 
 _exports: dict[tuple, torch.export.ExportedProgram] = {}

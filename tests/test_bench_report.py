@@ -89,6 +89,9 @@ def test_json_keeps_every_digit_and_a_line_per_row(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
+OTHER = '{"environment": {}, "rows": [{"backend": "eager", "dense_vision_ms": 1}]}'
+
+
 def test_results_that_cannot_be_written_or_read_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be written: Is a directory"):
         write(results(), tmp_path)
@@ -96,9 +99,10 @@ def test_results_that_cannot_be_written_or_read_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"missing\.json cannot be read: No such file"):
         read(tmp_path / "missing.json")
     for text, message in (
-        ("{", "cannot be read: Expecting"),
-        ("[]", "holds no results"),
-        ('{"environment": {}, "rows": [{"backend": "eager", "dense_vision_ms": 1}]}', "holds no results of this version"),
+        ("{", "r.json: Invalid JSON: EOF .*: measure the results anew"),
+        ("[]", "r.json: Input should be an object"),
+        ('{"environment": {}, "rows": [1]}', "rows.0: Input should be an object, found 1: measure the results anew"),
+        (OTHER, "r.json: rows.0 lacks arm, preset, ratio_to: measure the results anew"),
     ):
         (tmp_path / "r.json").write_text(text)
         with pytest.raises(InputError, match=message):

@@ -234,11 +234,11 @@ def test_options_that_contradict_the_baseline(command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "0"], "batch=0 is below 1"),
-        (["--rounds", "0"], "rounds=0 is below 1"),
-        (["--text-tokens", "-1"], "text_tokens=-1 is below 1"),
-        (["--hidden", "100"], "hidden=100 is not a multiple of 64"),
-        (["--layers", "2"], "layers=2 is below 3"),
+        (["--batch", "0"], "batch: Input should be greater than or equal to 1, found 0"),
+        (["--rounds", "0"], "rounds: Input should be greater than or equal to 1, found 0"),
+        (["--text-tokens", "-1"], "text_tokens: Input should be greater than or equal to 1, found -1"),
+        (["--hidden", "100"], "hidden: Input should be a multiple of 64, found 100"),
+        (["--layers", "2"], "layers: Input should be greater than or equal to 3, found 2"),
         (["--preset", "1/2"], "preset '1/2' is unknown"),
         (["--preset", "1/9", "--preset", "1/9"], "name each setting to measure once"),
         (["--backend", "gcc"], "backend='gcc' is unknown"),
@@ -270,22 +270,26 @@ def change(*path: str, value: Any) -> Callable[[dict], None]:
 
 TIMED = ("subjects", PRESET, "timed", "decode")
 BROKEN = {
-    "format": (change("format", value=2), "has format 2, this package reads 1"),
-    "more": (change("comment", value=""), "holds comment, environment, format"),
-    "rounds": (change("settings", "rounds", value=0), "rounds=0 is below 1"),
-    "batch": (change("settings", "batch", value="2"), "batch='2' is not an integer"),
-    "presets": (change("settings", "presets", value="1/3"), "its settings do not name"),
-    "environment": (change("environment", value={}), "its environment does not name processor"),
+    "format": (change("format", value=2), "format: Input should be 1, found 2"),
+    "more": (change("comment", value=""), "comment: Unexpected keyword argument"),
+    "rounds": (change("settings", "rounds", value=0), "settings.rounds: Input should be greater than or equal to 1, found 0"),
+    "batch": (change("settings", "batch", value="2"), "settings.batch: Input should be a valid integer, found '2'"),
+    "presets": (change("settings", "presets", value="1/3"), "settings.presets: Input should be a valid array"),
+    "unsized": (change("settings", "layers", value=None), "settings: the random model has no layers"),
+    "environment": (change("environment", value={}), "environment.processor: Field required"),
     "subjects": (change("subjects", value={}), "its subjects are not its presets, 1/3"),
-    "subject": (change("subjects", PRESET, value={}), "the subject 1/3 does not hold facts and timed measures"),
-    "shape": (change("shape", value=[]), "its shape is []"),
+    "subject": (change("subjects", PRESET, value={}), "subjects.1/3.facts: Field required"),
+    "shape": (change("shape", value=[]), "shape: Input should be an object, found []"),
     "fact": (change("subjects", PRESET, "facts", "kv_bytes", value=1.5), "the fact kv_bytes is 1.5, not an integer"),
-    "measure": (change("subjects", PRESET, "timed", "tpot", value={}), "times tpot: known are prefill, decode, ttft"),
-    "nan": (change(*TIMED, "ratio", value=float("nan")), "not a ratio and a tolerance"),
-    "negative": (change(*TIMED, "ratio", value=-1.0), "has ratio -1.0"),
-    "wide": (change(*TIMED, "tolerance", value=0.9), "the tolerance from 0.1 to 0.3"),
-    "narrow": (change(*TIMED, "tolerance", value=0), "the tolerance from 0.1 to 0.3"),
-    "missing": (change(*TIMED, value={"ratio": 1.0}), "not a ratio and a tolerance"),
+    "measure": (
+        change("subjects", PRESET, "timed", "tpot", value={}),
+        "tpot.[key]: String should match pattern '^(prefill|decode|ttft)$'",
+    ),
+    "nan": (change(*TIMED, "ratio", value=float("nan")), "timed.decode.ratio: Input should be a finite number, found nan"),
+    "negative": (change(*TIMED, "ratio", value=-1.0), "timed.decode.ratio: Input should be greater than 0, found -1.0"),
+    "wide": (change(*TIMED, "tolerance", value=0.9), "tolerance: Input should be less than or equal to 0.3, found 0.9"),
+    "narrow": (change(*TIMED, "tolerance", value=0), "tolerance: Input should be greater than or equal to 0.1, found 0"),
+    "missing": (change(*TIMED, value={"ratio": 1.0}), "timed.decode.tolerance: Field required"),
     "other model": (change("shape", "layers", value=4), "of a model of another shape (layers 4, here 3)"),
 }
 
@@ -294,12 +298,14 @@ BROKEN = {
 def test_a_broken_baseline_is_refused(command: Command, name: str) -> None:
     edit, message = BROKEN[name]
     command.edit(edit)
-    assert message in command.error()
+    line = command.error()
+    assert message in line and str(command.path) in line
+    assert "remove it and measure one anew with --update" in line or name == "other model"
 
 
 def test_a_missing_or_unreadable_baseline_is_refused(command: Command) -> None:
     command.path.write_text("{")
-    assert "cannot be read" in command.error()
+    assert f"{command.path}: Invalid JSON: EOF" in command.error()
     command.path.unlink()
     assert "does not exist: measure one with --update" in command.error()
     command.path = command.path.parent / "none" / "baseline.json"

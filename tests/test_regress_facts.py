@@ -36,6 +36,7 @@ from regress_subject import (
 from torch import nn
 
 from vitcop_compile import ConfigError, UnsupportedError, programs, runtime
+from vitcop_compile.bench import bind
 from vitcop_compile.regress import compare, counters, facts, flops, stream
 from vitcop_compile.regress.reads import reads
 
@@ -211,8 +212,7 @@ def failures_of(before: Any, now: Any) -> set[str]:
 
 
 def test_a_pass_that_adds_a_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimized, before = measured()
-    original = programs.rewrite_prefill
+    before, original = measured()[1], programs.rewrite_prefill
 
     def slower(*given: Any) -> torch.fx.GraphModule:
         module = original(*given)
@@ -227,7 +227,8 @@ def test_a_pass_that_adds_a_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
         return module
 
     monkeypatch.setattr(programs, "rewrite_prefill", slower)
-    found = facts.graph_facts(optimized, REQUEST, facts.export(optimized, REQUEST))
+    optimized = build()
+    found = facts.graph_facts(optimized, REQUEST, bind.exported(optimized, REQUEST))
     expected = {"flops.prefill", "nodes.prefill.aten.matmul.default", "nodes.prefill.aten.transpose.int"}
     assert failures_of({name: before[name] for name in found}, found) == expected
     assert found["flops"]["prefill"] - before["flops"]["prefill"] == BATCH * 2 * 2 * ROWS[-1] ** 2 * HIDDEN

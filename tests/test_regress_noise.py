@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vitcop_compile import ConfigError, regress
+from vitcop_compile import regress
 from vitcop_compile.bench import timing
 from vitcop_compile.regress import gate
 from vitcop_compile.regress.compare import CEILING, FLOOR, MEASURES, Timing
@@ -90,22 +90,3 @@ def test_a_slow_down_is_noticed(machine, slower: float, jitter: float) -> None:
         timed = gate.measure_times(made.arms(), ROUNDS, regress.REPEATS)
         noticed += failures(timed, made.arms(slower), CHECKS // 50)
     assert noticed >= 0.99 * CHECKS / 5
-
-
-def test_a_slow_down_within_the_tolerance_passes(machine) -> None:
-    made = machine(0)
-    timed = gate.measure_times(made.arms(), ROUNDS, regress.REPEATS)
-    assert failures(timed, made.arms(1.03), 300) == 0
-
-
-def test_a_baseline_of_chaos_is_refused(machine) -> None:
-    with pytest.raises(ConfigError, match="measure on a quiet machine"):
-        gate.measure_times(machine(0, jitter=2.0).arms(), ROUNDS, regress.REPEATS)
-
-
-def test_a_slow_down_is_measured_three_times_and_named(machine) -> None:
-    made, report = machine(3), regress.Report()
-    timed = gate.measure_times(made.arms(), ROUNDS, regress.REPEATS)
-    gate.compare_times("subject", timed, made.arms(3.0), ROUNDS, report)
-    assert [failure.what for failure in report.failures] == [f"time.{name} (dense / pruned)" for name in MEASURES]
-    assert all(len(judged.found) == 3 and max(judged.found) < judged.baseline.bound for judged in report.timed)

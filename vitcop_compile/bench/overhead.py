@@ -10,50 +10,11 @@ from typing import Any
 from ..cache import PrunedCache
 from ..optimized import OptimizedModel
 from .arms import Request, inputs
+from .bind import with_programs
 from .timing import interleave, synchronize
 
 _LEAST_MS = 0.5
 _SHORTEST_MS = 0.01
-
-
-class _Watched:
-    """A provider whose programs count the seconds spent in them; with `replay`, they return what they returned last."""
-
-    def __init__(self, provider: Any):
-        self._provider = provider
-        self._made: dict[tuple, Callable[..., Any]] = {}
-        self.replay = False
-        self.seconds = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._provider, name)
-
-    def vision(self, batch: int) -> Callable[..., Any]:
-        return self._watch("vision", batch)
-
-    def prefill(self, batch: int, rows: int, image: bool) -> Callable[..., Any]:
-        return self._watch("prefill", batch, rows, image)
-
-    def decode(self, batch: int, cache_rows: int) -> Callable[..., Any]:
-        return self._watch("decode", batch, cache_rows)
-
-    def _watch(self, kind: str, *key: Any) -> Callable[..., Any]:
-        if (kind, *key) not in self._made:
-            program = getattr(self._provider, kind)(*key)
-            outputs: list[Any] = []
-
-            def watch(*given: Any) -> Any:
-                if self.replay and outputs:
-                    return outputs[0]
-                synchronize()
-                start = time.perf_counter()
-                outputs[:] = [program(*given)]
-                synchronize()
-                self.seconds += time.perf_counter() - start
-                return outputs[0]
-
-            self._made[(kind, *key)] = watch
-        return self._made[(kind, *key)]
 
 
 def overhead(optimized: OptimizedModel, request: Request, rounds: int = 51) -> dict[str, float]:
@@ -63,8 +24,26 @@ def overhead(optimized: OptimizedModel, request: Request, rounds: int = 51) -> d
     Everything is in them but the programs: checks of the inputs and their values, alignment, buffers and the copy of keys and
     values into them. Alone, all of it stays in the processor's caches; between two programs nothing does.
     """
-    watched = _Watched(optimized.on_demand)
-    model = OptimizedModel(optimized.model, watched, optimized.pruning_config, optimized.backend)  # type: ignore[arg-type]
+    inside, replay = 0.0, False
+
+    def watch(name: str, make: Callable[[], Any]) -> Callable[..., Any]:
+        program = make()
+        outputs: list[Any] = []
+
+        def watched(*given: Any) -> Any:
+            nonlocal inside
+            if replay and outputs:
+                return outputs[0]
+            synchronize()
+            start = time.perf_counter()
+            outputs[:] = [program(*given)]
+            synchronize()
+            inside += time.perf_counter() - start
+            return outputs[0]
+
+        return watched
+
+    model = with_programs(optimized, watch)
     given = inputs(optimized.model, request)
     length, token = given["input_ids"].shape[1], given["input_ids"][:, :1]
 
@@ -77,17 +56,17 @@ def overhead(optimized: OptimizedModel, request: Request, rounds: int = 51) -> d
     for turn in range(3 + rounds):
         cache = None  # the next request takes its buffers
         for name in served:
-            watched.seconds, start = 0.0, time.perf_counter()
+            inside, start = 0.0, time.perf_counter()
             if cache is None:
                 cache = prefill()
             else:
                 model.forward(input_ids=token, past_key_values=cache)
             synchronize()
-            spent = time.perf_counter() - start - watched.seconds
+            spent = time.perf_counter() - start - inside
             if turn >= 3:
                 served[name].append(spent * 1e3)
 
-    watched.replay = True
+    replay = True
     cache = prefill(int(_LEAST_MS / _SHORTEST_MS) * (rounds + 1))
     calls: dict[str, Callable[[], Any]] = {
         "prefill_alone": prefill,

@@ -7,15 +7,27 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, with_config
 from rich.table import Table
+from typing_extensions import TypedDict
 
 from ..errors import InputError
+from . import table as tables
 from .environment import hardware
+from .stored import load, save
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
 _NOTHING = "-"
-_WORDS = ("backend", "arm", "preset", "settings")  # columns of text, the others are numbers
+_REMEDY = "measure the results anew"
+
+
+@with_config(ConfigDict(extra="allow"))
+class Results(TypedDict):
+    """What a benchmark writes: its conditions and a row per line of its table."""
+
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]]
 
 
 def milliseconds(stage: str) -> Callable[[Row], str]:
@@ -75,26 +87,17 @@ def columns(results: Mapping[str, Any]) -> Columns:
 
 def table(results: Mapping[str, Any], chosen: Columns | None = None) -> Table:
     """One line per row: times in ms, ratios as time over the line's own time with quartiles behind."""
-    out = Table(title=caption(results), title_justify="left")
-    cells = chosen or columns(results)
-    for name in cells:
-        out.add_column(name, justify="left" if name in _WORDS else "right")
-    for row in results["rows"]:
-        out.add_row(*(cell(row) for cell in cells.values()))
-    return out
+    return tables.printed(*_cells(results, chosen), caption(results))
 
 
 def markdown(results: Mapping[str, Any], chosen: Columns | None = None) -> str:
     """The same as a Markdown table below a line with its conditions."""
+    return f"{caption(results)}.\n\n{tables.markdown(*_cells(results, chosen))}"
+
+
+def _cells(results: Mapping[str, Any], chosen: Columns | None) -> tuple[Iterable[str], list[list[str]]]:
     cells = chosen or columns(results)
-    lines = [
-        f"{caption(results)}.",
-        "",
-        _line(cells),
-        _line("---" if name in _WORDS else "---:" for name in cells),
-        *(_line(cell(row) for cell in cells.values()) for row in results["rows"]),
-    ]
-    return "\n".join(lines) + "\n"
+    return cells, [[cell(row) for cell in cells.values()] for row in results["rows"]]
 
 
 def caption(results: Mapping[str, Any]) -> str:
@@ -117,28 +120,16 @@ def write(results: Mapping[str, Any], path: Path) -> None:
     rows = ",\n".join("    " + json.dumps(row) for row in results["rows"])
     rest = json.dumps({name: value for name, value in results.items() if name != "rows"}, indent=2)
     text = f'{rest.removesuffix("}").rstrip()},\n  "rows": [\n{rows}\n  ]\n}}\n'
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_text(text)
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    save(text, path, InputError)
 
 
 def read(path: Path, fields: Iterable[str] = ("backend", "arm", "preset", "ratio_to")) -> dict[str, Any]:
     """What `write` wrote. Raises InputError for a file that cannot be read, or whose rows lack one of `fields`."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    needed = set(fields)
-    if (
-        not isinstance(found, dict)
-        or not {"environment", "rows"} <= found.keys()
-        or not all(isinstance(row, dict) and needed <= row.keys() for row in found["rows"])
-    ):
-        raise InputError(f"{path} holds no results of this version's benchmarks: measure them anew")
+    found = load(path, Results, InputError, _REMEDY)
+    for number, row in enumerate(found["rows"]):
+        lacking = [name for name in fields if name not in row]
+        if lacking:
+            raise InputError(f"{path}: rows.{number} lacks {', '.join(lacking)}: {_REMEDY}")
     return found
 
 
@@ -155,7 +146,3 @@ def _mebibytes(count: int | None, missing: str = _NOTHING) -> str:
 
 def _number(value: float | None) -> str:
     return _NOTHING if value is None else f"{value:.1f}"
-
-
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
+
+from ..bench.stored import STRICT
 from ..errors import ConfigError
 
 # What is timed: ratios dense / pruned of these calls.
 MEASURES = ("prefill", "decode", "ttft")
+Measure = Annotated[str, Field(pattern="^(prefill|decode|ttft)$")]
 # Below this no tolerance goes: a process differs from the next one by more than its own repeats show.
 FLOOR = 0.1
 # Robust standard deviations that a measure may fall below its baseline.
@@ -36,12 +40,12 @@ class Failure:
     found: str
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=STRICT)
 class Timing:
     """A measure of the baseline: the ratio dense / pruned, and the relative fall that passes."""
 
-    ratio: float
-    tolerance: float
+    ratio: Annotated[float, Field(gt=0)]
+    tolerance: Annotated[float, Field(ge=FLOOR, le=CEILING)]
 
     @property
     def bound(self) -> float:
@@ -166,20 +170,6 @@ def failure_of(judged: Judged) -> Failure:
     found = ", ".join(f"{ratio:.3f}" for ratio in judged.found)
     what = f"time.{judged.what} (dense / pruned)"
     return Failure(judged.subject, what, f"{timing.ratio:.3f}, at least {timing.bound:.3f}", found)
-
-
-def check_timing(where: str, entry: Any) -> Timing:
-    """A stored measure. Raises ConfigError for numbers that no update writes."""
-    numbers = [entry.get(name) if isinstance(entry, dict) else None for name in ("ratio", "tolerance")]
-    if any(isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n) for n in numbers):
-        raise ConfigError(f"{where} is {entry!r}, not a ratio and a tolerance: measure the baseline anew with --update")
-    timing = Timing(*numbers)  # type: ignore[arg-type]
-    if timing.ratio <= 0 or not FLOOR <= timing.tolerance <= CEILING:
-        raise ConfigError(
-            f"{where} has ratio {timing.ratio} and tolerance {timing.tolerance}: the ratio is above 0 and the tolerance from "
-            f"{FLOOR} to {CEILING}; measure the baseline anew with --update"
-        )
-    return timing
 
 
 def _count(value: int | None) -> str:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
-from ..backends import backend_of
-from ..bench import Request, inputs
+from ..backends import Program
+from ..bench import Request
+from ..bench.bind import PROGRAMS, Served, bind, exported, with_programs
+from ..bench.timing import Call
 from ..errors import ConfigError
 from ..optimized import OptimizedModel
-from .calls import Call, bind, runtime_over
 from .counters import counts, generating
 from .flops import count
 from .reads import reads
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 
 def measure(optimized: OptimizedModel, request: Request, say: Say = lambda what: None) -> tuple[Facts, dict[str, Call]]:
-    """All facts of `optimized` for `request`, and its programs bound to it (`calls.bind`), compiled by then.
+    """All facts of `optimized` for `request`, and its programs bound to it (`bench.bind`), compiled by then.
 
     Raises ConfigError if programs of `optimized` exist already: their compilation could not be counted.
     """
@@ -37,39 +37,25 @@ def measure(optimized: OptimizedModel, request: Request, say: Say = lambda what:
         )
     since = counts()
     say("exporting")
-    programs = export(optimized, request)
+    programs = exported(optimized, request)
     facts = graph_facts(optimized, request, programs)
     say("counting reads")
     facts["reads"] = count_reads(optimized, request, programs)
 
     kernels: Facts = {}
-
-    @contextmanager
-    def counting(name: str) -> Iterator[None]:
-        say(f"compiling {name}")
-        before = counts()
-        yield
-        made = counts().since(before)
-        kernels[name] = {"generated": made.generated, "extern": made.extern}
-
+    calls = bind(optimized, request)
     with generating():
-        calls = bind(optimized, request, counting)
+        for name in PROGRAMS:
+            say(f"compiling {name}")
+            before = counts()
+            calls[name]()
+            made = counts().since(before)
+            kernels[name] = {"generated": made.generated, "extern": made.extern}
     if optimized.backend == "inductor":
         facts["kernels"] = kernels
     say("serving a mixed stream of requests")
     facts["stream"] = stream(optimized, request.text_tokens, since)
     return facts, calls
-
-
-def export(optimized: OptimizedModel, request: Request) -> dict[str, ExportedProgram]:
-    """The three programs that serve `request`, as the backend is given them."""
-    plan = optimized.on_demand.plan(request.batch, request.text_tokens, request.new_tokens, True)
-    programs, in_place = optimized.programs, backend_of(optimized.backend).in_place
-    return {
-        "vision": programs.export_vision(request.batch),
-        "prefill": programs.export_prefill(request.batch, plan.rows),
-        "decode": programs.export_decode(request.batch, plan.cache_rows, in_place),
-    }
 
 
 def graph_facts(optimized: OptimizedModel, request: Request, programs: dict[str, ExportedProgram]) -> Facts:
@@ -105,27 +91,27 @@ def nodes(program: ExportedProgram) -> dict[str, int]:
 def count_reads(optimized: OptimizedModel, request: Request, programs: dict[str, ExportedProgram]) -> dict[str, int]:
     """program: reads inside the vision and prefill programs; entry: what `forward` adds to them. Counted operator by
     operator, on the graphs that the backend is given."""
-    inside = [0]
+    inside = 0
 
-    def counted(program: ExportedProgram) -> Callable[..., Any]:
-        module = program.module(check_guards=False)
+    def counted(name: str, make: Callable[[], Program]) -> Program:
+        module = modules.get(name)
+        if module is None:
+            return make()
 
         def run(*given: Any) -> Any:
+            nonlocal inside
             before = found.count
             out = module(*given)
-            inside[0] += found.count - before
+            inside += found.count - before
             return out
 
         return run
 
-    vision, prefill = counted(programs["vision"]), counted(programs["prefill"])
-    model = runtime_over(
-        optimized, vision=lambda batch: vision, prefill=lambda batch, rows, image: prefill, decode=optimized.on_demand.decode
-    )
-    prompt = inputs(optimized.model, request)
+    modules = {name: programs[name].module(check_guards=False) for name in ("vision", "prefill")}
+    model, served = with_programs(optimized, counted), Served(optimized, request)
     with reads() as found:
-        model.forward(**prompt)
-    return {"program": inside[0], "entry": found.count - inside[0]}
+        served.forward(model)
+    return {"program": inside, "entry": found.count - inside}
 
 
 def _name(target: Any) -> str:

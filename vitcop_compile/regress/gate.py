@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..bench import interleave, median_ratio
+from ..bench.bind import bind
+from ..bench.timing import Call
 from ..config import ViTCoPConfig
 from ..errors import ConfigError
 from ..optimized import OptimizedModel
 from . import facts as fact
-from .baseline import Baseline, Record, here, load, machine, save, versions
-from .calls import Call, bind
+from .baseline import FORMAT, Baseline, Environment, Record, here, load, machine, save, versions
 from .compare import MEASURES, Failure, Report, Timing, broken_promises, compare_facts, failure_of, judge, timing_of
-from .subject import GIVEN, TOY, Build, Settings, Source, builder, check_settings
+from .subject import GIVEN, TOY, Build, Settings, Source, builder
 
 ELSEWHERE = ("refuse", "skip", "compare")
 REPEATS = 7
@@ -80,16 +81,17 @@ def update(
     after the other, for its tolerance. Returns the baseline and what it breaks that no baseline can allow (a graph break, a
     recompilation, a read in a program); with any of those nothing is written.
 
-    Raises ConfigError for settings out of range, and for timings that spread too far.
+    Raises ConfigError for timings that spread too far.
     """
     settings = settings or Settings()
     if source is not None and settings.model == TOY:
         settings = dataclasses.replace(settings, model=GIVEN, hidden=None, layers=None, vision_hidden=None, vision_layers=None)
-    check_settings(settings)
     if not counts_only and (isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 3):
         raise ConfigError(f"repeats={repeats!r}: give an integer of at least 3, so that a spread can be told")
     build = builder(source, settings)
-    records, broken, dense, environment, shape = {}, [], None, {}, {}
+    records, broken, dense = {}, [], None
+    environment: Any = None
+    shape: dict[str, Any] = {}
     for preset in settings.presets:
         told = _of(preset, say)
         told("capturing")
@@ -103,7 +105,7 @@ def update(
             arms = {"dense": dense, "pruned": calls}
             timed = measure_times(arms, settings.rounds, repeats, told)
         records[preset] = Record(found, timed)
-    made = Baseline(settings, environment, shape, records)
+    made = Baseline(FORMAT, settings, environment, shape, records)
     if not broken:
         save(made, Path(baseline))
     return made, broken
@@ -164,7 +166,7 @@ def _compare(preset: str, record: Record, found: Any, stored: Baseline, pruned: 
     report.facts += compared
 
 
-def _may_time(stored: Baseline, now: dict[str, Any], counts_only: bool, elsewhere: str, report: Report) -> bool:
+def _may_time(stored: Baseline, now: Environment, counts_only: bool, elsewhere: str, report: Report) -> bool:
     """Whether the timings are compared. Raises ConfigError where they must not be and `elsewhere` is "refuse"."""
     if counts_only:
         report.notes.append("timed measures not compared: only counts were asked for")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from ..backends import backend_of
 from ..bench import Request
+from ..bench.stored import STRICT, said
 from ..config import DEFAULT_PRESET, ViTCoPConfig
 from ..errors import ConfigError, UnsupportedError
 from ..optimized import OptimizedModel
@@ -25,28 +27,43 @@ Source = PreTrainedModel | Build | None
 TOY, GIVEN = "toy", "given"
 _SIZES = ("hidden", "layers", "vision_hidden", "vision_layers")
 _HEAD = 64
+Width = Annotated[int, Field(ge=_HEAD, multiple_of=_HEAD)]  # of heads
+Count = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Settings:
     """The subjects of a baseline, one for every preset, and the rounds of each timing.
 
     model: "toy", a random LLaVA of the four sizes; "given", a model or builder that the caller hands in; or a LLaVA-1.5 folder
     or model on the hub, loaded in float32. The sizes are None for all but "toy". batch: prompts per call; text_tokens and
-    new_tokens: of each prompt; rounds: interleaved rounds of one timing.
+    new_tokens: of each prompt; rounds: interleaved rounds of one timing. Raises pydantic's ValidationError, a ValueError, for
+    values out of range and for a backend that is unknown or cannot work here.
     """
 
     model: str = TOY
-    hidden: int | None = 512
-    layers: int | None = 8
-    vision_hidden: int | None = 256
-    vision_layers: int | None = 4
-    presets: tuple[str, ...] = (DEFAULT_PRESET,)
+    hidden: Width | None = 512
+    layers: Annotated[int, Field(ge=3)] | None = 8
+    vision_hidden: Width | None = 256
+    vision_layers: Annotated[int, Field(ge=2)] | None = 4
+    presets: Annotated[tuple[str, ...], Field(min_length=1)] = (DEFAULT_PRESET,)
     backend: str = "inductor"
-    batch: int = 1
-    text_tokens: int = 64
-    new_tokens: int = 64
-    rounds: int = 9
+    batch: Count = 1
+    text_tokens: Count = 64
+    new_tokens: Count = 64
+    rounds: Count = 9
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        unsized = [name for name in _SIZES if getattr(self, name) is None]
+        if unsized and self.model == TOY:
+            raise ValueError(f"the random model has no {', '.join(unsized)}")
+        if len(set(self.presets)) != len(self.presets):
+            raise ValueError(f"presets={', '.join(self.presets)}: name each setting to measure once")
+        for preset in self.presets:
+            ViTCoPConfig.preset(preset)
+        backend_of(self.backend)
+        return self
 
     @property
     def request(self) -> Request:
@@ -65,26 +82,10 @@ def settings_of(base: Settings, options: dict[str, Any]) -> Settings:
         given |= dict.fromkeys(_SIZES)
     elif base.model != TOY:
         given = {name: getattr(Settings(), name) for name in _SIZES} | given
-    settings = dataclasses.replace(base, **given)
-    check_settings(settings)
-    return settings
-
-
-def check_settings(settings: Settings) -> None:
-    """Raises ConfigError for what is out of range, UnsupportedError for a backend that is unknown or cannot work here."""
-    for name in ("batch", "text_tokens", "new_tokens", "rounds"):
-        _at_least(name, getattr(settings, name), 1)
-    if settings.model == TOY:
-        for name, least in zip(_SIZES, (_HEAD, 3, _HEAD, 2)):
-            _at_least(name, getattr(settings, name), least)
-        for name in ("hidden", "vision_hidden"):
-            if getattr(settings, name) % _HEAD:
-                raise ConfigError(f"{name}={getattr(settings, name)} is not a multiple of {_HEAD}, the width of a head")
-    if not settings.presets or len(set(settings.presets)) != len(settings.presets):
-        raise ConfigError(f"presets={', '.join(settings.presets) or 'none'}: name each setting to measure once")
-    for preset in settings.presets:
-        ViTCoPConfig.preset(preset)
-    backend_of(settings.backend)
+    try:
+        return dataclasses.replace(base, **given)
+    except ValidationError as error:
+        raise ConfigError(said(error)) from None
 
 
 def builder(source: Source, settings: Settings) -> Build:
@@ -113,10 +114,3 @@ def _load(settings: Settings) -> PreTrainedModel:
         vision_layers=depth,
         vision_heads=width // _HEAD,
     )
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name}={value!r} is not an integer")
-    if value < least:
-        raise ConfigError(f"{name}={value} is below {least}")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..bench.table import printed
 from .baseline import Baseline
 from .compare import Failure, Judged, Report, flatten
 
@@ -33,14 +34,8 @@ def print_report(report: Report, console: Console) -> None:
 
 def failures(found: list[Failure]) -> Table:
     """What failed."""
-    table = Table(title="regressions")
-    for name in ("subject", "fact"):
-        table.add_column(name, overflow="fold")
-    for name in ("baseline", "found"):
-        table.add_column(name, justify="right", overflow="fold")
-    for failure in found:
-        table.add_row(Text(failure.subject), Text(failure.what), failure.baseline, failure.found)
-    return table
+    rows = [(failure.subject, failure.what, failure.baseline, failure.found) for failure in found]
+    return printed(("subject", "fact", "baseline", "found"), rows, "regressions")
 
 
 def print_update(old: Baseline | None, new: Baseline, console: Console) -> None:
@@ -49,14 +44,7 @@ def print_update(old: Baseline | None, new: Baseline, console: Console) -> None:
     if not changed:
         console.print("nothing changed")
         return
-    table = Table(title="baseline: old -> new")
-    for name in ("subject", "what"):
-        table.add_column(name, overflow="fold")
-    for name in ("old", "new"):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in changed:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    console.print(printed(("subject", "what", "old", "new"), changed, "baseline: old -> new"))
 
 
 def differences(old: Baseline | None, new: Baseline) -> Iterator[tuple[str, str, str, str]]:
@@ -85,15 +73,10 @@ def _named(name: str, value: object) -> dict[str, str]:
 
 
 def _timed(judged: list[Judged]) -> Table:
-    table = Table(title="dense / pruned, median of interleaved rounds")
-    for name in ("subject", "measure"):
-        table.add_column(name)
-    for name in ("baseline", "tolerance", "at least", "found"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    rows = []
     for one in judged:
-        timing = one.baseline
-        found = ", ".join(f"{ratio:.3f}" for ratio in one.found)
+        timing, found = one.baseline, ", ".join(f"{ratio:.3f}" for ratio in one.found)
         numbers = (f"{timing.ratio:.3f}", f"{timing.tolerance:.1%}", f"{timing.bound:.3f}", found)
-        table.add_row(Text(one.subject), one.what, *numbers, Text(one.verdict, style=_COLORS[one.verdict]))
-    return table
+        rows.append((one.subject, one.what, *numbers, Text(one.verdict, style=_COLORS[one.verdict])))
+    names = ("subject", "measure", "baseline", "tolerance", "at least", "found", "verdict")
+    return printed(names, rows, "dense / pruned, median of interleaved rounds")
