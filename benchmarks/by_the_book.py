@@ -83,9 +83,10 @@ class ByTheBook:
         """(kept int64 [n], labels int64 [n]) from attention [1, heads, t, t] and raw keys [1, t, C] of the scoring layer."""
         stage, side = self.vision, self.schedule.shape.grid[0]
         score = weights[0, :, 0, 1:].sum(0)
-        kept = score.topk(stage.tokens).indices.sort().values
+        kept = score.topk(stage.total).indices.sort().values
         places = torch.stack((kept // side, kept % side), 1) / side
-        return kept, cluster(keys[0, 1:][kept], places, stage.centers, stage.density_width, stage.reach)
+        centers, width, reach = (stage.option(name) for name in ("centers", "density_width", "reach"))
+        return kept, cluster(keys[0, 1:][kept], places, centers[0], width, reach)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, seen: Seen) -> Prefilled:
@@ -100,12 +101,12 @@ class ByTheBook:
         cache: Any = DynamicCache()
         positions = torch.arange(length, device=ids.device)
         labels, first = seen.labels, 0
-        for stage in self.schedule.stages:
+        for stage in self.schedule.decoder_stages:
             hidden = self._layers(hidden, positions, cache, first, stage.layer)
             first = stage.layer
             rows = slice(start, start + len(labels))
             keys = cache.layers[first - 1].keys[:, :, rows]
-            visual, index = self.reduce(stage.policy, hidden[0, rows], keys, labels, stage.tokens)
+            visual, index = self.reduce(stage.policy, hidden[0, rows], keys, labels, stage.total)
             if stage.positions == "index":
                 positions = torch.arange(len(positions), device=ids.device)
             hidden = torch.cat((hidden[:, :start], visual.unsqueeze(0), hidden[:, rows.stop :]), 1)

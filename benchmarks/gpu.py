@@ -139,11 +139,12 @@ def roofline(schedule: Schedule, case: Case, model: Any, limits: dict[str, float
     size = shape.element_bytes
     seen = sum(p.numel() for p in model.model.vision_tower.parameters())
     seen += sum(p.numel() for p in model.model.multi_modal_projector.parameters())
-    prefill_flops = batch * (sum(schedule.prefill_flops()) + schedule.head_flops())
-    decode_bytes = schedule.weight_bytes() + batch * schedule.kv_bytes(case.new_tokens)
+    text = case.text_tokens
+    prefill_flops = batch * (sum(schedule.prefill_flops(text)) + schedule.head_flops())
+    decode_bytes = schedule.weight_bytes() + batch * schedule.kv_bytes(text, case.new_tokens)
     pairs = {
         "vision": (batch * schedule.vision_flops(), seen * size),
-        "prefill": (prefill_flops, schedule.weight_bytes() + batch * schedule.kv_bytes()),
+        "prefill": (prefill_flops, schedule.weight_bytes() + batch * schedule.kv_bytes(text)),
         "decode": (batch * 2 * schedule.weight_bytes() // size, decode_bytes),
     }
     found = {
@@ -238,7 +239,7 @@ def measure(model: Any, case: Case, limits: dict[str, float], rounds: int, conso
     attention = {key: arm.attention for key, arm in arms.items()}
     found = rows(case, case.shape.model_shape(), times, attention, {})
     for row, entrant in zip(found, case.entrants(), strict=True):
-        schedule = entrant.config.schedule(case.shape.model_shape(), text_tokens=case.text_tokens)
+        schedule = entrant.config.schedule(case.shape.model_shape())
         row |= extra[entrant.key] | {"roofline_ms": roofline(schedule, case, model, limits)}
         row["over_roofline"] = {stage: row[f"{stage}_ms"] / least for stage, least in row["roofline_ms"].items()}
         row["missed"] = missed(row)

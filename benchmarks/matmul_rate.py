@@ -26,7 +26,7 @@ def measure(shape: bench.Shape, rounds: int, preset: str = "1/9", text_tokens: i
     """{"environment": ..., "rows": [...]}: a row per kernel and number of rows that a layer of the dense or the pruned
     prefill, or a decode step, has; `ms` of LAYERS layers' products, `gflops` in 1e9 FLOPs a second, `to_dense` the rate over
     the same kernel's at the dense number of rows."""
-    schedule = ViTCoPConfig.preset(preset).schedule(shape.model_shape(), text_tokens=text_tokens)
+    schedule = ViTCoPConfig.preset(preset).schedule(shape.model_shape())
     dense = text_tokens + schedule.shape.patches
     counts = sorted({dense, *(text_tokens + visual for visual in schedule.visual_tokens()), *BATCHES}, reverse=True)
     widths = (

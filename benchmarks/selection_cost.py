@@ -8,76 +8,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from vitcop_compile.passes.prune_decoder import prune_tokens
-from vitcop_compile.passes.prune_encoder import cluster_patches, prune_patches
 
 from vitcop_compile import ViTCoPConfig, bench
-from vitcop_compile.backends import backend_of
 from vitcop_compile.bench.runner import timed
 from vitcop_compile.bench.timing import Call
 from vitcop_compile.progress import Steps
-from vitcop_compile.schedule import Schedule
 
 FIELDS = ("backend", "preset", "images", "prompts", "selection_ms", "ms_per_image")
 # Per-image time at many images, beside that of one, up to which the cost counts as linear.
 LINEAR = 1.1
-
-
-class Pooled(nn.Module):
-    """As `bench.SelectionOnly`, with the tokens of `images` images in one prompt, whose budgets are `images` times as large.
-
-    query, key: [images, prefix + patches, heads, hd]; patches: [images, prefix + patches, C]; hidden: [1, t, D]; first,
-    second: [1, kv_heads, rows, hd]; visual: int64 [1, images * n].
-    """
-
-    def __init__(self, schedule: Schedule, images: int):
-        super().__init__()
-        self.schedule, self.images = schedule, images
-
-    def forward(
-        self, query: Tensor, key: Tensor, patches: Tensor, hidden: Tensor, first: Tensor, second: Tensor, visual: Tensor
-    ) -> tuple[Tensor, ...]:
-        shape, vision = self.schedule.shape, self.schedule.vision
-        assert vision is not None
-        prefix, images = shape.prefix_tokens, self.images
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        scale = query.shape[-1] ** -0.5
-        kept_hidden, _, kept = prune_patches(patches, query, key, scale, tokens=vision.tokens, prefix=prefix)
-        labels = cluster_patches(
-            key,
-            kept,
-            grid=shape.grid,
-            prefix=prefix,
-            centers=vision.centers,
-            density_width=vision.density_width,
-            reach=vision.reach,
-            exact=True,
-        ).reshape(1, -1)
-        shallow, deep = self.schedule.stages
-        hidden, _, visual, index = prune_tokens(
-            hidden, first, visual, labels, policy=shallow.policy, tokens=images * shallow.tokens, images=images
-        )
-        hidden, *_ = prune_tokens(
-            hidden, second, visual, labels.gather(1, index), policy=deep.policy, tokens=images * deep.tokens, images=images
-        )
-        return kept_hidden, hidden
-
-
-def pooled_inputs(schedule: Schedule, images: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Random inputs of `Pooled`."""
-    query, key, patches, *_ = bench.selection_inputs(schedule, images, dtype, device)
-    shape = schedule.shape
-    visual = images * schedule.image_tokens
-    rows = schedule.text_tokens + visual
-    reduced = schedule.text_tokens + images * schedule.stages[0].tokens
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, dtype=dtype, device=device)
-
-    hidden = random(1, rows, shape.hidden)
-    first, second = (random(1, shape.kv_heads, length, shape.head_dim) for length in (rows, reduced))
-    return query, key, patches, hidden, first, second, torch.arange(visual, device=device).unsqueeze(0)
 
 
 def measure(
@@ -87,31 +26,25 @@ def measure(
     `counts` is 1. `per_image_to_one` is the time per image over that of one image, the median over the rounds."""
     shape.check()
     device, dtype = torch.device(shape.device), getattr(torch, shape.dtype)
-    schedule = ViTCoPConfig.preset(preset).schedule(shape.model_shape(), text_tokens=text_tokens)
+    size = shape.model_shape()
     console = Console(stderr=True)
     rows = []
     for backend in backends:
         calls: dict[str, Call] = {}
         for images in counts:
             with console.status(f"{backend}: compiling the selection of {images} images"):
-                calls[f"{images} {images}"] = bench.selection_arm(
-                    schedule, bench.Request(images, text_tokens), backend, dtype, device
-                )
+                apart = ViTCoPConfig.preset(preset).schedule(size)
+                request = bench.Request(images, text_tokens)
+                calls[f"{images} {images}"] = bench.selection_arm(apart, request, backend, dtype, device)
                 if images > 1:
-                    calls[f"{images} 1"] = _pooled(schedule, images, backend, dtype, device)
+                    pooled = ViTCoPConfig.preset(preset, scope="pooled").schedule(size, (size.image,) * images)
+                    request = bench.Request(1, text_tokens)
+                    calls[f"{images} 1"] = bench.selection_arm(pooled, request, backend, dtype, device)
         with torch.no_grad():
             times = timed(calls, rounds, Steps(console), f"{backend}: selection")
         rows += [_row(backend, preset, key, times) for key in calls]
     conditions = {"device": shape.device, "dtype": shape.dtype, "rounds": rounds, "memory": False}
     return {"environment": bench.environment() | conditions, "rows": rows}
-
-
-def _pooled(schedule: Schedule, images: int, backend: str, dtype: torch.dtype, device: torch.device) -> Call:
-    inputs = pooled_inputs(schedule, images, dtype, device)
-    with torch.no_grad():
-        program = backend_of(backend)(torch.export.export(Pooled(schedule, images).eval(), inputs, strict=False))
-        program(*inputs)
-    return lambda: program(*inputs)
 
 
 def _row(backend: str, preset: str, key: str, times: dict[str, list[float]]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def prune(
             "policy": stage.policy,
             "incoming": incoming,
             "tokens": stage.tokens,
-            "options": {name: _of_one(value) for name, value in stage.options},
+            "options": {name: of_one(value) for name, value in stage.options},
             "site": site or {},
         }
         with graph.inserting_after(cut):
@@ -188,7 +188,7 @@ def _scored(stage: Stage) -> int:
     return stage.layer if stage.side == "encoder" else stage.layer - 1
 
 
-def _of_one(value: Any) -> Any:
+def of_one(value: Any) -> Any:
     """An option that has a value for each segment, for segments that are all alike."""
     if not isinstance(value, tuple):
         return value

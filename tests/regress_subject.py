@@ -33,7 +33,7 @@ def build(config: ViTCoPConfig | None = None, backend: str = "eager") -> Optimiz
     optimized = optimize(shared(LAYERS, KV_HEADS), config or ViTCoPConfig.preset(PRESET), backend=backend)
     for made in vars(optimized.on_demand).values():
         if isinstance(made, programs.Programs):
-            for name in ("export_vision", "export_prefill", "export_decode"):
+            for name in ("export_vision", "export_prefill", "export_extend"):
                 object.__setattr__(made, name, _kept(name, made))
     return optimized
 
@@ -57,10 +57,10 @@ _exports: dict[tuple, torch.export.ExportedProgram] = {}
 def _kept(name: str, made: programs.Programs) -> Callable[..., torch.export.ExportedProgram]:
     original = getattr(made, name)
 
-    def export(*given: Any) -> torch.export.ExportedProgram:
-        key = (name, made.schedule, given, programs.rewrite_prefill)
+    def export(*given: Any, **named: Any) -> torch.export.ExportedProgram:
+        key = (name, made.schedule, given, tuple(named.items()), programs.prefill_passes)
         if key not in _exports:
-            _exports[key] = original(*given)
+            _exports[key] = original(*given, **named)
         return _exports[key]
 
     return export

@@ -272,7 +272,7 @@ def test_the_published_form_refuses_what_it_cannot_do(deep):
 @torch.no_grad()
 def test_selection_alone_is_the_published_selection_of_every_sample(deep):
     schedule, batch = PRUNED["1/3"].schedule(family_of(deep).shape), 3
-    vision, (shallow, last) = schedule.vision, schedule.stages
+    vision, (shallow, last) = schedule.vision, schedule.decoder_stages
     given = selection_inputs(schedule, batch, torch.float32, CPU)
     found_patches, found_hidden = SelectionOnly(schedule)(*given)
     query, key, patches, hidden, first, second, visual = (tensor.numpy() for tensor in given)
@@ -297,18 +297,16 @@ def test_selection_alone_is_the_published_selection_of_every_sample(deep):
 def test_a_selection_arm_returns_what_the_schedule_says(backend, deep):
     request = Request(2, 7, 5)
     shape = family_of(deep).shape
-    schedule = PRUNED["1/9"].schedule(shape, text_tokens=7)
+    schedule = PRUNED["1/9"].schedule(shape)
     patches, hidden = selection_arm(schedule, request, backend, torch.float32, CPU)()
     assert patches.shape == (2, 1 + 19, 32)  # CLS and 0.3 of 64 patches
-    assert hidden.shape == (2, 7 + schedule.stages[1].tokens, 64)
+    assert hidden.shape == (2, 7 + schedule.decoder_stages[1].total, 64)
 
 
 def test_a_selection_arm_refuses_a_schedule_of_something_else(deep):
     shape = family_of(deep).shape
     with pytest.raises(ConfigError, match="a dense schedule selects nothing"):
         selection_arm(DENSE.schedule(shape), Request(), "eager", torch.float32, CPU)
-    with pytest.raises(ConfigError, match="stated for 64 text tokens, the request has 7: make it with text_tokens=7"):
-        selection_arm(PRUNED["1/9"].schedule(shape), Request(1, 7, 5), "eager", torch.float32, CPU)
     with pytest.raises(UnsupportedError, match="backend='none' is unknown"):
         selection_arm(PRUNED["1/9"].schedule(shape), Request(), "none", torch.float32, CPU)
 

@@ -50,7 +50,7 @@ def test_the_table_has_a_line_per_row(gpu, results):
 
 def test_the_roofline_by_hand(gpu):
     model = gpu.TOYS["toy"]
-    schedule = ViTCoPConfig.dense().schedule(model.model_shape(), text_tokens=8)
+    schedule = ViTCoPConfig.dense().schedule(model.model_shape())
     case = gpu.cases(gpu.TOYS, True)[1]
     assert case.batch == 2
     with torch.device("meta"):

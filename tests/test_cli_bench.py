@@ -180,24 +180,20 @@ def test_every_table_of_the_suite_can_be_measured_as_it_stands(suite):
     assert batches == {(backend, batch) for backend in ("inductor", "aotinductor", "onnxruntime") for batch in (1, 16)}
 
 
-def test_pooled_selection_of_one_image_is_the_selection_of_one_prompt(suite):
-    import selection_cost
-
+def test_selection_of_pooled_images_has_their_shapes():
     shape = bench.Shape(hidden=32, layers=4, vision_hidden=32, vision_layers=3, vocab=300, image_size=112).model_shape()
-    schedule = ViTCoPConfig.preset("1/3").schedule(shape, text_tokens=8)
-    inputs = bench.selection_inputs(schedule, 1, torch.float32, torch.device("cpu"))
-    alone, pooled = bench.SelectionOnly(schedule)(*inputs), selection_cost.Pooled(schedule, 1)(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(alone, pooled, strict=True))
-    given = selection_cost.pooled_inputs(schedule, 3, torch.float32, torch.device("cpu"))
-    _, hidden = selection_cost.Pooled(schedule, 3)(*given)
-    assert hidden.shape == (1, 8 + 3 * schedule.stages[1].tokens, 32)
+    schedule = ViTCoPConfig.preset("1/3", scope="pooled").schedule(shape, (shape.image,) * 3)
+    given = bench.selection_inputs(schedule, bench.Request(1, 8), torch.float32, torch.device("cpu"))
+    kept, hidden = bench.SelectionOnly(schedule)(*given)
+    assert kept.shape == (3, 1 + schedule.segment_tokens[0], 32)
+    assert hidden.shape == (1, 8 + schedule.decoder_stages[1].total, 32)
 
 
 def test_matmul_rates_are_of_the_rows_a_schedule_leaves(suite):
     import matmul_rate
 
     shape = bench.Shape(hidden=64, layers=4, vision_hidden=64, vision_layers=3, vocab=300, image_size=112)
-    visual = set(ViTCoPConfig.preset("1/9").schedule(shape.model_shape(), text_tokens=8).visual_tokens())
+    visual = set(ViTCoPConfig.preset("1/9").schedule(shape.model_shape()).visual_tokens())
     rows = matmul_rate.measure(shape, rounds=2, text_tokens=8)["rows"]
     counts = {8 + 64, 16, 1} | {8 + tokens for tokens in visual}
     assert [row["rows"] for row in rows] == 3 * sorted(counts, reverse=True)

@@ -17,10 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..backends import BACKENDS, Program
 from ..cache import PrunedCache
 from ..optimized import OptimizedModel
+from ..program_cache import ProgramCache
 from .arms import Request, begin_step, inputs
 from .timing import Call
 
+# Of a provider, "extend" by one token is a decoding step; by more it is a text prompt, or a later turn.
 PROGRAMS = ("vision", "prefill", "decode")
+_KINDS = ("vision", "prefill", "extend")
 # wrap(name, make) -> the program that is called; make() exports and compiles the provider's own.
 Wrap = Callable[[str, Callable[[], Program]], Program]
 
@@ -41,9 +44,12 @@ class _Wrapped:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._provider, name)
-        return functools.partial(self._program, name, found) if name in PROGRAMS else found
+        return functools.partial(self._program, name, found) if name in _KINDS else found
 
-    def _program(self, name: str, make: Callable[..., Program], *key: Any) -> Program:
+    def _program(self, kind: str, make: Callable[..., Program], *key: Any) -> Program:
+        name = "decode" if kind == "extend" and key[1] == 1 else kind
+        if name not in PROGRAMS:
+            return make(*key)
         if (name, key) not in self._made:
             self._made[name, key] = self._wrap(name, functools.partial(make, *key))
         return self._made[name, key]
@@ -140,7 +146,7 @@ def compiled_by(optimized: OptimizedModel, compile: Callable[[ExportedProgram], 
     `compile` is given what the backend would be; its programs run in the thread that calls them.
     """
     provider = copy.copy(optimized.on_demand)
-    provider.compiled = {}
+    provider._cache = ProgramCache(provider._cache.limit)
     provider.backend = dataclasses.replace(BACKENDS[optimized.backend], compile=compile, graphs=False)
     other = copy.copy(optimized)
     other._provider = other._on_demand = provider

@@ -165,7 +165,7 @@ class Case:
                 raise ConfigError(f"configs: {label!r} already names a setting: choose another label")
         shape = self.shape.model_shape()
         for config in self.settings().values():
-            config.schedule(shape, text_tokens=self.text_tokens)
+            config.schedule(shape)
 
 
 def is_dense_arm(name: str) -> bool:

@@ -35,8 +35,7 @@ def _selection(optimized: OptimizedModel, backend: str, request: Request) -> Cal
 
     @functools.cache
     def made() -> Call:
-        schedule = optimized.pruning_config.schedule(optimized.schedule.shape, text_tokens=request.text_tokens)
-        return selection_arm(schedule, request, backend, optimized.dtype, optimized.device)
+        return selection_arm(optimized.schedule, request, backend, optimized.dtype, optimized.device)
 
     return lambda: made()()
 

@@ -149,8 +149,8 @@ def kv_memory(
     settings = {DENSE: ViTCoPConfig.dense()} | {preset: ViTCoPConfig.preset(preset) for preset in PRESETS}
     tokens = range(0, longest + 1, max(1, longest // 64))
     for index, (label, config) in enumerate(settings.items()):
-        schedule = config.schedule(shape, text_tokens=text_tokens)
-        memory = [schedule.kv_bytes(count) / 2**20 for count in tokens]
+        schedule = config.schedule(shape)
+        memory = [schedule.kv_bytes(text_tokens, count) / 2**20 for count in tokens]
         panel.plot(list(tokens), memory, color=_COLORS[index], marker=_MARKERS[index], markevery=8, label=label)
     panel.set_xlabel("generated tokens")
     panel.set_ylabel("KV cache of one prompt (MiB)")

@@ -41,7 +41,7 @@ def _row(
     attention: Mapping[str, Mapping[str, str]],
     peaks: Peaks,
 ) -> dict[str, Any]:
-    schedule = entrant.config.schedule(shape, text_tokens=case.text_tokens)
+    schedule = entrant.config.schedule(shape)
     pruned = bool(schedule.stages)
     row: dict[str, Any] = {
         "backend": case.backend,
@@ -79,17 +79,17 @@ def _row(
 
 def _schedule(schedule: Schedule, case: Case) -> dict[str, Any]:
     """What follows from the shapes alone."""
-    stages = [stage.tokens for stage in schedule.stages] or [schedule.image_tokens] * 2
+    stages, text = [stage.total for stage in schedule.decoder_stages] or [schedule.image_tokens] * 2, case.text_tokens
     tokens = {"vision": schedule.image_tokens, "shallow": stages[0], "deep": stages[-1]}
     return {
         "visual_tokens": tokens | {"mean": schedule.mean_visual_tokens()},
         "retention": schedule.mean_visual_tokens() / schedule.shape.patches,
-        "kv_bytes": case.batch * schedule.kv_bytes(case.new_tokens),
+        "kv_bytes": case.batch * schedule.kv_bytes(text, case.new_tokens),
         "vision_flops": case.batch * schedule.vision_flops(),
-        "prefill_flops": case.batch * (sum(schedule.prefill_flops()) + schedule.head_flops()),
+        "prefill_flops": case.batch * (sum(schedule.prefill_flops(text)) + schedule.head_flops()),
         "vision_flop_ratio": schedule.dense_vision_flops() / schedule.vision_flops(),
-        "flop_ratio": schedule.flop_ratio(),
-        "decode_byte_ratio": schedule.decode_ratio(case.new_tokens, case.batch),
+        "flop_ratio": schedule.flop_ratio(text),
+        "decode_byte_ratio": schedule.decode_ratio(text, case.new_tokens, case.batch),
     }
 
 

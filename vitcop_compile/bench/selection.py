@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ..backends import backend_of
 from ..errors import ConfigError
 from ..isolation import tracing
-from ..passes.prune_decoder import prune_tokens
-from ..passes.prune_encoder import cluster_patches, prune_patches
+from ..passes.prune import of_one, prune_tokens
 from ..schedule import Schedule
 from .arms import Request, begin_step
 from .timing import Call
@@ -20,10 +19,10 @@ from .timing import Call
 class SelectionOnly(nn.Module):
     """The very functions the passes insert, and nothing else: what selection costs inside vision and prefill together.
 
-    query, key: [B, prefix + patches, heads, hd] of the encoder's scoring layer, as its projections leave them; patches:
-    [B, prefix + patches, C], its output; hidden: [B, L0, D], what enters the shallow stage; first, second: [B, kv_heads,
-    rows, hd], the keys before the shallow and the deep stage; visual: int64 [B, n], the visual rows. Returns what leaves the
-    vision and the deep stage.
+    I: images of the batch, B: its prompts. query, key: [I, prefix + patches, heads, hd] of the encoder's scoring layer, as its
+    projections leave them; patches: [I, prefix + patches, C], its output; hidden: [B, L0, D], what enters the shallow stage;
+    first, second: [B, kv_heads, rows, hd], the keys before the shallow and the deep stage; visual: int64 [B, n], the visual
+    rows. Returns what leaves the vision and the deep stage.
     """
 
     def __init__(self, schedule: Schedule, exact: bool = True):
@@ -35,33 +34,30 @@ class SelectionOnly(nn.Module):
     ) -> tuple[Tensor, ...]:
         shape, vision = self.schedule.shape, self.schedule.vision
         assert vision is not None
-        prefix = shape.prefix_tokens
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        scale = query.shape[-1] ** -0.5
-        kept_hidden, _, kept = prune_patches(patches, query, key, scale, tokens=vision.tokens, prefix=prefix)
-        labels = cluster_patches(
-            key,
-            kept,
-            grid=shape.grid,
-            prefix=prefix,
-            centers=vision.centers,
-            density_width=vision.density_width,
-            reach=vision.reach,
-            exact=self.exact,
-        )
-        shallow, deep = self.schedule.stages
-        hidden, _, visual, index = prune_tokens(hidden, first, visual, labels, policy=shallow.policy, tokens=shallow.tokens)
-        hidden, *_ = prune_tokens(hidden, second, visual, labels.gather(1, index), policy=deep.policy, tokens=deep.tokens)
+        scale, prefix = query.shape[-1] ** -0.5, shape.prefix_tokens
+        kept_hidden, _, _, _, labels = prune_tokens(
+            patches, prefix, (), query, key, None, scale, policy=vision.policy, incoming=(shape.patches,),
+            tokens=vision.tokens[:1], options={name: of_one(value) for name, value in vision.options},
+            site={"prefix": prefix, "grid": shape.grid, "exact": self.exact},
+        )  # fmt: skip
+        labels, incoming = labels.reshape(visual.shape), self.schedule.segment_tokens
+        for stage, keys in zip(self.schedule.decoder_stages, (first, second), strict=True):
+            hidden, _, visual, _, labels = prune_tokens(
+                hidden, visual, (labels,), None, keys, None, None, policy=stage.policy, incoming=incoming,
+                tokens=stage.tokens, options={}, site={},
+            )  # fmt: skip
+            incoming = stage.tokens
         return kept_hidden, hidden
 
 
-def selection_inputs(schedule: Schedule, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def selection_inputs(schedule: Schedule, request: Request, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Random inputs of `SelectionOnly` at the schedule's shapes; the encoder's heads are taken to be 64 wide."""
-    shape = schedule.shape
-    tokens = shape.prefix_tokens + shape.patches
+    shape, batch = schedule.shape, request.batch
+    images, tokens = batch * len(schedule.layout), shape.prefix_tokens + shape.patches
     heads = max(1, shape.vision_hidden // 64)
-    rows = schedule.prompt_tokens
-    reduced = rows - schedule.image_tokens + schedule.stages[0].tokens
+    rows = schedule.prompt_tokens(request.text_tokens)
+    reduced = request.text_tokens + schedule.decoder_stages[0].total
 
     def random(*size: int) -> Tensor:
         return torch.randn(size, dtype=dtype, device=device)
@@ -69,9 +65,9 @@ def selection_inputs(schedule: Schedule, batch: int, dtype: torch.dtype, device:
     head = shape.vision_hidden // heads
     visual = torch.arange(schedule.image_tokens, device=device).repeat(batch, 1)
     return (
-        random(batch, tokens, heads, head),
-        random(batch, tokens, heads, head),
-        random(batch, tokens, shape.vision_hidden),
+        random(images, tokens, heads, head),
+        random(images, tokens, heads, head),
+        random(images, tokens, shape.vision_hidden),
         random(batch, rows, shape.hidden),
         random(batch, shape.kv_heads, rows, shape.head_dim),
         random(batch, shape.kv_heads, reduced, shape.head_dim),
@@ -82,18 +78,12 @@ def selection_inputs(schedule: Schedule, batch: int, dtype: torch.dtype, device:
 def selection_arm(schedule: Schedule, request: Request, backend: str, dtype: torch.dtype, device: torch.device) -> Call:
     """`SelectionOnly` of `schedule` through `backend`, bound to random inputs, compiled and run once.
 
-    Raises ConfigError for a schedule that selects nothing, or whose prompt is not that of `request`; UnsupportedError for a
-    backend that is unknown or cannot work here.
+    Raises ConfigError for a schedule that selects nothing, UnsupportedError for a backend that is unknown or cannot work here.
     """
     if schedule.vision is None:
         raise ConfigError("a dense schedule selects nothing: measure the selection of a pruned one")
-    if schedule.text_tokens != request.text_tokens:
-        raise ConfigError(
-            f"the schedule is stated for {schedule.text_tokens} text tokens, the request has {request.text_tokens}: make it "
-            f"with text_tokens={request.text_tokens}"
-        )
     compile = backend_of(backend)
-    inputs = selection_inputs(schedule, request.batch, dtype, device)
+    inputs = selection_inputs(schedule, request, dtype, device)
     with tracing():
         program = compile(torch.export.export(SelectionOnly(schedule, compile.exact).eval(), inputs, strict=False))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from ..bench.bind import PROGRAMS, Served, bind, exported, with_programs
 from ..bench.timing import Call
 from ..errors import ConfigError
 from ..optimized import OptimizedModel
+from ..runtime import Ask
 from .counters import counts, generating
 from .flops import count
 from .reads import reads
@@ -60,21 +60,18 @@ def measure(optimized: OptimizedModel, request: Request, say: Say = lambda what:
 
 def graph_facts(optimized: OptimizedModel, request: Request, programs: dict[str, ExportedProgram]) -> Facts:
     """What the graphs alone tell. FLOPs, tokens and bytes are of the whole batch at the bucket's length; rows and tokens per
-    layer and prompt. Keys and values are read off the outputs of prefill; `schedule_flops` is what the schedule says."""
+    layer and prompt. Keys and values are those that prefill writes; `schedule_flops` is what the schedule says."""
     schedule = optimized.schedule
-    plan = optimized.on_demand.plan(request.batch, request.text_tokens, request.new_tokens, True)
-    text_rows = plan.rows - schedule.image_tokens
-    padded = dataclasses.replace(schedule, text_tokens=text_rows)
-    pairs = 2 * schedule.shape.layers
-    caches = _outputs(programs["prefill"])[-pairs:]
+    text = optimized.on_demand.plan(Ask(request.batch, request.text_tokens, 1, request.new_tokens)).text
+    caches = _written(programs["prefill"], 2 * schedule.shape.layers)
     rows = [cache.shape[2] for cache in caches[::2]]
     return {
         "flops": {name: count(program) for name, program in programs.items()},
         "schedule_flops": {
-            "vision": request.batch * padded.vision_flops(),
-            "prefill": request.batch * (sum(padded.prefill_flops()) + padded.head_flops()),
+            "vision": request.batch * schedule.vision_flops(),
+            "prefill": request.batch * (sum(schedule.prefill_flops(text)) + schedule.head_flops()),
         },
-        "visual_tokens": [held - text_rows for held in rows],
+        "visual_tokens": [held - text for held in rows],
         "kv_rows": rows,
         "kv_bytes": sum(cache.numel() * cache.element_size() for cache in caches),
         "nodes": {name: nodes(program) for name, program in programs.items()},
@@ -118,6 +115,11 @@ def _name(target: Any) -> str:
     return str(target) if isinstance(target, torch._ops.OperatorBase) else f"{target.__module__}.{target.__name__}"
 
 
-def _outputs(program: ExportedProgram) -> list[torch.Tensor]:
-    output = next(iter(reversed(program.graph.nodes)))
-    return [value.meta["val"] for value in output.args[0]]
+def _written(program: ExportedProgram, count: int) -> list[torch.Tensor]:
+    """The keys and values that prefill writes, `count` of them: what it pads to the rows of its caches, or, where it updates
+    none, returns."""
+    graph, pads = program.graph, (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default)
+    values = [node.args[0] for node in graph.nodes if node.op == "call_function" and node.target in pads]
+    if len(values) != count:
+        values = list(graph.output_node().args[0])[-count:]
+    return [value.meta["val"] for value in values]

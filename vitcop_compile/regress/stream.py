@@ -9,6 +9,7 @@ import torch
 
 from ..bench import Request, inputs
 from ..optimized import OptimizedModel
+from ..runtime import Ask
 from .counters import Counts, counts, traced_only
 
 _NEW_TOKENS = 3
@@ -28,7 +29,7 @@ class Item:
 def items(optimized: OptimizedModel, text_tokens: int) -> list[Item]:
     """Batches of 1 and 2, prompts of `text_tokens`, one shorter and one in the next bucket, with and without an image."""
     plan = optimized.on_demand.plan
-    rows = plan(1, text_tokens, _NEW_TOKENS, False).rows
+    rows = plan(Ask(1, text_tokens, 0, _NEW_TOKENS)).text
     within = next((text for text in (text_tokens - 1, text_tokens + 1) if 0 < text <= rows), text_tokens)
     return [
         Item(1, text_tokens, generate=False),
@@ -70,13 +71,12 @@ def stream(optimized: OptimizedModel, text_tokens: int, since: Counts) -> dict[s
 def _programs(optimized: OptimizedModel, item: Item) -> set[tuple]:
     """Keys of the programs that a request needs, by the buckets alone."""
     provider = optimized.on_demand
-    room = _NEW_TOKENS if item.generate else provider.default_new_tokens()
-    plan = provider.plan(item.batch, item.text_tokens, room, item.image)
-    keys: set[tuple] = {("prefill", item.batch, plan.rows, item.image)}
+    plan = provider.plan(Ask(item.batch, item.text_tokens, int(item.image), _NEW_TOKENS if item.generate else None))
+    keys: set[tuple] = {("extend", item.batch, plan.text, plan.rows)}
     if item.image:
-        keys.add(("vision", item.batch))
+        keys = {("vision", item.batch), ("prefill", item.batch, plan.text, 1, plan.rows, False)}
     if item.generate:
-        keys.add(("decode", item.batch, plan.cache_rows))
+        keys.add(("extend", item.batch, 1, plan.rows))
     return keys
 
 
