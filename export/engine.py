@@ -15,7 +15,8 @@ from transformers import AutoConfig, GenerationConfig
 from ..backends import writing_rows
 from ..errors import InputError
 from ..layout import Layout
-from ..runtime import Ask, CompiledModel, Plan
+from ..provider import Ask, Plan
+from ..runtime import CompiledModel
 from ..schedule import Schedule
 from .contract import LEAST_TEXT, check_programs
 from .manifest import FolderError, Manifest, ProgramSpec

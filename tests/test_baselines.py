@@ -273,10 +273,11 @@ def test_the_published_form_refuses_what_it_cannot_do(deep):
 def test_selection_alone_is_the_published_selection_of_every_sample(deep):
     schedule, batch = PRUNED["1/3"].schedule(family_of(deep).shape), 3
     vision, (shallow, last) = schedule.vision, schedule.decoder_stages
-    given = selection_inputs(schedule, batch, torch.float32, CPU)
+    given = selection_inputs(schedule, Request(batch, 64, 5), torch.float32, CPU)
     found_patches, found_hidden = SelectionOnly(schedule)(*given)
     query, key, patches, hidden, first, second, visual = (tensor.numpy() for tensor in given)
-    n, side = vision.tokens, schedule.shape.grid[0]
+    n, side = vision.total, schedule.shape.grid[0]
+    centers, width, reach = (stage_option[1] for stage_option in vision.options)
     for row in range(batch):
         heads = query[row].swapaxes(0, 1), key[row].swapaxes(0, 1)
         score = naive.cls_saliency(*heads, query.shape[-1] ** -0.5)
@@ -284,9 +285,9 @@ def test_selection_alone_is_the_published_selection_of_every_sample(deep):
         assert np.array_equal(found_patches[row], np.concatenate((patches[row, :1], patches[row, 1:][kept])))
         places = np.array([(patch // side, patch % side) for patch in kept]) / side
         features = key[row, 1:].reshape(side * side, -1)[kept]
-        labels = naive.density_peaks(features, places, vision.centers, vision.density_width, vision.reach).labels
-        rows, _ = naive.merge_by_cluster(hidden[row, :n], naive.key_norm(first[row, :, :n]), labels, shallow.tokens)
-        rows = rows[naive.keep_lowest(naive.key_norm(second[row, :, : shallow.tokens]), last.tokens)]
+        labels = naive.density_peaks(features, places, centers[0], width, reach).labels
+        rows, _ = naive.merge_by_cluster(hidden[row, :n], naive.key_norm(first[row, :, :n]), labels, shallow.total)
+        rows = rows[naive.keep_lowest(naive.key_norm(second[row, :, : shallow.total]), last.total)]
         expected = torch.tensor(np.concatenate((rows, hidden[row, n:])))
         assert golden.largest_error(found_hidden[row].double(), expected) < TOLERANCE
     assert visual.tolist() == [list(range(n))] * batch

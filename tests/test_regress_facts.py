@@ -35,7 +35,7 @@ from regress_subject import (
 )
 from torch import nn
 
-from vitcop_compile import ConfigError, UnsupportedError, programs, runtime
+from vitcop_compile import ConfigError, UnsupportedError, programs, turn
 from vitcop_compile.bench import bind
 from vitcop_compile.regress import compare, counters, facts, flops, stream
 from vitcop_compile.regress.reads import reads
@@ -81,17 +81,20 @@ def test_nodes_are_those_of_the_architecture() -> None:
 
 
 def test_eager_programs_read_nothing_and_the_entry_once() -> None:
-    assert measured()[1]["reads"] == {"program": 0, "entry": 1}
+    assert measured()[1]["reads"] == {
+        "program": 0,
+        "entry": 5,
+    }  # ids and mask, copied and looked at, and whether pixels are finite
     assert "kernels" not in measured()[1]
 
 
 def test_the_stream_makes_a_program_per_batch_and_bucket() -> None:
-    """vision of 1 and 2 images; prefill at 1 and 2 prompts, at a second length and without an image; a decode for three."""
-    expected = {"programs": 2 + 4 + 3, "graphs": 0, "graph_breaks": 0, "recompiles": 0}
+    """vision of 1 and 2 images; prefill at 1 and 2 prompts and at a second length; a text prompt, and a step for three."""
+    expected = {"programs": 2 + 3 + 1 + 3, "graphs": 0, "graph_breaks": 0, "recompiles": 0}
     optimized = build()
     assert stream.stream(optimized, TEXT, counters.counts()) == expected == measured()[1]["stream"]
     kinds = [key[0] for key in optimized.compiled]
-    assert [kinds.count(kind) for kind in ("vision", "prefill", "decode")] == [2, 4, 3]
+    assert [kinds.count(kind) for kind in ("vision", "prefill", "extend")] == [2, 3, 4]
 
 
 def test_the_inductor_backend_traces_one_graph_a_program() -> None:
@@ -212,10 +215,9 @@ def failures_of(before: Any, now: Any) -> set[str]:
 
 
 def test_a_pass_that_adds_a_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, original = measured()[1], programs.rewrite_prefill
+    before, original = measured()[1], programs.prefill_passes
 
-    def slower(*given: Any) -> torch.fx.GraphModule:
-        module = original(*given)
+    def slower(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
         (output,) = [node for node in module.graph.nodes if node.op == "output"]
         hidden = output.args[0][0]
         with module.graph.inserting_before(output):
@@ -226,7 +228,7 @@ def test_a_pass_that_adds_a_product_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
         module.recompile()
         return module
 
-    monkeypatch.setattr(programs, "rewrite_prefill", slower)
+    monkeypatch.setattr(programs, "prefill_passes", lambda *given, **named: (*original(*given, **named), ("slower", slower)))
     optimized = build()
     found = facts.graph_facts(optimized, REQUEST, bind.exported(optimized, REQUEST))
     expected = {"flops.prefill", "nodes.prefill.aten.matmul.default", "nodes.prefill.aten.transpose.int"}
@@ -247,22 +249,22 @@ def test_a_read_inside_a_program_or_at_the_entry_is_seen(monkeypatch: pytest.Mon
     broken = compare.broken_promises("subject", before | {"reads": found}, "eager")
     assert [(failure.what, failure.found) for failure in broken] == [("reads.program", "1")]
 
-    align = runtime.align
-    monkeypatch.setattr(runtime, "align", lambda ids, *rest: (ids.max().item(), align(ids, *rest))[1])
-    assert facts.count_reads(optimized, REQUEST, exported()) == {"program": 0, "entry": 2}
+    align = turn.align
+    monkeypatch.setattr(turn, "align", lambda ids, *rest: (ids.max().item(), align(ids, *rest))[1])
+    assert facts.count_reads(optimized, REQUEST, exported()) == before["reads"] | {"entry": before["reads"]["entry"] + 1}
 
 
 def test_programs_beyond_the_buckets_count_as_recompilations() -> None:
     optimized = build()
-    provider, decode = optimized.on_demand, optimized.on_demand.decode
+    provider, extend = optimized.on_demand, optimized.on_demand.extend
     made: list[int] = []
 
     def stray(*key: int) -> Callable:
         made.append(1)
-        provider.compiled[("stray", len(made))] = decode(*key)
-        return decode(*key)
+        provider.compiled[("stray", len(made))] = extend(*key)
+        return extend(*key)
 
-    provider.decode = stray
+    provider.extend = stray
     found = stream.stream(optimized, TEXT, counters.counts())
     assert found["recompiles"] == len(made) > 0 and found["programs"] == 9 + len(made) // 2
     wrong = {failure.what for failure in compare.broken_promises("", {"stream": found, "reads": {"program": 0}}, "eager")}

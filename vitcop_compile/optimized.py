@@ -19,7 +19,8 @@ from .layout import Layout
 from .program_cache import ProgramCache, bytes_of
 from .programs import Programs
 from .prompt import ImageInput
-from .runtime import Ask, CompiledModel, Plan, bucket
+from .provider import Ask, Plan, bucket
+from .runtime import CompiledModel
 from .schedule import Schedule
 from .weights import Weights
 from .worker import Worker

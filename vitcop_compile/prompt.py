@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,16 +45,14 @@ def read(ids: Tensor, mask: Tensor, image: ImageInput, vocab: int) -> Reading:
     Raises InputError for a sample without tokens, ids outside the vocabulary, placeholders that are no whole number of images,
     and text inside an image.
     """
-    ids, mask = ids.cpu(), mask.cpu()
-    placeholder = (ids == image.token_id) & mask
-    real, visual = mask.sum(1), placeholder.sum(1)
-    outside = ((ids < 0) | (ids >= vocab)) & mask & ~placeholder
-    shortest, wrong = real.min(), outside.sum()
-    if not shortest:
+    words, real = ids.cpu().numpy(), mask.cpu().numpy()
+    placeholder = (words == image.token_id) & real
+    outside = int((((words < 0) | (words >= vocab)) & real & ~placeholder).sum())
+    total, counts = real.sum(1).tolist(), placeholder.sum(1).tolist()
+    if not min(total):
         raise InputError("attention_mask leaves a prompt without tokens: every prompt needs at least one")
-    if wrong:
-        raise InputError(f"input_ids holds {wrong} ids outside the vocabulary of {vocab}: tokenize for this model")
-    counts = visual.tolist()
+    if outside:
+        raise InputError(f"input_ids holds {outside} ids outside the vocabulary of {vocab}: tokenize for this model")
     partial = [count for count in counts if count % image.patches]
     if partial:
         raise InputError(
@@ -61,18 +60,16 @@ def read(ids: Tensor, mask: Tensor, image: ImageInput, vocab: int) -> Reading:
             "placeholder"
         )
     if any(counts):
-        _check_whole(placeholder, mask, image.patches)
+        _check_whole(placeholder, real, image.patches)
     images = tuple(count // image.patches for count in counts)
-    return Reading(images, tuple(total - count for total, count in zip(real.tolist(), counts, strict=True)))
+    return Reading(images, tuple(all_ - count for all_, count in zip(total, counts, strict=True)))
 
 
-def _check_whole(placeholder: Tensor, mask: Tensor, patches: int) -> None:
+def _check_whole(placeholder: np.ndarray, real: np.ndarray, patches: int) -> None:
     """Raises InputError if a token that is no placeholder stands between two of one image. Pads are no tokens."""
-    slot = mask.cumsum(1)
-    sample, column = placeholder.nonzero(as_tuple=True)
-    at, rank = slot[sample, column], placeholder.cumsum(1)[sample, column] - 1
-    inside = (rank[1:] % patches != 0) & (sample[1:] == sample[:-1])
-    if (inside & (at[1:] != at[:-1] + 1)).any():
+    slot, rank = real.cumsum(1)[placeholder], (placeholder.cumsum(1) - 1)[placeholder]
+    inside = rank[1:] % patches != 0
+    if (inside & (slot[1:] != slot[:-1] + 1)).any():
         raise InputError(f"the {patches} image tokens of an image are not contiguous: text cannot stand inside an image")
 
 

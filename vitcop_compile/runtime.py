@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,9 +15,7 @@ from .cache import CACHE_NAME, BufferPool, PrunedCache
 from .errors import InputError
 from .explain import explain
 from .isolation import plain
-from .layout import Layout
 from .prompt import (
-    ImageInput,
     check_count,
     check_ids,
     check_mask,
@@ -28,55 +25,11 @@ from .prompt import (
     read,
     refuse_pixels,
 )
+from .provider import Ask, Provider
 from .schedule import Schedule
 from .turn import Turn, run_turn
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
-
-
-class Ask(NamedTuple):
-    """What a turn needs. batch: sequences; text: text tokens of the longest; images: of the one with most; new: tokens to be
-    generated, None if nobody knows; held: rows that the caches hold by group, () before the first turn; rows: those they
-    have; alike: whether all have as many images."""
-
-    batch: int
-    text: int
-    images: int
-    new: int | None
-    held: tuple[int, ...] = ()
-    rows: tuple[int, ...] = ()
-    alike: bool = True
-
-
-class Plan(NamedTuple):
-    """text: text rows of the programs that take the turn; rows: those of the KV caches by group of layers."""
-
-    text: int
-    rows: tuple[int, ...]
-
-
-class Provider(Protocol):
-    """Where programs come from: compiled on demand, or loaded from a folder of engines.
-
-    vision(pixels) -> (features, kept, state...) or (features,); prefill(ids, last, positions, features, visual, state...,
-    [length, removed,] caches...) -> (logits, index per stage...); extend(ids, last, length, position, removed, caches...) ->
-    (logits,). Caches are updated in place.
-    """
-
-    image: ImageInput
-    position_dims: int
-    device: torch.device
-    dtype: torch.dtype
-
-    def schedule_of(self, layout: Layout) -> Schedule: ...
-
-    def plan(self, ask: Ask) -> Plan: ...
-
-    def vision(self, images: int) -> Callable[..., Any]: ...
-
-    def prefill(self, batch: int, text: int, images: int, rows: tuple[int, ...], filled: bool) -> Callable[..., Any]: ...
-
-    def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Callable[..., Any]: ...
 
 
 class CompiledModel(GenerationMixin):
@@ -406,11 +359,3 @@ def _answer(logits: Tensor, cache: PrunedCache) -> CausalLMOutputWithPast:
     # The caller may keep them: on CUDA, the next replay of a graph writes over its own.
     owned = logits.clone() if logits.is_cuda else logits
     return CausalLMOutputWithPast(logits=owned, **{CACHE_NAME: cache})  # type: ignore[arg-type]
-
-
-def bucket(count: int, buckets: Sequence[int], what: str) -> int:
-    """The least of `buckets` that holds `count`. Raises InputError beyond the largest."""
-    for size in buckets:
-        if count <= size:
-            return size
-    raise InputError(f"{count} {what} exceed the largest bucket, {buckets[-1]}: ask for fewer, or build with larger buckets")

@@ -15,7 +15,7 @@ from ..bench.bind import PROGRAMS, Served, bind, exported, with_programs
 from ..bench.timing import Call
 from ..errors import ConfigError
 from ..optimized import OptimizedModel
-from ..runtime import Ask
+from ..provider import Ask
 from .counters import counts, generating
 from .flops import count
 from .reads import reads

@@ -9,7 +9,7 @@ import torch
 
 from ..bench import Request, inputs
 from ..optimized import OptimizedModel
-from ..runtime import Ask
+from ..provider import Ask
 from .counters import Counts, counts, traced_only
 
 _NEW_TOKENS = 3
