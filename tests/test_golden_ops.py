@@ -10,11 +10,12 @@ import naive
 import pytest
 import torch
 from golden import TOLERANCE, largest_error, of_case, partition
+from vitcop_compile.passes import encoder_passes, rewrite
+
 from vitcop_compile import Budgets, ConfigError, ModelShape, ViTCoPConfig, ops
 from vitcop_compile.capture import Capture, capture
 from vitcop_compile.config import published_budgets
 from vitcop_compile.families import Family, family_of
-from vitcop_compile.passes import encoder_passes, rewrite
 from vitcop_compile.policies import patch_positions
 from vitcop_compile.schedule import Schedule
 
