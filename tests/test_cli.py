@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +18,11 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vitcop_compile import ConfigError, InputError, UnsupportedError, ViTCoPConfig, demo, picture, toy
+from vitcop_compile import ConfigError, InputError, ModelShape, UnsupportedError, ViTCoPConfig, demo, picture, toy
 from vitcop_compile.cache import Selection
 from vitcop_compile.cli import app
+from vitcop_compile.explain import explain
+from vitcop_compile.layout import Segment
 
 TINY = {
     "vision_hidden": 32,
@@ -100,9 +104,32 @@ def test_explain_prints_the_published_setting() -> None:
 def test_explain_takes_one_target(arguments: list, config: ViTCoPConfig) -> None:
     layers, text = (16, 10) if "--layers" in arguments else (32, 64)
     shape = config.schedule().shape
-    schedule = config.schedule(type(shape)(layers=layers), text_tokens=text)
+    schedule = config.schedule(type(shape)(layers=layers))
     row = cells(invoke("explain", *arguments).output, "all")
-    assert row[1:3] == [f"{schedule.mean_visual_tokens():.1f} mean", str(sum(schedule.kv_rows()))]
+    assert row[1:3] == [f"{schedule.mean_visual_tokens():.1f} mean", str(sum(schedule.kv_rows(text)))]
+
+
+def test_explain_of_other_prompts() -> None:
+    config, shape = ViTCoPConfig.preset("1/9"), ModelShape()
+    three = explain(config.schedule(layout=(shape.image,) * 3), text=10)
+    assert "10 text tokens + 1728 patches of 3 images" in three
+    assert cells(three, "vision")[1::4] == ["516", "after layer 22: keep 3 x 172, 3 x 20 clusters"]
+    assert cells(three, "22-31")[1:3] == ["45", "55"] and "keep_lowest to 3 x 15" in three
+    half = Segment("image", (1, 12, 24), 288)
+    mixed = explain(config.schedule(layout=(shape.image, half)))
+    assert "keep 172 + 86, 20 + 10" in mixed and "merge_by_cluster to 77 + 39" in mixed
+    pooled = explain(dataclasses.replace(config, scope="pooled").schedule(layout=(shape.image, half)))
+    assert "keep 172 + 86, 20 + 10" in pooled and "merge_by_cluster to 116 " in pooled
+    alone = explain(config.schedule(layout=()))
+    assert "0 patches of 0 images" in alone and cells(alone, "0-31")[1:3] == ["0", "64"] and "no image" in alone
+    assert "nothing pruned" in explain(ViTCoPConfig.dense().schedule())
+    assert explain(config.schedule()) == explain(config.schedule(), 64)
+
+
+@pytest.mark.parametrize("count", [-1, 1.0, True, "64"])
+def test_text_is_a_count(count: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"text={count!r} is not a count of text tokens")):
+        explain(ViTCoPConfig.dense().schedule(), count)
 
 
 def test_explain_reads_a_config_file(tmp_path: Path) -> None:
@@ -125,7 +152,7 @@ def test_explain_reads_a_model_folder(checkpoint: Path) -> None:
         (["--mean-tokens", 1], "mean_tokens=1.0 leaves"),
         (["--layers", 0], "--layers 0 is below 1"),
         (["--layers", 2], "a decoder of 2 layers has no room"),
-        (["--text-tokens", -1], "text_tokens=-1 is not a count"),
+        (["--text-tokens", -1], "text=-1 is not a count of text tokens"),
         (["--config", "missing.json"], "--config missing.json cannot be read: No such file"),
         (["--model", "./missing"], "--model ./missing is not a folder"),
     ],

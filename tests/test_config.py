@@ -1,7 +1,6 @@
 """Configurations and the schedules they resolve to. No tensor is made here."""
 
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -10,36 +9,17 @@ from typing import Any
 
 import naive
 import pytest
-from hypothesis import assume, given
+from configs import SMALL, configs, stages, vision_of
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vitcop_compile import Budgets, ConfigError, ModelShape, ViTCoPConfig, VitcopError
 from vitcop_compile.config import PRESETS
-from vitcop_compile.schedule import Schedule
+from vitcop_compile.policies import POLICIES
+from vitcop_compile.schedule import Stage
 
 # The published table: name -> (n, centers, R, RD, visual tokens, mean over layers).
 TABLE = {"1/3": (288, 51, 253, 51, 192.1), "2/9": (230, 34, 165, 33, 127.8), "1/9": (172, 20, 77, 15, 63.6)}
-SMALL = ModelShape(
-    layers=6,
-    hidden=8,
-    intermediate=12,
-    heads=4,
-    kv_heads=2,
-    head_dim=3,
-    vocab=11,
-    grid=(3, 4),
-    vision_layers=5,
-    feature_layer=3,
-    vision_hidden=7,
-    vision_intermediate=9,
-    patch_features=5,
-    element_bytes=4,
-)
-
-
-def stages(schedule: Schedule) -> list[tuple[int, int]]:
-    return [(stage.layer, stage.tokens) for stage in schedule.stages]
-
 
 # The published settings
 
@@ -48,19 +28,23 @@ def stages(schedule: Schedule) -> list[tuple[int, int]]:
 def test_presets_are_the_published_settings(name: str) -> None:
     n, centers, merged, kept, mean = TABLE[name]
     schedule = ViTCoPConfig.preset(name).schedule()
-    assert schedule.vision is not None
-    assert (schedule.vision.layer, schedule.vision.tokens, schedule.vision.centers) == (22, n, centers)
-    assert (schedule.vision.density_width, schedule.vision.reach) == (8, 0.6)
-    assert stages(schedule) == [(2, merged), (22, kept)]
-    assert [(stage.policy, stage.positions) for stage in schedule.stages] == [
-        ("merge_by_cluster", "kept"),
-        ("keep_lowest", "index"),
-    ]
+    assert schedule.stages == (
+        Stage("encoder", 22, "cls_attention", (n,), (("centers", (centers,)), ("density_width", 8.0), ("reach", 0.6))),
+        Stage("decoder", 2, "merge_by_cluster", (merged,)),
+        Stage("decoder", 22, "keep_lowest", (kept,), positions="index"),
+    )
+    assert schedule.vision is schedule.stages[0] and schedule.decoder_stages == schedule.stages[1:]
+    assert all(stage.policy in POLICIES for stage in schedule.stages)
     assert round(schedule.mean_visual_tokens(), 1) == mean
     assert schedule.visual_tokens() == (n,) * 2 + (merged,) * 20 + (kept,) * 10
-    rows = 64 + n
-    assert schedule.kv_rows() == (rows,) * 2 + (rows - n + merged,) * 20 + (rows - n + kept,) * 10
-    assert schedule.kv_rows(7) == tuple(count + 7 for count in schedule.kv_rows())
+    assert schedule.prompt_tokens(64) == 64 + n
+    assert schedule.kv_rows(64) == (64 + n,) * 2 + (64 + merged,) * 20 + (64 + kept,) * 10
+    assert schedule.kv_rows(64, 7) == tuple(count + 7 for count in schedule.kv_rows(64))
+    assert schedule.groups == (0,) * 2 + (1,) * 20 + (2,) * 10
+    assert schedule.group_tokens() == (n, merged, kept)
+    assert schedule.removed_rows() == (0,) * 2 + (n - merged,) * 20 + (n - kept,) * 10
+    shapes = [(3, 32, rows, 128) for rows in (300, 200, 100)]
+    assert schedule.cache_shapes(3, (300, 200, 100)) == [shapes[0]] * 2 + [shapes[1]] * 20 + [shapes[2]] * 10
 
 
 def test_every_preset_is_in_the_table() -> None:
@@ -68,7 +52,14 @@ def test_every_preset_is_in_the_table() -> None:
 
 
 def test_positions_of_the_deep_stage() -> None:
-    assert ViTCoPConfig.preset("1/9", positions="original").schedule().stages[1].positions == "kept"
+    assert ViTCoPConfig.preset("1/9", positions="original").schedule().decoder_stages[1].positions == "kept"
+
+
+def test_options_of_a_stage() -> None:
+    stage = Stage("encoder", 1, "cls_attention", (3, 4), (("reach", 0.5),))
+    assert stage.option("reach") == 0.5 and stage.total == 7
+    with pytest.raises(KeyError):
+        stage.option("centers")
 
 
 def test_preset_overrides() -> None:
@@ -90,8 +81,7 @@ def test_budgets_follow_the_formula(vision: float, retention: float, shallow: in
     shape = ModelShape(layers=layers)
     if kept >= 1 and merged <= n:
         schedule = config.schedule(shape)
-        assert schedule.vision is not None
-        assert (schedule.vision.tokens, schedule.vision.centers) == (n, max(1, int(0.25 * n)))
+        assert vision_of(schedule) == ((n,), (max(1, int(0.25 * n)),))
         assert stages(schedule) == [(shallow, merged), (deep, kept)]
     else:
         with pytest.raises(ConfigError, match=f"retention={retention}.*{merged} tokens after layer {shallow}"):
@@ -122,22 +112,21 @@ def test_mean_tokens_is_retention_by_another_unit() -> None:
 def test_explicit_budgets_are_taken_as_they_are() -> None:
     config = ViTCoPConfig(budgets=Budgets(9, 7, 3, centers=4), shallow_layer=2, deep_layer=3, scale_layers=False)
     schedule = config.schedule(SMALL)
-    assert schedule.vision is not None and (schedule.vision.tokens, schedule.vision.centers) == (9, 4)
+    assert vision_of(schedule) == ((9,), (4,))
     assert stages(schedule) == [(2, 7), (3, 3)]
     assert ViTCoPConfig(budgets=(9, 7, 3)) == ViTCoPConfig(budgets=[9, 7, 3]) == ViTCoPConfig(budgets=Budgets(9, 7, 3))
-    unset = ViTCoPConfig(center_ratio=0.3, budgets=(9, 7, 3)).schedule(SMALL).vision
-    assert unset is not None and unset.centers == 2
-    least = ViTCoPConfig(center_ratio=0.01, budgets=(9, 7, 3)).schedule(SMALL).vision
-    assert least is not None and least.centers == 1
+    for ratio, centers in ((0.3, 2), (0.01, 1)):
+        assert vision_of(ViTCoPConfig(center_ratio=ratio, budgets=(9, 7, 3)).schedule(SMALL)) == ((9,), (centers,))
 
 
 def test_dense_keeps_everything() -> None:
-    schedule = ViTCoPConfig.dense().schedule(SMALL, text_tokens=5)
+    schedule = ViTCoPConfig.dense().schedule(SMALL)
     assert schedule.vision is None and schedule.stages == () and schedule.removed_rows() == (0,) * 6
-    assert schedule.visual_tokens() == (12,) * 6 and schedule.kv_rows() == (17,) * 6
-    assert schedule.flop_ratio() == 1
-    assert schedule.prefill_flops() == schedule.dense_prefill_flops()
-    assert schedule.kv_bytes(3) == schedule.dense_kv_bytes(3)
+    assert schedule.groups == (0,) * 6 and schedule.group_tokens() == (12,)
+    assert schedule.visual_tokens() == (12,) * 6 and schedule.kv_rows(5) == (17,) * 6
+    assert schedule.flop_ratio(5) == 1 and schedule.decode_ratio(5, 3, 2) == 1
+    assert schedule.prefill_flops(5) == schedule.dense_prefill_flops(5)
+    assert schedule.kv_bytes(5, 3) == schedule.dense_kv_bytes(5, 3)
     assert schedule.vision_flops() == schedule.dense_vision_flops()
 
 
@@ -206,6 +195,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"retention": 0.3, "shallow_layer": 0}, "shallow_layer=0 is below 1"),
     ({"retention": 0.3, "shallow_layer": 22}, "shallow_layer=22 is not before deep_layer=22: choose shallow < deep"),
     ({"retention": 0.3, "positions": "kept"}, "positions='kept' is unknown: use 'published' or 'original'"),
+    ({"retention": 0.3, "scope": "image"}, "scope='image' is unknown: use 'per_image' or 'pooled'"),
     ({"budgets": (3, 0, 0)}, "budgets.shallow=0 is below 1"),
     ({"budgets": (3.0, 2, 1)}, "budgets.vision=3.0 is not an integer"),
     ({"budgets": (3, 2, True)}, "budgets.deep=True is not an integer"),
@@ -270,12 +260,6 @@ def test_what_a_model_cannot_meet_is_refused(values: dict[str, Any], shape: Mode
         config.schedule(shape)
 
 
-@pytest.mark.parametrize("count", [-1, 1.0, True, "64"])
-def test_text_tokens_is_a_count(count: Any) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"text_tokens={count!r} is not a count of tokens")):
-        ViTCoPConfig.dense().schedule(text_tokens=count)
-
-
 def test_unknown_preset() -> None:
     with pytest.raises(ConfigError, match="preset '1/2' is unknown: use one of 1/3, 2/9, 1/9"):
         ViTCoPConfig.preset("1/2")
@@ -287,37 +271,6 @@ def test_tokens_refuses_what_is_no_target() -> None:
 
 
 # Text form
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> ViTCoPConfig:
-    ratio = st.floats(1e-3, 1)
-    shallow = draw(st.integers(1, 12))
-    vision = draw(st.integers(1, 300))
-    target = draw(st.sampled_from(["retention", "mean_tokens", "budgets", "preset", "dense"]))
-    if target == "dense":
-        return ViTCoPConfig.dense()
-    merged = draw(st.integers(1, vision))
-    kept = draw(st.integers(1, merged))
-    values: dict[str, Any] = {
-        "retention": {"retention": draw(ratio)},
-        "mean_tokens": {"mean_tokens": draw(st.floats(1, 400) | st.integers(1, 400))},
-        "budgets": {"budgets": Budgets(vision, merged, kept, draw(st.none() | st.integers(1, vision)))},
-        "preset": {"retention": draw(st.sampled_from([preset[2] for preset in PRESETS.values()]))},
-    }[target]
-    return ViTCoPConfig(
-        vision_ratio=draw(ratio),
-        center_ratio=draw(ratio),
-        vision_layer=draw(st.integers(-6, 4)),
-        shallow_layer=shallow,
-        deep_layer=draw(st.integers(shallow + 1, 30)),
-        deep_divisor=draw(st.floats(1, 10)),
-        positions=draw(st.sampled_from(["published", "original"])),
-        density_width=draw(st.floats(0.1, 100)),
-        reach=draw(st.floats(0.01, 2)),
-        scale_layers=draw(st.sampled_from([None, True, False])),
-        **values,
-    )
 
 
 @given(configs())
@@ -368,99 +321,3 @@ def test_a_config_is_a_value() -> None:
     assert hash(ViTCoPConfig.preset("1/3")) == hash(ViTCoPConfig(retention=0.3333))
     with pytest.raises(dataclasses.FrozenInstanceError):
         ViTCoPConfig.preset("1/3").density_width = 1  # type: ignore[misc]
-
-
-# Schedules
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[ViTCoPConfig, ModelShape]:
-    """A shape, and a configuration that has a fair chance on it."""
-    vision_layers = draw(st.integers(1, 12))
-    shape = dataclasses.replace(
-        SMALL,
-        layers=draw(st.integers(3, 48)),
-        grid=(draw(st.integers(2, 24)), draw(st.integers(2, 24))),
-        vision_layers=vision_layers,
-        feature_layer=draw(st.integers(0, vision_layers - 1)),
-        kv_heads=draw(st.sampled_from([1, 2, 4])),
-    )
-    shallow = draw(st.integers(1, shape.layers - 2))
-    deep = draw(st.integers(shallow + 1, shape.layers - 1))
-    config = draw(configs())
-    if not config.prune:
-        return config, shape
-    # A target that leaves `share` of the tokens after the shallow stage, and now and then more than there are.
-    share, divisor = draw(st.floats(0.05, 1.05)), config.deep_divisor
-    mean = config.vision_ratio * (share * (deep - shallow + (shape.layers - deep) / divisor) + shallow) / shape.layers
-    target: dict[str, Any] = {"retention": min(mean, 1)} if draw(st.booleans()) else {"mean_tokens": mean * shape.patches}
-    if config.budgets is not None:
-        target = {"budgets": config.budgets}
-    changes = {"retention": None, "mean_tokens": None, "budgets": None} | target
-    layers = {"shallow_layer": shallow, "deep_layer": deep, "scale_layers": False}
-    vision_layer = draw(st.integers(0, shape.feature_layer)) - draw(st.sampled_from([0, vision_layers]))
-    return dataclasses.replace(config, vision_layer=vision_layer, **changes, **layers), shape
-
-
-@given(problems(), st.integers(0, 40))
-def test_whatever_resolves_only_shrinks(problem: tuple[ViTCoPConfig, ModelShape], text: int) -> None:
-    config, shape = problem
-    try:
-        schedule = config.schedule(shape, text_tokens=text)
-    except ConfigError:
-        assume(False)
-    if not config.prune:
-        assert schedule.image_tokens == shape.patches
-        return
-    assert schedule.vision is not None
-    (shallow, merged), (deep, kept) = stages(schedule)
-    assert shape.patches >= schedule.vision.tokens >= merged >= kept >= 1
-    assert 1 <= schedule.vision.centers <= schedule.vision.tokens
-    assert 0 <= schedule.vision.layer <= shape.feature_layer
-    assert 1 <= shallow < deep < shape.layers
-    rows, visual = schedule.kv_rows(), schedule.visual_tokens()
-    assert len(rows) == len(visual) == shape.layers
-    assert all(a >= b for a, b in itertools.pairwise(rows))
-    assert all(row == text + count for row, count in zip(rows, visual))
-    assert rows[0] == schedule.prompt_tokens == text + schedule.image_tokens
-    assert set(visual[:shallow]) == {schedule.image_tokens}
-    assert set(visual[shallow:deep]) == {merged} and set(visual[deep:]) == {kept}
-    assert schedule.mean_visual_tokens() == sum(visual) / shape.layers
-    assert schedule.flop_ratio() >= 1
-    assert schedule.kv_bytes() <= schedule.dense_kv_bytes()
-    assert schedule.vision_flops() <= schedule.dense_vision_flops()
-
-
-def test_flops_are_those_counted_one_by_one() -> None:
-    config = ViTCoPConfig(budgets=(7, 5, 2), vision_layer=1, shallow_layer=2, deep_layer=4)
-    schedule = config.schedule(SMALL, text_tokens=3)
-    widths = (SMALL.hidden, SMALL.heads, SMALL.kv_heads, SMALL.head_dim, SMALL.intermediate)
-    pruned = [naive.decoder_layer_flops(3 + visual, *widths) for visual in (7, 7, 5, 5, 2, 2)]
-    dense = [naive.decoder_layer_flops(3 + 12, *widths)] * 6
-    head = 2 * SMALL.hidden * SMALL.vocab
-    assert list(schedule.prefill_flops()) == pruned
-    assert list(schedule.dense_prefill_flops()) == dense
-    assert schedule.head_flops() == head
-    assert schedule.flop_ratio() == (sum(dense) + head) / (sum(pruned) + head)
-
-    def vision(tokens: list[int], projected: int) -> int:
-        embedding = 2 * 12 * SMALL.patch_features * SMALL.vision_hidden
-        projector = 2 * projected * (SMALL.vision_hidden * SMALL.hidden + SMALL.hidden * SMALL.hidden)
-        return (
-            embedding
-            + projector
-            + sum(naive.encoder_layer_flops(t, SMALL.vision_hidden, SMALL.vision_intermediate) for t in tokens)
-        )
-
-    # The scoring layer still sees every patch; layers behind the feature layer do not run.
-    assert schedule.vision_flops() == vision([13, 13, 8, 8], 7)
-    assert schedule.dense_vision_flops() == vision([13] * 4, 12)
-
-
-def test_kv_bytes() -> None:
-    schedule = ViTCoPConfig(budgets=(7, 5, 2), shallow_layer=2, deep_layer=4).schedule(SMALL, text_tokens=3)
-    rows = 2 * (3 + 7) + 2 * (3 + 5) + 2 * (3 + 2)
-    row = 2 * SMALL.kv_heads * SMALL.head_dim * SMALL.element_bytes
-    assert schedule.kv_bytes() == rows * row
-    assert schedule.kv_bytes(4) == (rows + 4 * 6) * row
-    assert schedule.dense_kv_bytes(4) == 6 * (3 + 12 + 4) * row

@@ -10,13 +10,14 @@ import naive
 import pytest
 import torch
 from golden import TOLERANCE, largest_error, of_case, partition
-from vitcop_compile.passes import rewrite_encoder
-from vitcop_compile.passes.prune_encoder import patch_positions
+from vitcop_compile.passes import encoder_passes, rewrite
 
 from vitcop_compile import Budgets, ConfigError, ModelShape, ViTCoPConfig, ops
 from vitcop_compile.capture import Capture, capture
+from vitcop_compile.config import published_budgets
 from vitcop_compile.families import Family, family_of
-from vitcop_compile.schedule import Schedule, published_budgets
+from vitcop_compile.policies import patch_positions
+from vitcop_compile.schedule import Schedule
 
 # vic
 
@@ -119,24 +120,26 @@ def test_budgets() -> None:
         "deep_token_num",
     )
     data = golden.load("budget", "budget.safetensors")
-    resolved = refused = 0
+    resolved = refused = several = 0
     for v, r, s, d, n, merged, kept in zip(*(data[name].tolist() for name in names)):
         assert published_budgets(r, v, s, d, 32, n) == naive.budgets(r, v, s, d, 32, n) == (merged, kept)
-        if n != int(v * 576):
-            # The pooled tokens of several images.
+        images, rest = divmod(n, int(v * 576))
+        if rest or not images:
             continue
+        several += images > 1
         possible = 1 <= s < d < 32 and kept >= 1 and merged <= n
         try:
-            schedule = ViTCoPConfig(v, 0.1, r, shallow_layer=s, deep_layer=d, scale_layers=False).schedule()
+            config = ViTCoPConfig(v, 0.1, r, shallow_layer=s, deep_layer=d, scale_layers=False, scope="pooled")
+            schedule = config.schedule(layout=(ModelShape().image,) * images)
         except ConfigError as error:
             assert not possible, error
             refused += 1
             continue
         assert possible
-        assert (schedule.image_tokens, *(stage.tokens for stage in schedule.stages)) == (n, merged, kept)
-        assert tuple(stage.layer for stage in schedule.stages) == (s, d)
+        assert schedule.group_tokens() == (n, merged, kept)
+        assert tuple(stage.layer for stage in schedule.decoder_stages) == (s, d)
         resolved += 1
-    assert resolved and refused
+    assert resolved and refused and several
 
 
 @needs_budget
@@ -149,7 +152,7 @@ def test_truncation() -> None:
     for i, p in enumerate(data["trunc/percentage"].tolist()):
         for j, n in enumerate(data["trunc/n"].tolist()):
             vision = ViTCoPConfig(center_ratio=p, budgets=Budgets(n, 1, 1)).schedule(ModelShape(grid=(1, n))).vision
-            assert vision is not None and vision.centers == expected[i][j]
+            assert vision is not None and vision.option("centers") == (expected[i][j],)
 
 
 @pytest.mark.parametrize("name", golden.index("budget").get("official", {}))
@@ -157,8 +160,9 @@ def test_published_settings(name: str) -> None:
     official = golden.index("budget")["official"][name]
     schedule = ViTCoPConfig.preset(name.replace("_", "/")).schedule()
     assert schedule.vision is not None
-    assert (schedule.vision.tokens, schedule.vision.centers) == (official["n"], official["centers"])
-    assert [stage.tokens for stage in schedule.stages] == official["shallow_deep"]
+    assert schedule.vision.tokens == (official["n"],)
+    assert schedule.vision.option("centers") == (official["centers"],)
+    assert [stage.total for stage in schedule.decoder_stages] == official["shallow_deep"]
 
 
 # vision
@@ -185,7 +189,7 @@ def encode(schedule: Schedule, images: list[int]) -> tuple[torch.Tensor, ...]:
     if max(images) >= len(pixels):
         pytest.skip("the golden data lacks an image of this case")
     with torch.no_grad():
-        return rewrite_encoder(captured.encoder, schedule)(family.patches(pixels[images].float() / 64))
+        return rewrite(captured.encoder, encoder_passes(schedule))(family.patches(pixels[images].float() / 64))
 
 
 @pytest.mark.parametrize("case", golden.params(golden.cases("vision")))
@@ -197,7 +201,7 @@ def test_vision(case: dict[str, Any]) -> None:
     # The published budgets are those of 32 decoder layers; the encoder does not know how many there are.
     schedule = config.schedule(dataclasses.replace(encoder()[0].shape, layers=32))
     assert schedule.vision is not None
-    assert (schedule.vision.tokens, schedule.vision.centers) == (case["n"], case["n_centers"])
+    assert schedule.vision.tokens == (case["n"],) and schedule.vision.option("centers") == (case["n_centers"],)
 
     features, kept, labels = encode(schedule, case["images"])
     assert kept.tolist() == data["kept"].tolist()

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import captured, shared
 from torch import Tensor
+from vitcop_compile.passes.attach_cache import attend_apart, cache_rows, fill_rows, write_rows
 
 from vitcop_compile import UnsupportedError, ViTCoPConfig, attention, backends
 from vitcop_compile.families import family_of
@@ -25,7 +26,7 @@ ENCODER = 3  # layers up to the one that features are read from
 def programs(name: str) -> Programs:
     model = shared(LAYERS, KV_HEADS)
     family = family_of(model)
-    return Programs(family, captured(model), ViTCoPConfig.preset("1/3").schedule(family.shape), name)
+    return Programs(family, captured(model), ViTCoPConfig.preset("1/3"), name)
 
 
 def calls(program, target) -> int:
@@ -49,9 +50,11 @@ def flash_attn(monkeypatch):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return probability(q, k, v, softmax_scale, rows.tril() if causal else rows).transpose(1, 2).contiguous()
 
-    def flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens, softmax_scale):
-        assert cache_seqlens.dtype == torch.int32
-        rows = torch.arange(k_cache.shape[1]) < cache_seqlens[:, None, None, None]
+    def flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens, softmax_scale, causal):
+        assert cache_seqlens.dtype == torch.int32 and causal
+        # As the package has it: the last query sees all rows, each before it one fewer.
+        ends = cache_seqlens[:, None] - torch.arange(q.shape[1]).flip(0)
+        rows = torch.arange(k_cache.shape[1]) < ends[:, None, :, None]
         q, k, v = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
         return probability(q, k, v, softmax_scale, rows).transpose(1, 2).contiguous()
 
@@ -59,19 +62,28 @@ def flash_attn(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", stub)
 
 
+def rows_of(made: Programs, text: int, room: int = 0) -> tuple[int, ...]:
+    """Rows of each group's caches for one image and so much text."""
+    return tuple(text + tokens + room for tokens in made.schedule.group_tokens())
+
+
 @pytest.mark.parametrize("name", attention.LOWERINGS)
 def test_every_lowering_exports_every_program(name: str) -> None:
     made = programs(name)
-    vision, prefill = made.export_vision(2), made.export_prefill(2, 60)
-    text = Programs(made.family, made.captured, ViTCoPConfig.dense().schedule(made.family.shape), name)
-    decode = made.export_decode(2, 90)
+    rows = rows_of(made, 28, 30)
+    vision, prefill, filled = (
+        made.export_vision(2),
+        made.export_prefill(2, 28),
+        made.export_prefill(2, 9, 1, rows, filled=True),
+    )
+    decode, text = made.export_extend(2, 1, rows), made.export_extend(2, 20, rows)
     if name == "flash_attention_2":
         flash = torch.ops.vitcop
         assert calls(vision, flash.flash_prefill.default) == ENCODER
         assert calls(prefill, flash.flash_prefill.default) == LAYERS
-        assert calls(text.export_prefill(2, 30, False), flash.flash_prefill.default) == LAYERS
-        assert calls(decode, flash.flash_decode.default) == LAYERS
-    for program in (vision, prefill, decode):
+        for program in (filled, decode, text):
+            assert calls(program, flash.flash_cached.default) == LAYERS
+    for program in (vision, prefill, filled, decode, text):
         assert calls(program, attention.ANCHOR) == 0
 
 
@@ -83,19 +95,23 @@ def test_flash_attn_computes_what_sdpa_does(flash_attn) -> None:
     torch.testing.assert_close(found[0], features, atol=1e-4, rtol=0)
     assert torch.equal(found[1], kept) and torch.equal(found[2], labels)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, models.IMAGE, (2, 60), generator=generator)
+    tokens = 28 + kept.shape[1]
+    ids = torch.randint(3, models.IMAGE, (2, tokens), generator=generator)
     visual = torch.arange(4, 4 + kept.shape[1]).repeat(2, 1)
-    given_ = (ids, torch.tensor([59, 50]), features, visual, labels)
-    expected, found = (made.export_prefill(2, 60).module()(*given_) for made in (ours, flashed))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-    caches = [torch.randn(shape, generator=generator) for shape in ours.schedule.cache_shapes(2, 90) for _ in "kv"]
-    token, length = ids[:, :1].contiguous(), torch.tensor([70, 61])
+    positions, rows = torch.arange(tokens).repeat(1, 2, 1), rows_of(ours, 28, 12)
+    given_ = (ids, torch.tensor([tokens - 1, tokens - 9]), positions, features, visual, labels)
+    caches = [torch.randn(shape, generator=generator) for shape in ours.schedule.cache_shapes(2, rows) for _ in "kv"]
+    lengths = torch.tensor([tokens, tokens - 8])
+    removed = torch.tensor([[rows[0] - count] * 2 for count in rows])
     steps = []
     for made in (ours, flashed):
         held = [cache.clone() for cache in caches]
-        (logits,) = made.export_decode(2, 90).module()(token, length, made.offsets(), *held)
-        steps.append((logits, *held))
+        outputs = [*made.export_prefill(2, 28, 1, rows).module()(*given_, *held)]
+        for count in (5, 1):
+            last = torch.full((2,), count - 1)
+            more = made.export_extend(2, count, rows).module()
+            outputs += more(ids[:, :count].contiguous(), last, lengths, lengths, removed, *held)
+        steps.append((*outputs, *held))
     for a, b in zip(*steps, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
@@ -103,24 +119,86 @@ def test_flash_attn_computes_what_sdpa_does(flash_attn) -> None:
 def test_flash_attn_lays_out_what_it_says(flash_attn) -> None:
     """A program is compiled for the strides of the fake result."""
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
-    slot = torch.tensor([4, 2])
     for operator, given_ in (
         (torch.ops.vitcop.flash_prefill.default, (query, key, key, 0.3, True)),
-        (torch.ops.vitcop.flash_decode.default, (query[:, :, :1], key, key, 0.3, slot)),
+        (torch.ops.vitcop.flash_cached.default, (query[:, :, :1], key, key, 0.3, torch.tensor([[4], [2]]))),
+        (torch.ops.vitcop.flash_cached.default, (query[:, :, :2], key, key, 0.3, torch.tensor([[3, 4], [1, 2]]))),
     ):
         torch.library.opcheck(operator, given_, test_utils=("test_schema", "test_faketensor"))
         assert operator(*given_).transpose(1, 2).is_contiguous()
 
 
-@given(st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (6, 1), (2, 2)]), st.integers(1, 9), st.integers(0, 2**16))
-def test_one_query_attends_to_its_rows(batch: int, heads: tuple[int, int], rows: int, seed: int) -> None:
+HEADS = st.sampled_from([(4, 4), (4, 2), (6, 1), (2, 2)])
+
+
+@given(st.integers(1, 3), HEADS, st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**16))
+def test_queries_attend_to_rows_up_to_their_own(batch: int, heads: tuple, rows: int, count: int, seed: int) -> None:
+    """Whatever the rows behind a query's own hold, as long as it is finite."""
+    count = min(count, rows)
     generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(batch, heads[0], 1, 8, generator=generator)
+    query = torch.randn(batch, heads[0], count, 8, generator=generator)
     key, value = torch.randn(2, batch, heads[1], rows, 8, generator=generator)
-    slot = torch.randint(0, rows, (batch,), generator=generator)
-    allowed = torch.arange(rows) <= slot[:, None, None, None]
+    at = torch.randint(0, rows - count + 1, (batch, 1), generator=generator) + torch.arange(count)
+    allowed = torch.arange(rows) <= at[:, None, :, None]
+    for tensor in (key, value):
+        tensor.masked_fill_((torch.arange(rows) > at[:, -1:])[:, None, :, None], 1e4)
     expected = probability(query, key, value, 0.4, allowed)
-    torch.testing.assert_close(attention.sdpa_decode(query, key, value, 0.4, slot), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention.sdpa_cached(query, key, value, 0.4, at), expected, atol=1e-5, rtol=1e-5)
+
+
+@given(st.integers(1, 3), HEADS, st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**16))
+def test_attention_over_caches_and_rows_apart_from_them(batch: int, heads: tuple, rows: int, count: int, seed: int) -> None:
+    """As if the new rows stood in the caches, whose own rows from there on are not looked at; caches may be full or empty."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads[0], count, 8, generator=generator)
+    key, value = torch.randn(2, batch, heads[1], rows + count, 8, generator=generator)
+    start = torch.randint(0, rows + 1, (batch, 1), generator=generator)
+    at = start + torch.arange(count)
+    here = at[:, None, :, None].expand(batch, heads[1], count, 8)
+    new_key, new_value = key.gather(2, here), value.gather(2, here)
+    caches = [tensor[:, :, :rows].clone() for tensor in (key, value)]
+    for cache in caches:
+        cache.masked_fill_((torch.arange(rows) >= start)[:, None, :, None], 1e4)
+    before = [cache.clone() for cache in caches]
+    found = attend_apart(query, *caches, new_key, new_value, 0.4, at)
+    expected = probability(query, key, value, 0.4, torch.arange(rows + count) <= at[:, None, :, None])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(caches, before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_apart_share_a_softmax_in_fp32(dtype: torch.dtype) -> None:
+    query, key, value = torch.randn(3, 1, 2, 4, 8).to(dtype)
+    found = attend_apart(query, key, value, key, value, 0.4, torch.tensor([[2, 3, 4, 5]]))
+    keys, values = (torch.cat((t[:, :, :2], t), 2) for t in (key, value))
+    allowed = torch.arange(6) <= torch.arange(2, 6)[:, None]
+    expected = probability(query, keys, values, 0.4, allowed)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected.double(), atol=3 * torch.finfo(dtype).eps, rtol=0.02)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.data())
+def test_write_rows_and_fill_rows(batch: int, heads: int, rows: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, rows))
+    start = data.draw(st.lists(st.integers(0, rows - count), min_size=batch, max_size=batch))
+    new, old = torch.randn(batch, heads, count, 2), torch.randn(batch, heads, rows, 2)
+    cache = old.clone()
+    assert write_rows(cache, new, torch.tensor(start)[:, None] + torch.arange(count)) is cache
+    for sample, first in enumerate(start):
+        assert torch.equal(cache[sample, :, first : first + count], new[sample])
+        rest = [row for row in range(rows) if not first <= row < first + count]
+        assert torch.equal(cache[sample][:, rest], old[sample][:, rest])
+    # What an earlier request left is gone, even where it was not finite.
+    cache[0] = torch.nan
+    assert fill_rows(cache, new) is None
+    assert torch.equal(cache[:, :, :count], new) and not cache[:, :, count:].any()
+
+
+def test_rows_of_a_group() -> None:
+    length, removed = torch.tensor([9, 7]), torch.tensor([[0, 0], [2, 0], [5, 3]])
+    key = torch.zeros(2, 1, 3, 4)
+    assert cache_rows(length, removed, 0, key).tolist() == [[9, 10, 11], [7, 8, 9]]
+    assert cache_rows(length, removed, 2, key).tolist() == [[4, 5, 6], [4, 5, 6]]
 
 
 def test_grouped_queries_need_no_math_kernel(monkeypatch) -> None:
@@ -132,8 +210,12 @@ def test_grouped_queries_need_no_math_kernel(monkeypatch) -> None:
         return kernel(*given_, **options)
 
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", recorded)
-    attention.sdpa_decode(torch.randn(2, 6, 1, 8), *torch.randn(2, 2, 3, 5, 8), 0.4, torch.tensor([4, 2]))
-    assert [shape for shape, _ in asked] == [(2, 3, 2, 8)] and "enable_gqa" not in asked[0][1]
+    caches = torch.randn(2, 2, 3, 5, 8)
+    attention.sdpa_cached(torch.randn(2, 6, 1, 8), *caches, 0.4, torch.tensor([[4], [2]]))
+    attention.sdpa_cached(torch.randn(2, 6, 3, 8), *caches, 0.4, torch.tensor([[2, 3, 4], [0, 1, 2]]))
+    assert [shape for shape, _ in asked] == [(2, 3, 2, 8), (2, 3, 6, 8)]
+    assert [tuple(options["attn_mask"].shape) for _, options in asked] == [(2, 1, 1, 5), (2, 1, 6, 5)]
+    assert not any("enable_gqa" in options for _, options in asked)
 
 
 # What belongs to a backend

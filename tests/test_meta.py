@@ -12,7 +12,7 @@ from models import pixels
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vitcop_compile
-from vitcop_compile import UnsupportedError, ViTCoPConfig
+from vitcop_compile import ModelShape, UnsupportedError, ViTCoPConfig
 from vitcop_compile.backends import backend_of
 
 NINTH = ViTCoPConfig.preset("1/9")
@@ -56,14 +56,14 @@ def test_7b_is_optimized_without_a_weight(llava_7b):
 
 def test_7b_is_planned(llava_7b):
     fast = llava_7b
-    assert fast.schedule == NINTH.schedule()
+    assert fast.schedule == NINTH.schedule() and fast.schedule_of(2) == NINTH.schedule(layout=(ModelShape().image,) * 2)
     assert list(fast.schedule.visual_tokens()) == TOKENS
     words = fast.explain()
     assert "63.6 mean" in words and "keep_lowest to 15" in words
 
 
 def test_7b_prefill_has_the_published_rows(llava_7b):
-    program = llava_7b.programs.export_prefill(1, TEXT + 172)
+    program = llava_7b.programs.export_prefill(1, TEXT, in_place=False)
     outputs = [tuple(value.meta["val"].shape) for value in program.graph.output_node().args[0]]
     assert outputs[:3] == [(1, 1, 32064), (1, 77), (1, 15)]
     assert outputs[3:] == [(1, 32, TEXT + tokens, 128) for tokens in TOKENS for _ in "kv"]
@@ -86,11 +86,12 @@ def operators(program) -> list[str]:
     "export",
     [
         lambda programs: programs.export_vision(2),
-        lambda programs: programs.export_prefill(2, 60),
-        lambda programs: programs.export_decode(2, 90),
-        lambda programs: programs.export_decode(2, 90, in_place=False),
+        lambda programs: programs.export_prefill(2, 40),
+        lambda programs: programs.export_prefill(1, 9, 2, (160, 150, 140), filled=True),
+        lambda programs: programs.export_extend(2, 1, (90, 80, 70)),
+        lambda programs: programs.export_extend(2, 5, (90, 80, 70), in_place=False),
     ],
-    ids=["vision", "prefill", "decode", "decode apart"],
+    ids=["vision", "prefill", "prefill of a later turn", "decode", "extend apart"],
 )
 def test_programs_are_those_of_the_loaded_model(both, export):
     loaded, planned = (export(fast.programs) for fast in both)

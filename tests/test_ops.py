@@ -108,8 +108,11 @@ def test_density_peaks(seed, batch, n, distinct, width, planar, setting, dtype, 
         naive.density_peaks(features[b], None if positions is None else positions[b], centers, density_width, reach)
         for b in range(batch)
     ]
-    # Values that differ by less than fp32 resolves are no specification of an order; equal ones are.
+    # Values that differ by less than fp32 resolves are no specification of an order; equal ones are, but for densities of
+    # different points, which add the same terms in another order.
     assume(min(sample.margin for sample in expected) > 1e-5)
+    for rows, sample in zip(features.tolist(), expected):
+        assume(len(set(sample.rho)) == len(set(map(tuple, rows))))
     found = ops.density_peaks(
         torch.from_numpy(features).to(dtype),
         None if positions is None else torch.from_numpy(positions),
@@ -254,12 +257,10 @@ def test_merge_by_cluster_refuses_images_of_different_sizes(images: int) -> None
 @given(SEEDS, st.integers(1, 3), st.integers(1, 16), st.sampled_from(DTYPES), st.data())
 def test_keep_lowest(seed: int, batch: int, n: int, dtype: torch.dtype, data: st.DataObject) -> None:
     budget = data.draw(st.sampled_from([1, n]) | st.integers(1, n))
-    rng = np.random.default_rng(seed)
-    hidden, saliency = quantized(rng, batch, n, 3), rng.integers(0, 5, (batch, n)).astype(np.float32)
-    rows, index = ops.keep_lowest(torch.from_numpy(hidden).to(dtype), torch.from_numpy(saliency).to(dtype), budget)
-    assert rows.dtype == dtype and index.dtype == torch.int64
+    saliency = np.random.default_rng(seed).integers(0, 5, (batch, n)).astype(np.float32)
+    index = ops.keep_lowest(torch.from_numpy(saliency).to(dtype), budget)
+    assert index.dtype == torch.int64
     assert index.tolist() == [naive.keep_lowest(row, budget) for row in saliency]
-    assert rows.tolist() == [[hidden[b, i].tolist() for i in index[b]] for b in range(batch)]
 
 
 @pytest.mark.parametrize("budget", [0, -3, 6])
@@ -267,7 +268,7 @@ def test_reductions_refuse_a_budget_out_of_range(budget: int) -> None:
     hidden, saliency, labels = torch.zeros(1, 5, 2), torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.int64)
     message = f"budget={budget} is out of range for 5 tokens: choose 1 to 5"
     with pytest.raises(ValueError, match=message):
-        ops.keep_lowest(hidden, saliency, budget)
+        ops.keep_lowest(saliency, budget)
     with pytest.raises(ValueError, match=message):
         ops.merge_by_cluster(hidden, saliency, labels, budget)
 
@@ -319,7 +320,7 @@ EXPORTS = {
         lambda h, s, c: ops.merge_by_cluster(h, s, c, 9),
         (torch.randn(B, N, D), torch.rand(B, N), torch.arange(N).remainder(7).repeat(B, 1)),
     ),
-    "keep_lowest": (lambda h, s: ops.keep_lowest(h, s, 9), (torch.randn(B, N, D), torch.rand(B, N))),
+    "keep_lowest": (lambda s: ops.keep_lowest(s, 9), (torch.rand(B, N),)),
     "keep_highest": (lambda s: keep_highest(s, 9, 1), (torch.rand(B, N),)),
 }
 
@@ -367,7 +368,7 @@ def largest_value(images: int) -> int:
 
     def both(hidden: Tensor, saliency: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         merged, index = ops.merge_by_cluster(hidden, saliency, labels, 9 * images, images)
-        return *ops.keep_lowest(merged, saliency.gather(1, index), 3 * images), index
+        return merged, index, ops.keep_lowest(saliency.gather(1, index), 3 * images)
 
     n = images * N
     inputs = torch.randn(1, n, 4), torch.rand(1, n), torch.arange(n).remainder(7).reshape(1, n)

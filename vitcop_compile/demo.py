@@ -126,7 +126,7 @@ def _run(
     with steps.step("capturing and rewriting the graphs, dense and pruned"):
         settings = {"dense": ViTCoPConfig.dense(), "pruned": config}
         arms = [Arm(name, optimize(subject.model, value, backend=options.backend)) for name, value in settings.items()]
-    console.print(table(config.schedule(arms[1].model.schedule.shape, text_tokens=subject.text_tokens)))
+    console.print(table(config.schedule(arms[1].model.schedule.shape), subject.text_tokens))
     _compile(arms[1], subject, options.max_new_tokens, steps)
     if elsewhere is not None:
         _join(elsewhere, steps, console)

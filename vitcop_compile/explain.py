@@ -7,12 +7,16 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from .schedule import Schedule
+from .errors import ConfigError
+from .schedule import Schedule, Stage
+
+# Of a prompt whose text nobody has named: about that of a short question.
+TEXT_TOKENS = 64
 
 
-def layer_groups(schedule: Schedule) -> list[tuple[int, int, int, int, int]]:
+def layer_groups(schedule: Schedule, text: int) -> list[tuple[int, int, int, int, int]]:
     """(first layer, last layer, visual tokens, KV rows, FLOPs of the group) of runs of equal layers."""
-    visual, rows, flops = schedule.visual_tokens(), schedule.kv_rows(), schedule.prefill_flops()
+    visual, rows, flops = schedule.visual_tokens(), schedule.kv_rows(text), schedule.prefill_flops(text)
     groups: list[tuple[int, int, int, int, int]] = []
     for layer in range(schedule.shape.layers):
         if groups and groups[-1][2] == visual[layer]:
@@ -23,40 +27,59 @@ def layer_groups(schedule: Schedule) -> list[tuple[int, int, int, int, int]]:
     return groups
 
 
-def table(schedule: Schedule) -> Table:
-    """The schedule as a rich table: vision stage, groups of decoder layers, totals."""
-    shape, vision = schedule.shape, schedule.vision
-    out = Table(title=f"{schedule.text_tokens} text tokens + {shape.patches} patches, {shape.layers} layers")
+def table(schedule: Schedule, text: int = TEXT_TOKENS) -> Table:
+    """The schedule as a rich table: vision stage, groups of decoder layers, totals; for a prompt of `text` text tokens.
+
+    Raises ConfigError if `text` is no count.
+    """
+    if isinstance(text, bool) or not isinstance(text, int) or text < 0:
+        raise ConfigError(f"text={text!r} is not a count of text tokens")
+    shape, images = schedule.shape, len(schedule.layout)
+    of = "" if images == 1 else f" of {images} images"
+    out = Table(title=f"{text} text tokens + {schedule.patches} patches{of}, {shape.layers} layers")
     for name in ("layers", "visual tokens", "KV rows", "GFLOPs", "dense GFLOPs", "what happens"):
         out.add_column(name, justify="left" if name == "what happens" else "right")
-    what = f"after layer {vision.layer}: keep {vision.tokens}, {vision.centers} clusters" if vision else "nothing pruned"
-    out.add_row(
-        "vision", f"{schedule.image_tokens}", "", _giga(schedule.vision_flops()), _giga(schedule.dense_vision_flops()), what
-    )
-    starts = {stage.layer: stage for stage in schedule.stages}
-    for first, last, tokens, rows, flops in layer_groups(schedule):
-        dense = sum(schedule.dense_prefill_flops()[first : last + 1])
+    vision = _giga(schedule.vision_flops()), _giga(schedule.dense_vision_flops())
+    out.add_row("vision", f"{schedule.image_tokens}", "", *vision, _vision(schedule.vision) if images else "no image")
+    starts = {stage.layer: stage for stage in schedule.decoder_stages}
+    for first, last, tokens, rows, flops in layer_groups(schedule, text):
+        dense = sum(schedule.dense_prefill_flops(text)[first : last + 1])
         stage = starts.get(first)
-        what = f"before layer {first}: {stage.policy} to {stage.tokens}" if stage else "spliced into the prompt"
-        out.add_row(f"{first}-{last}", f"{tokens}", f"{rows}", _giga(flops), _giga(dense), what)
+        what = f"before layer {first}: {stage.policy} to {_sum(stage.tokens)}" if stage else "spliced into the prompt"
+        out.add_row(f"{first}-{last}", f"{tokens}", f"{rows}", _giga(flops), _giga(dense), what if images else "")
     out.add_section()
-    pruned_kv, dense_kv = schedule.kv_bytes() / 2**20, schedule.dense_kv_bytes() / 2**20
+    pruned_kv, dense_kv = schedule.kv_bytes(text) / 2**20, schedule.dense_kv_bytes(text) / 2**20
     out.add_row(
         "all",
         f"{schedule.mean_visual_tokens():.1f} mean",
-        f"{sum(schedule.kv_rows())}",
-        _giga(sum(schedule.prefill_flops())),
-        _giga(sum(schedule.dense_prefill_flops())),
-        f"prefill FLOPs / {schedule.flop_ratio():.2f}; KV {pruned_kv:.1f} MiB, dense {dense_kv:.1f} MiB",
+        f"{sum(schedule.kv_rows(text))}",
+        _giga(sum(schedule.prefill_flops(text))),
+        _giga(sum(schedule.dense_prefill_flops(text))),
+        f"prefill FLOPs / {schedule.flop_ratio(text):.2f}; KV {pruned_kv:.1f} MiB, dense {dense_kv:.1f} MiB",
     )
     return out
 
 
-def explain(schedule: Schedule) -> str:
+def explain(schedule: Schedule, text: int = TEXT_TOKENS) -> str:
     """The table as text, 110 columns wide, without color."""
     console = Console(file=io.StringIO(), width=110, color_system=None, force_terminal=False)
-    console.print(table(schedule))
+    console.print(table(schedule, text))
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _vision(stage: Stage | None) -> str:
+    if stage is None:
+        return "nothing pruned"
+    what = f"after layer {stage.layer}: keep {_sum(stage.tokens)}"
+    centers = dict(stage.options).get("centers")
+    return what if centers is None else f"{what}, {_sum(centers)} clusters"
+
+
+def _sum(counts: tuple[int, ...]) -> str:
+    """Equal counts of several images as a product, others as a sum."""
+    if len(counts) > 1 and len(set(counts)) == 1:
+        return f"{len(counts)} x {counts[0]}"
+    return " + ".join(map(str, counts))
 
 
 def _giga(flops: int) -> str:

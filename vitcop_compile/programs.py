@@ -161,9 +161,8 @@ class Programs:
         shapes = _shapes(program)
         for stage, found in zip(schedule.decoder_stages, shapes[1:], strict=False):
             _expect(f"selection of layer {stage.layer}", found, (batch, stage.total))
-        if not in_place:
-            written = [text + tokens for tokens in schedule.group_tokens()]
-            _expect_rows(schedule, shapes[1 + len(schedule.decoder_stages) :], batch, written)
+        written = _written(program) if in_place else shapes[1 + len(schedule.decoder_stages) :]
+        _expect_rows(schedule, written, batch, [text + tokens for tokens in schedule.group_tokens()])
         return program
 
     def export_extend(
@@ -286,6 +285,18 @@ def _shapes(program: ExportedProgram) -> list[tuple[int, ...]]:
     outputs = program.graph_signature.user_outputs
     values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
     return [tuple(values[name].shape) for name in outputs]
+
+
+def _written(program: ExportedProgram) -> list[tuple[int, ...]]:
+    """Shapes of the rows that a program writes into its inputs, in their order."""
+    found = []
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.index_put_.default:
+            found.append(node.args[2])
+        elif node.target is torch.ops.aten.copy_.default:  # of rows that are padded to those of the cache
+            source = node.args[1]
+            found.append(source.args[0] if source.target is torch.ops.aten.pad.default else source)
+    return [tuple(rows.meta["val"].shape) for rows in found]
 
 
 def _expect_rows(schedule: Schedule, found: list[tuple[int, ...]], batch: int, rows: Sequence[int]) -> None:

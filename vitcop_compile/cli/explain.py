@@ -10,7 +10,7 @@ import typer
 
 from ..config import DEFAULT_PRESET, ViTCoPConfig
 from ..errors import ConfigError
-from ..explain import table
+from ..explain import TEXT_TOKENS, table
 from ..schedule import ModelShape
 from .shared import PRESET_NAMES, console, errors_as_lines, model_shape, settings_of_share
 
@@ -25,14 +25,14 @@ def explain_command(
     retention: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep, mean over layers.")] = None,
     mean_tokens: Annotated[float | None, typer.Option(help="Visual tokens to keep, mean over layers.")] = None,
     config: Annotated[Path | None, typer.Option(help="A file written by ViTCoPConfig.save.")] = None,
-    text_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = TEXT_TOKENS,
     layers: Annotated[int | None, typer.Option(help="Decoder layers, in place of the model's own.")] = None,
 ) -> None:
     """Print the schedule: tokens, KV rows and FLOPs of every layer. No model is loaded."""
     with errors_as_lines():
         settings = _settings(preset, retention, mean_tokens, config)
         shape = _shape(model, layers)
-        console().print(table(settings.schedule(shape, text_tokens=text_tokens)))
+        console().print(table(settings.schedule(shape), text_tokens))
 
 
 def _settings(preset: str | None, retention: float | None, mean_tokens: float | None, path: Path | None) -> ViTCoPConfig:
