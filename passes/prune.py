@@ -81,7 +81,7 @@ def _by_segment(
     for start, number, size, kept, blocks in runs(incoming, tokens):
         stop = start + number * size
         at = visual[:, start:stop].reshape(-1, size)
-        wired = {name: item if name in chosen.needs else None for name, item in given.items()}
+        wired: dict[str, Any] = {name: item if name in chosen.needs else None for name, item in given.items()}
         if wired["hidden"] is not None:
             hidden = take_rows(wired["hidden"], visual[:, start:stop])
             wired["hidden"] = hidden.reshape(-1, size, hidden.shape[-1])
@@ -90,8 +90,8 @@ def _by_segment(
             owner = torch.cat([torch.full((count,), i, device=at.device) for i, count in enumerate(incoming)])
             held = tuple(values * len(incoming) + owner for values in held)
         choice = chosen.choose(Site(at=at, state=held, blocks=blocks or 1, **wired, **site), kept, **options)
-        index, rows, added = choice
-        kept_state = tuple(values.gather(1, index) for values in held) + added
+        index, rows = choice.index, choice.rows
+        kept_state = tuple(values.gather(1, index) for values in held) + choice.state
         batch = visual.shape[0]
         first = (torch.arange(number, device=at.device) * size + start).reshape(1, number, 1)
         parts.append(

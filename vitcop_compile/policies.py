@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from .ops.indexing import take_rows
 from .ops.saliency import keep_highest
 
 
-class Site(NamedTuple):
+@dataclass(frozen=True)
+class Site:
     """What a policy may look at, in `blocks` of one segment each. B: samples, b: B times the segments that are reduced each
     for itself, n: candidates of one of them. Fields that the policy does not need are None.
 
@@ -43,7 +43,8 @@ class Site(NamedTuple):
         return values.gather(1, self.at.reshape(batch, -1)).reshape(self.at.shape)
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """index: int64 [b, budget], ascending: which candidates stay; rows: [b, budget, D] in place of their hidden state, None
     where it is as it was; state: added to the state of those that stay, each [b, budget]."""
 

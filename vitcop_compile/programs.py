@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from .layout import Layout
 from .ops.indexing import put_rows, take_rows
 from .passes import Passes, encoder_passes, extend_passes, prefill_passes, rewrite
 from .policies import POLICIES
-from .schedule import Method, Schedule, resolve
+from .schedule import Method, ModelShape, Schedule, resolve
 
 
 class Vision(nn.Module):
@@ -270,8 +270,8 @@ class Programs:
         return torch.zeros(shape, dtype=torch.int64, device=self._device())
 
 
-@cache
-def _resolved(method: Method, shape, layout: Layout) -> Schedule:
+@lru_cache(maxsize=4096)
+def _resolved(method: Method, shape: ModelShape, layout: Layout) -> Schedule:
     return resolve(method, shape, layout)
 
 

@@ -225,7 +225,8 @@ class CompiledModel(GenerationMixin):
         new = (ids == self._provider.image.token_id).sum(1) // self._provider.image.patches
         if pixels is None or not int(new.sum()):
             return ids, None
-        counts, index, first = new.tolist(), [], 0
+        counts, first = new.tolist(), 0
+        index: list[int] = []
         if pixels.shape[0] != sum(counts) and pixels.shape[0] == sum(counts) + sum(cache.images):
             for count, seen in zip(counts, cache.images, strict=True):
                 index += range(first + seen, first + seen + count)
@@ -242,7 +243,12 @@ class CompiledModel(GenerationMixin):
             counts = ((input_ids == self._provider.image.token_id).sum(1) // self._provider.image.patches).tolist()
             if sum(counts) == pixels.shape[0]:  # else the prompt is refused for it
                 pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(counts)])
-        ids, rest = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)  # type: ignore[misc]
+        ids, rest = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size,
+            is_encoder_decoder,
+            input_ids,  # type: ignore[arg-type]
+            **model_kwargs,
+        )
         return ids, rest | ({} if pixels is None else {"pixel_values": pixels})
 
     def _prepare_cache_for_generation(  # type: ignore[override]

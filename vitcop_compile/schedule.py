@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,8 +78,8 @@ class Stage:
         return dict(self.options)[name]
 
 
-class Method(Protocol):
-    """Decides what is pruned where: `ViTCoPConfig` is one."""
+class Method(Hashable, Protocol):
+    """Decides what is pruned where: `ViTCoPConfig` is one. Equal methods make equal schedules."""
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """The stages for a prompt of `layout`, the encoder's first, then the decoder's by ascending layer. Their number,
