@@ -17,7 +17,7 @@ def test_a_program_is_made_when_a_call_first_needs_it_and_given_what_the_runtime
         program = make()
         return lambda *inputs: (given.setdefault(name, [x.clone() for x in inputs]), program(*inputs))[1]
 
-    for name, kinds in (("vision", ["vision"]), ("decode", ["vision", "prefill", "decode"])):
+    for name, kinds in (("vision", ["vision"]), ("decode", ["vision", "prefill", "extend"])):
         calls[name]()
         assert [key[0] for key in served.compiled] == kinds
     Served(served, request).decode(with_programs(served, noting))
