@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 
 import pytest
 import torch
+from graphs import calls, copy, order, results, sources, users
 from models import captured, shared
-from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch import fx
 from torch.fx.node import map_arg
+from vitcop_compile.passes.attach_cache import attach_cache, attend, attend_apart, cache_rows, fill_rows, write_rows
 from vitcop_compile.passes.clean import clean
-from vitcop_compile.passes.decode_cache import attend, decode_cache, write_row
+from vitcop_compile.passes.drop_prefix import drop_prefix
 from vitcop_compile.passes.lower_attention import lower_attention
-from vitcop_compile.passes.prune_decoder import prune_decoder, prune_tokens
-from vitcop_compile.passes.prune_encoder import cluster_patches, prune_encoder, prune_patches
-from vitcop_compile.passes.return_kv import return_kv
+from vitcop_compile.passes.prune import prune, prune_tokens
 from vitcop_compile.passes.token_axis import layer_exit
 from vitcop_compile.passes.truncate_encoder import truncate_encoder
 
 from vitcop_compile import RewriteError, ViTCoPConfig, passes
-from vitcop_compile.attention import ANCHOR, sdpa, sdpa_decode
+from vitcop_compile.attention import ANCHOR, sdpa, sdpa_cached
 from vitcop_compile.families import family_of
 from vitcop_compile.ops.indexing import take_along
-from vitcop_compile.schedule import Stage
+from vitcop_compile.schedule import Schedule, Stage
 
 LAYERS = 6
 
 
-def schedule(shallow: int = 2, deep: int = 4, positions: str = "published", vision: int = 1):
+def schedule(shallow: int = 2, deep: int = 4, positions: str = "published", vision: int = 1, images: int = 1, **changes):
     config = ViTCoPConfig(
         budgets=(40, 24, 8, 5),
         shallow_layer=shallow,
@@ -37,8 +37,14 @@ def schedule(shallow: int = 2, deep: int = 4, positions: str = "published", visi
         positions=positions,
         vision_layer=vision,
         scale_layers=False,
+        **changes,
     )
-    return config.schedule(family_of(shared(LAYERS)).shape)
+    shape = family_of(shared(LAYERS)).shape
+    return config.schedule(shape, (shape.image,) * images)
+
+
+def dense() -> Schedule:
+    return ViTCoPConfig.dense().schedule(family_of(shared(LAYERS)).shape)
 
 
 @pytest.fixture(scope="module")
@@ -46,49 +52,52 @@ def graphs():
     return captured(shared(LAYERS))
 
 
-def copy(module: fx.GraphModule) -> fx.GraphModule:
-    """Another graph over the same module, with its metadata."""
-    memo: dict[fx.Node, fx.Node] = {}
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, memo))
-    for old, new in memo.items():
-        new.meta = dict(old.meta)
-    return fx.GraphModule(module, graph)
+def prefill(graphs, plan: Schedule, **settings) -> fx.GraphModule:
+    return passes.rewrite(graphs.decoder, passes.prefill_passes(plan, states=1 if plan.decoder_stages else 0, **settings))
 
 
-def calls(module: fx.GraphModule, target) -> list[fx.Node]:
-    return [node for node in module.graph.nodes if node.op == "call_function" and node.target is target]
+def encoder(graphs, plan: Schedule) -> fx.GraphModule:
+    return passes.rewrite(graphs.encoder, passes.encoder_passes(plan))
 
 
-def order(module: fx.GraphModule) -> dict[fx.Node, int]:
-    return {node: i for i, node in enumerate(module.graph.nodes)}
+def extend(graphs, plan: Schedule, **settings) -> fx.GraphModule:
+    return passes.rewrite(graphs.decoder, passes.extend_passes(plan, **settings))
 
 
-def results(module: fx.GraphModule) -> tuple:
-    return next(iter(reversed(module.graph.nodes))).args[0]
+def inputs(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
-def users(node: fx.Node) -> set[fx.Node]:
-    """Every node computed from `node`."""
-    found, stack = set(), [node]
-    while stack:
-        for user in stack.pop().users:
-            if user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
+# The lists
 
 
-def sources(node: fx.Node, end: set[fx.Node] = frozenset()) -> set[fx.Node]:
-    """Every node that `node` is computed from, not looking behind those in `end`."""
-    found, stack = set(), [node]
-    while stack:
-        for value in stack.pop().all_input_nodes:
-            if value not in found:
-                found.add(value)
-                if value not in end:
-                    stack.append(value)
-    return found
+def test_pass_lists_are_data():
+    def names(found):
+        assert all(callable(run) for _, run in found)
+        return [name for name, _ in found]
+
+    plan = schedule()
+    whole = ["clean", "truncate_encoder", "prune", "drop_prefix", "lower_attention"]
+    assert names(passes.encoder_passes(plan)) == names(passes.encoder_passes(dense())) == whole
+    fresh = ["clean", "prune", "attach_cache", "lower_attention"]
+    for settings in ({}, {"in_place": False}, {"filled": True}):
+        assert names(passes.prefill_passes(plan, states=1, **settings)) == fresh
+    # Attention that reads caches without writing to them is spelled out.
+    assert names(passes.prefill_passes(plan, states=1, filled=True, in_place=False)) == fresh[:-1]
+    assert names(passes.extend_passes(plan)) == ["clean", "attach_cache", "lower_attention"]
+    assert names(passes.extend_passes(plan, in_place=False)) == ["clean", "attach_cache"]
+
+
+def test_rewrite_runs_what_it_is_given(graphs):
+    ran = []
+
+    def watching(module):
+        ran.append(module)
+        return module
+
+    module = passes.rewrite(graphs.decoder, (("clean", clean), ("watch", watching), ("again", watching)))
+    assert ran == [module, module] and module is not graphs.decoder
+    assert len(calls(module, ANCHOR)) == LAYERS
 
 
 # Prefill
@@ -97,18 +106,19 @@ def sources(node: fx.Node, end: set[fx.Node] = frozenset()) -> set[fx.Node]:
 @pytest.mark.parametrize(("shallow", "deep"), [(2, 4), (1, 2), (1, 5), (4, 5)])
 @pytest.mark.parametrize("positions", ["published", "original"])
 def test_prefill_has_one_node_per_stage_in_place(graphs, shallow, deep, positions):
-    plan = schedule(shallow, deep, positions)
-    module = passes.rewrite_prefill(graphs.decoder, plan)
+    module = prefill(graphs, schedule(shallow, deep, positions))
     place, attention, pruned = order(module), calls(module, sdpa), calls(module, prune_tokens)
     assert len(attention) == LAYERS and not calls(module, ANCHOR)
+    rest = {"options": {}, "site": {}}
     assert [node.kwargs for node in pruned] == [
-        {"policy": "merge_by_cluster", "tokens": 24},
-        {"policy": "keep_lowest", "tokens": 8},
+        {"policy": "merge_by_cluster", "incoming": (40,), "tokens": (24,), **rest},
+        {"policy": "keep_lowest", "incoming": (24,), "tokens": (8,), **rest},
     ]
-    for node, layer in zip(pruned, (shallow, deep)):
-        hidden, key = node.args[:2]
+    for node, layer in zip(pruned, (shallow, deep), strict=True):
+        hidden = node.args[0]
         assert place[attention[layer - 1]] < place[node] < place[attention[layer]]
-        assert key is attention[layer - 1].args[1]
+        # Of the layer before, a stage reads what its policy needs: the keys.
+        assert node.args[3:] == (None, attention[layer - 1].args[1], None, None)
         # The hidden state is final: the layer before is done with it, MLP included, and nothing goes around the stage
         # from it. (Its output, gate, up and down projections stand between attention and the cut.)
         assert attention[layer - 1] in sources(hidden) and hidden.users == {node: None}
@@ -117,21 +127,30 @@ def test_prefill_has_one_node_per_stage_in_place(graphs, shallow, deep, position
         assert node in sources(attention[layer])
 
 
+@pytest.mark.parametrize(
+    ("scope", "tokens"), [("per_image", [(40, 40, 40), (24, 24, 24), (8, 8, 8)]), ("pooled", [(40, 40, 40), (72,), (24,)])]
+)
+def test_several_images_make_no_more_nodes(graphs, scope, tokens):
+    one, several = (prefill(graphs, schedule(images=images, scope=scope)) for images in (1, 3))
+    pruned = calls(several, prune_tokens)
+    assert [(node.kwargs["incoming"], node.kwargs["tokens"]) for node in pruned] == list(itertools.pairwise(tokens))
+    assert [str(node.target) for node in several.graph.nodes] == [str(node.target) for node in one.graph.nodes]
+
+
 def test_stages_feed_each_other(graphs):
-    module = passes.rewrite_prefill(graphs.decoder, schedule())
+    module = prefill(graphs, schedule())
     first, second = calls(module, prune_tokens)
     parts = {node.args[1]: node for node in first.users if node.target is operator.getitem}
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    assert first.args[2:] == tuple(inputs[2:4])
-    assert second.args[2] is parts[2]
-    labels = second.args[3]
-    assert labels.target is torch.gather and labels.args == (inputs[3], 1, parts[3])
+    visual, state = inputs(module)[2:4]
+    assert (visual.target, state.target) == ("visual", "state_0")
+    assert first.args[1:3] == (visual, (state,))
+    assert second.args[1:3] == (parts[2], (parts[4],))
 
 
 @pytest.mark.parametrize("positions", ["published", "original"])
 def test_tables_are_gathered_once_per_stage(graphs, positions):
     """cos and sin are all that crosses a cut beside the hidden state; their source is what `positions` means."""
-    module = passes.rewrite_prefill(graphs.decoder, schedule(positions=positions))
+    module = prefill(graphs, schedule(positions=positions))
     first, second = calls(module, prune_tokens)
     gathers = calls(module, take_along)
     assert len(gathers) == 4
@@ -140,7 +159,7 @@ def test_tables_are_gathered_once_per_stage(graphs, positions):
     assert len(shallow) == len(deep) == 2
     tables = [g.args[0] for g in shallow]
     assert len(set(tables)) == 2 and all(g.args[2] == 1 for g in gathers)
-    embeddings, positions_input = [node for node in module.graph.nodes if node.op == "placeholder"][:2]
+    embeddings, positions_input = inputs(module)[:2]
     for table in tables:
         assert positions_input in sources(table) and not {first, embeddings} & sources(table)
     assert [g.args[0] for g in deep] == (tables if positions == "published" else shallow)
@@ -154,7 +173,7 @@ def test_tables_are_gathered_once_per_stage(graphs, positions):
 
 def test_sizes_are_read_from_the_shortened_hidden_state(graphs):
     """Nothing behind a stage depends on the length before it, except through the stage itself."""
-    module = passes.rewrite_prefill(graphs.decoder, schedule())
+    module = prefill(graphs, schedule())
     place = order(module)
     for stage in calls(module, prune_tokens):
         for node in module.graph.nodes:
@@ -164,25 +183,63 @@ def test_sizes_are_read_from_the_shortened_hidden_state(graphs):
                     assert not (size and place[value] < place[stage]), node
 
 
-def test_prefill_returns_selection_and_kv_in_order(graphs):
-    module = passes.rewrite_prefill(graphs.decoder, schedule())
+def test_prefill_fills_its_caches(graphs):
+    module = prefill(graphs, schedule())
+    hidden, *rest = results(module)
+    first, second = calls(module, prune_tokens)
+    assert [node.args for node in rest] == [(first, 3), (second, 3)]
+    attention, filled, place = calls(module, sdpa), calls(module, fill_rows), order(module)
+    rows = [tensor for node in attention for tensor in node.args[1:3]]
+    assert [node.args for node in filled] == list(zip(inputs(module)[4:], rows, strict=True))
+    assert all(place[filled[i]] < place[attention[i // 2]] for i in range(2 * LAYERS))
+    assert [node.target for node in inputs(module)[4:6]] == ["key_0", "value_0"]
+    assert attention[-1] in sources(hidden)
+
+
+def test_prefill_apart_returns_selection_and_kv_in_order(graphs):
+    module = prefill(graphs, schedule(), in_place=False)
     hidden, *rest = results(module)
     first, second = calls(module, prune_tokens)
     assert [node.args for node in rest[:2]] == [(first, 3), (second, 3)]
     assert rest[2:] == [tensor for node in calls(module, sdpa) for tensor in node.args[1:3]]
     assert calls(module, sdpa)[-1] in sources(hidden)
+    assert len(inputs(module)) == 4 and not calls(module, fill_rows)
 
 
-def test_dense_prefill_only_returns_kv(graphs):
-    plan = ViTCoPConfig.dense().schedule(family_of(shared(LAYERS)).shape)
-    module = passes.rewrite_prefill(graphs.decoder, plan)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_prefill_behind_other_turns(graphs, in_place):
+    """Tokens are pruned as in a first prompt, and what is left attends to the caches too."""
+    module = prefill(graphs, schedule(), filled=True, in_place=in_place)
+    assert len(calls(module, prune_tokens)) == 2 and not calls(module, fill_rows) and not calls(module, sdpa)
+    visual, state, length, removed, *caches = inputs(module)[2:]
+    assert [node.target for node in (visual, state, length, removed)] == ["visual", "state_0", "length", "removed"]
+    found = calls(module, cache_rows)
+    assert [node.args[:3] for node in found] == [(length, removed, group) for group in range(3)]
+    attention = calls(module, sdpa_cached if in_place else attend_apart)
+    # Rows are counted where a layer has them: behind the stages before it.
+    assert [node.args[3] for node in found] == [new_rows(attention[layer], in_place)[0] for layer in (0, 2, 4)]
+    assert [node.args[-1] for node in attention] == [at for at in found for _ in "ab"]
+    held = [node for step in attention for node in (step.args[1:3])]
+    assert ([write.args[0] for write in held] if in_place else held) == caches
+    assert len(results(module)) == 3 + (0 if in_place else 2 * LAYERS)
+
+
+def new_rows(step: fx.Node, in_place: bool) -> tuple:
+    """The new keys and values of an attention over caches."""
+    return tuple(write.args[1] for write in step.args[1:3]) if in_place else step.args[3:5]
+
+
+def test_dense_prefill_only_fills_caches(graphs):
+    module = prefill(graphs, dense())
     assert not calls(module, prune_tokens) and not calls(module, take_along)
-    assert len(results(module)) == 1 + 2 * LAYERS
-    assert sum(node.op == "placeholder" for node in module.graph.nodes) == 2
+    assert len(results(module)) == 1 and len(calls(module, fill_rows)) == 2 * LAYERS
+    assert len(inputs(module)) == 2 + 2 * LAYERS
+    apart = prefill(graphs, dense(), in_place=False)
+    assert len(results(apart)) == 1 + 2 * LAYERS and len(inputs(apart)) == 2
 
 
 def test_prefill_without_a_mask(graphs):
-    for node in calls(passes.rewrite_prefill(graphs.decoder, schedule()), sdpa):
+    for node in calls(prefill(graphs, schedule()), sdpa):
         assert len(node.args) == 5 and node.args[4] is True and not node.kwargs
 
 
@@ -191,29 +248,35 @@ def test_prefill_without_a_mask(graphs):
 
 @pytest.mark.parametrize("vision", [0, 1, 2])
 def test_encoder_prunes_and_clusters_once(graphs, vision):
-    module = passes.rewrite_encoder(graphs.encoder, schedule(vision=vision))
+    module = encoder(graphs, schedule(vision=vision))
     place, attention = order(module), calls(module, sdpa)
-    (pruned,), (clustered,) = calls(module, prune_patches), calls(module, cluster_patches)
+    (pruned,) = calls(module, prune_tokens)
     # Features are read after layer 2 of 4: the last layer is gone.
     assert len(attention) == 3 and not calls(module, ANCHOR)
     assert place[attention[vision]] < place[pruned]
     assert all(place[pruned] < place[node] for node in attention[vision + 1 :])
-    assert pruned.args[1:] == (attention[vision].args[0], attention[vision].args[1], attention[vision].args[3])
-    assert pruned.kwargs == {"tokens": 40, "prefix": 1}
+    query, key, _, scale = attention[vision].args[:4]
+    assert pruned.args[1:] == (1, (), query, key, None, scale)
+    assert pruned.kwargs == {
+        "policy": "cls_attention",
+        "incoming": (64,),
+        "tokens": (40,),
+        "options": {"centers": 5, "density_width": 8.0, "reach": 0.6},
+        "site": {"prefix": 1, "grid": (8, 8), "exact": True},
+    }
     # No table crosses the cut of an encoder, so which rows stay matters to nobody.
-    hidden, kept = sorted(pruned.users, key=lambda node: node.args[1])
-    assert (hidden.args[1], kept.args[1]) == (0, 2) and clustered.args == (attention[vision].args[1], kept)
-    assert clustered.kwargs["grid"] == (8, 8) and clustered.kwargs["centers"] == 5
+    hidden, kept, state = sorted(pruned.users, key=lambda node: node.args[1])
+    assert [node.args[1] for node in (hidden, kept, state)] == [0, 3, 4]
     features, *rest = results(module)
-    assert rest == [kept, clustered] and hidden in {*sources(features), features}
+    assert rest == [kept, state] and hidden in {*sources(features), features}
+    assert features.target is operator.getitem and features.args[1] == (slice(None), slice(1, None))
     assert all(node.args[4] is False for node in attention)
     assert users(pruned) > set(attention[vision + 1 :]) and not users(pruned) & set(attention[: vision + 1])
 
 
 def test_dense_encoder_drops_cls_only(graphs):
-    plan = ViTCoPConfig.dense().schedule(family_of(shared(LAYERS)).shape)
-    module = passes.rewrite_encoder(graphs.encoder, plan)
-    assert len(calls(module, sdpa)) == 3 and not calls(module, prune_patches) and len(results(module)) == 1
+    module = encoder(graphs, dense())
+    assert len(calls(module, sdpa)) == 3 and not calls(module, prune_tokens) and len(results(module)) == 1
     hidden = torch.randn(2, 65, 32)
     stock = shared(LAYERS).model.vision_tower.encoder
     expected = hidden
@@ -222,50 +285,45 @@ def test_dense_encoder_drops_cls_only(graphs):
     torch.testing.assert_close(module(hidden)[0], expected[:, 1:])
 
 
-# Decode
+def test_without_a_prefix_nothing_is_dropped(graphs):
+    module = clean(copy(graphs.encoder))
+    before = results(module)
+    assert drop_prefix(module, 0) is module and results(module) == before
 
 
-def test_decode_writes_and_attends_once_per_layer(graphs):
-    plan = schedule()
-    module = passes.rewrite_decode(graphs.decoder, plan)
-    writes, attention = calls(module, write_row), calls(module, sdpa_decode)
+# Extend
+
+
+def test_extend_writes_and_attends_once_per_layer(graphs):
+    module = extend(graphs, schedule())
+    writes, attention = calls(module, write_rows), calls(module, sdpa_cached)
     assert len(writes) == 2 * LAYERS and len(attention) == LAYERS
     assert not calls(module, attend) and not calls(module, ANCHOR) and not calls(module, prune_tokens)
-    caches = [node for node in module.graph.nodes if node.op == "placeholder"][-2 * LAYERS :]
-    assert [node.args[0] for node in writes] == caches
-    slots = []
+    assert [node.target for node in inputs(module)[2:6]] == ["length", "removed", "key_0", "value_0"]
+    assert [node.args[0] for node in writes] == inputs(module)[4:] and len(results(module)) == 1
+    places = []
     for layer, node in enumerate(attention):
         assert node.args[1:3] == tuple(writes[2 * layer : 2 * layer + 2])
         assert {write.args[2] for write in node.args[1:3]} == {node.args[4]}
-        slots.append(node.args[4])
-    # One slot per length: layers 0-1, 2-3, 4-5.
-    assert slots[0] is slots[1] and slots[2] is slots[3] and slots[4] is slots[5] and len(set(slots)) == 3
+        places.append(node.args[4])
+    # One place per group: layers 0-1, 2-3, 4-5.
+    assert places == [at for at in calls(module, cache_rows) for _ in "ab"]
+    assert [at.args[2] for at in calls(module, cache_rows)] == [0, 1, 2]
 
 
-def test_decode_marks_run_only_once_lowered(graphs):
-    module = decode_cache(clean(copy(graphs.decoder)), schedule().removed_rows())
+def test_extend_apart_reads_and_returns(graphs):
+    module = extend(graphs, schedule(), in_place=False)
+    attention = calls(module, attend_apart)
+    assert len(attention) == LAYERS and not calls(module, write_rows) and not calls(module, ANCHOR)
+    assert [cache for node in attention for cache in node.args[1:3]] == inputs(module)[4:]
+    assert list(results(module)[1:]) == [rows for node in attention for rows in node.args[3:5]]
+
+
+def test_extend_marks_run_only_once_lowered(graphs):
+    module = attach_cache(clean(copy(graphs.decoder)), schedule().groups, filled=True)
     assert len(calls(module, attend)) == LAYERS
     with pytest.raises(RewriteError, match="lower_attention"):
         attend(*[torch.zeros(1)] * 5)
-
-
-def test_write_row_and_sdpa_decode():
-    """Rows behind the slot, whatever they hold, are not seen; every sample has its own slot."""
-    torch.manual_seed(1)
-    query, row = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 1, 8)
-    cache, slot = torch.full((2, 2, 7, 8), torch.nan), torch.tensor([2, 5])
-    for sample, last in enumerate(slot.tolist()):
-        cache[sample, :, :last] = torch.randn(2, last, 8)
-        cache[sample, :, last + 1 :] = 1e4
-    written = write_row(cache, row, slot)
-    assert written is cache and not cache.isnan().any()
-    out = sdpa_decode(query, cache, cache, 0.3, slot)
-    for sample, last in enumerate(slot.tolist()):
-        for head in range(4):
-            keys = cache[sample, head // 2, : last + 1]
-            assert torch.equal(keys[-1], row[sample, head // 2, 0])
-            weights = torch.softmax(keys @ query[sample, head, 0] * 0.3, 0)
-            torch.testing.assert_close(out[sample, head, 0], weights @ keys)
 
 
 # Copies
@@ -283,15 +341,17 @@ def test_rewriting_leaves_the_capture_alone(graphs):
 
     before, keys = state(), metadata()
     for positions in ("published", "original"):
-        passes.rewrite_encoder(graphs.encoder, schedule(positions=positions))
-        passes.rewrite_prefill(graphs.decoder, schedule(positions=positions))
-        passes.rewrite_decode(graphs.decoder, schedule(positions=positions))
+        plan = schedule(positions=positions)
+        encoder(graphs, plan)
+        for settings in ({}, {"in_place": False}, {"filled": True}):
+            prefill(graphs, plan, **settings)
+        extend(graphs, plan)
     assert state() == before and metadata() == keys
     assert [len(calls(m, ANCHOR)) for m in (graphs.encoder, graphs.decoder)] == [4, LAYERS]
 
 
 def test_rewritten_graphs_share_parameters(graphs):
-    module = passes.rewrite_prefill(graphs.decoder, schedule())
+    module = prefill(graphs, schedule())
     owned = {p.data_ptr() for p in shared(LAYERS).parameters()}
     assert {p.data_ptr() for p in module.parameters()} <= owned
 
@@ -306,28 +366,40 @@ def test_clean_removes_assertions(graphs):
 # Refusals
 
 
+def stage(layer: int, policy: str = "keep_lowest", tokens: int = 8) -> Stage:
+    return Stage("decoder", layer, policy, (tokens,))
+
+
 @pytest.mark.parametrize(
     ("stages", "reason"),
     [
-        ([Stage(0, "keep_lowest", 8)], "layer 0 .* between layer 1 and 5"),
-        ([Stage(LAYERS, "keep_lowest", 8)], "layer 6 .* between layer 1 and 5"),
-        ([Stage(-1, "keep_lowest", 8)], "layer -1"),
-        ([Stage(3, "keep_lowest", 8), Stage(2, "keep_lowest", 4)], "layer 2 .* between layer 4 and 5"),
-        ([Stage(3, "keep_lowest", 8), Stage(3, "keep_lowest", 4)], "layer 3 .* between layer 4 and 5"),
-        ([Stage(3, "keep_best", 8)], "'keep_best' .* merge_by_cluster, keep_lowest"),
+        ([stage(0)], "layer 0 .* between layer 1 and 5"),
+        ([stage(LAYERS)], "layer 6 .* between layer 1 and 5"),
+        ([stage(-1)], "layer -1"),
+        ([stage(3), stage(2, tokens=4)], "layer 2 .* between layer 4 and 5"),
+        ([stage(3), stage(3, tokens=4)], "layer 3 .* between layer 4 and 5"),
+        ([stage(3, "keep_best")], "'keep_best' .* merge_by_cluster, keep_lowest"),
     ],
 )
 def test_stages_that_do_not_fit(graphs, stages, reason):
-    plan = dataclasses.replace(schedule(), stages=tuple(stages))
+    plan = dataclasses.replace(schedule(), stages=(schedule().stages[0], *stages))
     with pytest.raises(RewriteError, match=reason):
-        passes.rewrite_prefill(graphs.decoder, plan)
-    passes.rewrite_prefill(graphs.decoder, schedule())
+        prefill(graphs, plan)
+    prefill(graphs, schedule())
+
+
+def test_options_that_differ_by_segment(graphs):
+    plan = schedule(images=2)
+    odd = dataclasses.replace(plan.stages[1], options=(("width", (3, 4)),))
+    with pytest.raises(RewriteError, match=r"differ in an option: \(3, 4\)"):
+        prefill(graphs, dataclasses.replace(plan, stages=(plan.stages[0], odd)))
 
 
 @pytest.mark.parametrize("count", [0, LAYERS - 1, LAYERS + 1])
-def test_wrong_number_of_offsets(graphs, count):
-    with pytest.raises(RewriteError, match=f"{count} offsets .* {LAYERS} layers"):
-        decode_cache(clean(copy(graphs.decoder)), (0,) * count)
+@pytest.mark.parametrize("filled", [True, False])
+def test_wrong_number_of_groups(graphs, count, filled):
+    with pytest.raises(RewriteError, match=f"{count} groups .* {LAYERS} layers"):
+        attach_cache(clean(copy(graphs.decoder)), (0,) * count, filled=filled)
 
 
 @pytest.mark.parametrize("layer", [-1, LAYERS, 99])
@@ -339,9 +411,9 @@ def test_layer_exit_out_of_range(graphs, layer):
 def test_encoder_layers_out_of_range(graphs):
     with pytest.raises(RewriteError, match=r"layer 4 is out of range.* 4 attention"):
         truncate_encoder(clean(copy(graphs.encoder)), 4)
-    stage = dataclasses.replace(schedule().vision, layer=7)
-    with pytest.raises(RewriteError, match="layer 7 is out of range"):
-        prune_encoder(clean(copy(graphs.encoder)), stage, (8, 8), 1)
+    late = dataclasses.replace(schedule().vision, layer=7)
+    with pytest.raises(RewriteError, match="layer 7 is out of place: stages ascend between layer 0 and 3"):
+        prune(clean(copy(graphs.encoder)), (late,), (64,), prefix=1)
 
 
 def test_lowering_twice_or_to_nothing(graphs):
@@ -351,171 +423,4 @@ def test_lowering_twice_or_to_nothing(graphs):
     with pytest.raises(RewriteError, match=r"'triton' is unknown.*sdpa"):
         lower_attention(clean(copy(graphs.decoder)), "triton")
     with pytest.raises(RewriteError, match="'triton' is unknown"):
-        passes.rewrite_decode(graphs.decoder, schedule(), "triton")
-
-
-# Graphs of other shapes than any model's we ship
-
-WIDTH = 8
-
-
-class Toy(nn.Module):
-    """A decoder of one-headed attention layers over a table of positions.
-
-    Before each layer, step(layer, x, table, seen) -> (x, table) has its way; `seen` is passed from one to the next.
-    """
-
-    def __init__(self, step=lambda layer, x, table, seen: (x, table), layers: int = 4):
-        super().__init__()
-        self.step, self.layers = step, layers
-        self.mixes = nn.ModuleList([nn.Linear(WIDTH, 3 * WIDTH) for _ in range(layers)])
-
-    def attention(self, layer: int, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """(output [B, t, D], key [B, t, D])."""
-        query, key, value = (self.mixes[layer](x) * table.repeat(1, 1, 3)).unsqueeze(1).chunk(3, -1)
-        return torch.ops.vitcop.attention(query, key, value, 0.3, True).squeeze(1), key.squeeze(1)
-
-    def table(self, positions: Tensor) -> Tensor:
-        return torch.cos(positions.unsqueeze(-1) * torch.arange(1.0, 1 + WIDTH) / WIDTH)
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        table, seen = self.table(positions), {}
-        for layer in range(self.layers):
-            x, table = self.step(layer, x, table, seen)
-            x = x + self.attention(layer, x, table)[0]
-        return x
-
-
-def trace(module: nn.Module) -> fx.GraphModule:
-    axes = {0: Dim("batch", min=1), 1: Dim("tokens", min=1)}
-    inputs = (torch.randn(2, 11, WIDTH), torch.arange(11).repeat(2, 1))
-    names = ("x", "positions")
-    program = torch.export.export(module.eval(), inputs, dynamic_shapes=dict.fromkeys(names, axes), strict=False)
-    return copy(clean(program.module(check_guards=False)))
-
-
-def stages(*layers: int, positions: str = "kept") -> tuple[Stage, ...]:
-    return tuple(Stage(layer, "keep_lowest", 6 - i, positions) for i, layer in enumerate(layers))
-
-
-def pruned_by_hand(toy: Toy, x: Tensor, budgets: dict[int, int], first: int, count: int, renumber: bool) -> Tensor:
-    """The toy with stages, for a batch of one whose `count` visual rows begin at `first`: plain Python indexing."""
-    positions, seen, key = list(range(x.shape[1])), {}, x
-    for layer in range(toy.layers):
-        if layer in budgets:
-            norms = key[0, first : first + count].norm(dim=-1)
-            kept = sorted(norms.argsort()[: budgets[layer]].tolist())
-            rows = [*range(first), *(first + k for k in kept), *range(first + count, x.shape[1])]
-            x, count = x[:, rows], budgets[layer]
-            positions = rows if renumber else [positions[row] for row in rows]
-        x, table = toy.step(layer, x, toy.table(torch.tensor([positions])), seen)
-        out, key = toy.attention(layer, x, table)
-        x = x + out
-    return x
-
-
-def sized(layer: int, x: Tensor, table: Tensor, seen: dict) -> tuple[Tensor, Tensor]:
-    """Layers 0 and 2 use sizes of the token axis, and expressions of them."""
-    size = x.shape[1]
-    weight = torch.arange(2 * size).view(size, 2).sum(1, keepdim=True) / (size + 1)
-    return (x + weight.repeat(1, WIDTH) if layer in (0, 2) else x), table
-
-
-@pytest.mark.parametrize("toy", [Toy, lambda: Toy(sized)], ids=["plain", "sizes"])
-@pytest.mark.parametrize("positions", ["kept", "index"])
-def test_toy_equals_hand_pruning(toy, positions):
-    torch.manual_seed(4)
-    toy = toy()
-    module = lower_attention(return_kv(prune_decoder(trace(toy), stages(1, 3, positions=positions))), "sdpa")
-    x, visual = torch.randn(1, 14, WIDTH), torch.arange(3, 12)[None]
-    hidden, *rest = module(x, torch.arange(14)[None], visual, torch.zeros_like(visual))
-    expected = {p: pruned_by_hand(toy, x, {1: 6, 3: 5}, 3, 9, p == "index") for p in ("kept", "index")}
-    assert not torch.allclose(expected["kept"], expected["index"], atol=1e-3)
-    torch.testing.assert_close(hidden, expected[positions])
-    assert [index.shape[1] for index in rest[:2]] == [6, 5] and [c.shape[2] for c in rest[2::2]] == [14, 11, 11, 10]
-
-
-def test_part_of_a_size_is_refused():
-    """A live-in with 2 t entries: which of them belong to a removed token is unknown."""
-
-    def step(layer, x, table, seen):
-        if layer == 0:
-            seen["twice"] = torch.cat((table, -table), 1)
-        return (x + seen["twice"].unflatten(1, (2, -1)).sum(1) if layer == 2 else x), table
-
-    with pytest.raises(RewriteError, match=r"dimension 1 has size 2\*.*not the token axis"):
-        prune_decoder(trace(Toy(step)), stages(1))
-
-
-def test_two_values_out_of_attention_are_refused():
-    """Attention's own output is used twice: no single value carries the layer's result on."""
-
-    class Forked(Toy):
-        def forward(self, x, positions):
-            table = self.table(positions)
-            out = torch.ops.vitcop.attention(x.unsqueeze(1), x.unsqueeze(1), x.unsqueeze(1), 0.3, True)
-            key, value = out + 1, out * 2
-            out = torch.ops.vitcop.attention(key, value, value, 0.3, True).squeeze(1)
-            return self.attention(0, out, table)[0]
-
-    with pytest.raises(RewriteError, match="layer 0 has no single exit"):
-        prune_decoder(trace(Forked()), stages(1))
-
-
-def test_two_streams_are_refused():
-    """Both streams leave layer 1 and neither holds the other: merging tokens of one would leave the other behind."""
-
-    class Streams(Toy):
-        def forward(self, x, positions):
-            table, other = self.table(positions), x * 2
-            for layer in range(self.layers):
-                out = self.attention(layer, x + other, table)[0]
-                x, other = x + out, other * out
-            return x + other
-
-    with pytest.raises(RewriteError, match="layer 1 has no single exit"):
-        prune_decoder(trace(Streams()), (Stage(2, "merge_by_cluster", 6),))
-
-
-def test_positions_of_an_earlier_stage_are_refused():
-    """Layer 1 doubles the table it got from the first stage; a second stage that renumbers cannot recompute that."""
-
-    def step(layer, x, table, seen):
-        return x, table * 2 if layer == 1 else table
-
-    toy = Toy(step)
-    prune_decoder(trace(toy), stages(1, 3))
-    with pytest.raises(RewriteError, match="positions of an earlier stage"):
-        prune_decoder(trace(toy), stages(1, 3, positions="index"))
-
-
-def test_content_is_never_renumbered():
-    """A gate computed from the hidden state crosses both cuts; it stays with its token, the table does not."""
-
-    def step(layer, x, table, seen):
-        if layer == 0:
-            seen["gate"] = x.sigmoid()
-        return (x * seen["gate"] if layer == 3 else x), table
-
-    module = prune_decoder(trace(Toy(step)), stages(1, 2, positions="index"))
-    gathers = calls(module, take_along)
-    assert len(gathers) == 4
-    chained = [g for g in gathers if g.args[0] in gathers]
-    assert len(chained) == 1
-    gate = chained[0].args[0].args[0]
-    assert gate.target is torch.ops.aten.sigmoid.default
-
-
-def test_untouched_values_are_not_gathered():
-    """A value per sample and one per channel cross the cut and stay; a value used up before it is left alone."""
-
-    def step(layer, x, table, seen):
-        if layer == 0:
-            seen.update(sample=x.mean(1, keepdim=True), channel=table.mean((0, 1)), early=x.sigmoid())
-        if layer == 1:
-            x = x + seen["early"]
-        return (x + seen["sample"] * seen["channel"] if layer == 3 else x), table
-
-    module = prune_decoder(trace(Toy(step)), stages(2))
-    (table,) = [gather.args[0] for gather in calls(module, take_along)]
-    assert table.target is torch.ops.aten.cos.default
+        extend(graphs, schedule(), attn_implementation="triton")
