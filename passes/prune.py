@@ -86,7 +86,7 @@ def _by_segment(
             hidden = take_rows(wired["hidden"], visual[:, start:stop])
             wired["hidden"] = hidden.reshape(-1, size, hidden.shape[-1])
         held = tuple(values[:, start:stop].reshape(-1, size) for values in state)
-        if blocks == 0:  # unequal segments that share a budget: clusters of different segments are different clusters
+        if blocks != 1:  # segments that share a budget, and are one from here on: their clusters stay different clusters
             owner = torch.cat([torch.full((count,), i, device=at.device) for i, count in enumerate(incoming)])
             held = tuple(values * len(incoming) + owner for values in held)
         choice = chosen.choose(Site(at=at, state=held, blocks=blocks or 1, **wired, **site), kept, **options)
