@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,12 +14,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch.export import ExportedProgram
 
 from ..errors import ConfigError, UnsupportedError
-from ..optimized import OptimizedModel
 from ..schedule import Schedule
 from .contract import LEAST_TEXT, check_programs
 from .manifest import NAME, Manifest, ProgramSpec, file_digest
 from .onnx import OPSETS, WEIGHTS, WeightStore, require_packages, write_onnx
 from .staging import staged
+
+if TYPE_CHECKING:
+    from ..optimized import OptimizedModel  # which imports this package when it exports
 
 FORMATS = ("onnx", "tensorrt")
 _BFLOAT16_OPSET = 22

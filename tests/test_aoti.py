@@ -12,7 +12,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import optimize, pixels, prompt, randomize, slow
+from models import optimize, pixels, prompt, randomize
 from torch import nn
 from vitcop_compile.passes.lower_linear import lower_linear
 
@@ -58,7 +58,8 @@ def greedy(model, ids, images) -> tuple[torch.Tensor, torch.Tensor]:
     return out.sequences, torch.stack(out.logits)
 
 
-@pytest.mark.parametrize("name", [slow("dense"), "1/9"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_generates_what_eager_does(built, name):
     eager, ahead = built(name)
     for seed in (0, 1):
@@ -70,6 +71,7 @@ def test_generates_what_eager_does(built, name):
     assert len(ahead.compiled) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_selects_and_updates_its_cache_as_eager_does(built, name):
     outs = []
@@ -90,6 +92,7 @@ def test_forward_selects_and_updates_its_cache_as_eager_does(built, name):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_weights_are_the_models_own(built, model):
     """Every weight is changed in place: what was compiled before goes by the new ones, as the model itself does."""
     eager, ahead = built("1/9")
@@ -105,22 +108,23 @@ def test_weights_are_the_models_own(built, model):
     torch.testing.assert_close(computed, logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda inputs: inputs[:-1], r"takes 5 inputs, got 4"),
+        (lambda inputs: inputs[:-1], r"takes 18 inputs, got 17"),
         (lambda inputs: [inputs[0][:, :-1].contiguous(), *inputs[1:]], r"input 0 is torch.int64 \(1, 50\).*takes.*\(1, 51\)"),
-        (lambda inputs: [*inputs[:2], inputs[2].double(), *inputs[3:]], r"input 2 is torch.float64.*takes torch.float32"),
+        (lambda inputs: [*inputs[:3], inputs[3].double(), *inputs[4:]], r"input 3 is torch.float64.*takes torch.float32"),
         (lambda inputs: [inputs[0], inputs[1].to("meta"), *inputs[2:]], r"input 1 .* on meta; the program takes .* on cpu"),
-        (lambda inputs: [*inputs[:2], inputs[2].mT.contiguous().mT, *inputs[3:]], r"input 2 .*, not contiguous; the program"),
+        (lambda inputs: [*inputs[:3], inputs[3].mT.contiguous().mT, *inputs[4:]], r"input 3 .*, not contiguous; the program"),
     ],
 )
 def test_what_does_not_fit_never_reaches_the_program(built, change, words):
     _, ahead = built("1/9")
-    rows = ahead.schedule.image_tokens + 32
-    program = ahead.on_demand.prefill(1, rows, True)
-    inputs = list(ahead.programs.prefill_inputs(1, rows))
-    assert rows == 51 and len(program(*inputs)) == 1 + 2 + 12
+    rows = tuple(32 + tokens + 64 for tokens in ahead.schedule.group_tokens())
+    program = ahead.on_demand.prefill(1, 32, 1, rows)
+    inputs = list(ahead.programs.prefill_inputs(1, 32, 1, rows))
+    assert inputs[0].shape == (1, 51) and len(program(*inputs)) == 1 + 2
     with pytest.raises(InputError, match=words):
         program(*change(inputs))
 

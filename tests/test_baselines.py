@@ -126,7 +126,7 @@ def test_a_dense_arm_computes_what_the_stock_model_computes_and_changes_no_state
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["stock_eager", "stock_compile", "eager", "inductor"])
+@pytest.mark.parametrize("name", ["stock_eager", slow("stock_compile"), "eager", slow("inductor")])
 def test_the_attention_words_of_a_dense_arm_name_the_operator_that_runs(name, dense_arms):
     arm = dense_arms(name)
     for stage in STAGES:

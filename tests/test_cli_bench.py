@@ -143,6 +143,7 @@ def command(suite) -> typer.Typer:
     return made
 
 
+@pytest.mark.slow
 def test_the_suite_measures_writes_and_prints_a_table(command, tmp_path):
     """Some seconds: inductor compiles the vision program twice."""
     result = invoke("tiny", "--output-dir", tmp_path, command=command)

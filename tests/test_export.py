@@ -130,6 +130,7 @@ def test_bytes_of_a_step(engine: Callable) -> None:
     assert logits.shape == (1, 1, models.VOCAB)
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path: Path) -> None:
     model = models.llava(LAYERS).half()
     half = vc.optimize(model, CONFIG, backend="eager")

@@ -25,17 +25,13 @@ def golden_model() -> Any:
 
 
 def _golden_params() -> list:
-    """Every case, at one of the two opsets: 32 layers take half a minute, and all but one are slow. VITCOP_GOLDEN_ALL=1: all
+    """Every case, at one of the two opsets: 32 layers take half a minute, and all are slow. VITCOP_GOLDEN_ALL=1: all
     at both."""
     later = {"1_3", "dense"}
     cases = filter(e2e._one_image, golden.cases("e2e"))
     every = bool(os.environ.get("VITCOP_GOLDEN_ALL"))
     chosen = [(case, opset) for case in cases for opset in (18, 23) if every or (opset == 23) == (case["name"] in later)]
-    marks = {"1_9": ()}
-    return [
-        pytest.param(case, opset, id=f"{case['name']}-{opset}", marks=marks.get(case["name"], pytest.mark.slow))
-        for case, opset in chosen
-    ]
+    return [pytest.param(case, opset, id=f"{case['name']}-{opset}", marks=pytest.mark.slow) for case, opset in chosen]
 
 
 @pytest.mark.parametrize(("case", "opset"), _golden_params())

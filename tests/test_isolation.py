@@ -64,7 +64,9 @@ def state(model: nn.Module) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow), "onnxruntime"])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inductor", "onnxruntime"))]
+)
 def test_eight_cold_threads(backend: str, model) -> None:
     before = state(model)
     kinds = (0, 1, 2, 3) if backend == "eager" else (0, 2)

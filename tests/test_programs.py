@@ -379,3 +379,16 @@ def test_tampered_grid(programs):
 def test_an_honest_schedule_passes(programs):
     assert outputs(tamper(programs).export_prefill(1, 17))[0] == (1, 1, 96)
     assert outputs(lying(programs).export_prefill(1, 17))[0] == (1, 1, 96)
+
+
+def test_prefill_refuses_what_its_caches_cannot_hold(programs) -> None:
+    made = programs
+    least = [9 + tokens for tokens in made.schedule.group_tokens()]
+    for group in range(len(least)):
+        rows = [has - (i == group) for i, has in enumerate(least)]
+        with pytest.raises(
+            RewriteError, match=f"caches of {rows[group]} rows in group {group} hold no prompt of {least[group]}"
+        ):
+            made.export_prefill(1, 9, rows=rows)
+    with pytest.raises(RewriteError, match="images=0: a prompt without an image is text, which export_extend takes"):
+        made.export_prefill(1, 9, images=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import models
@@ -19,7 +20,9 @@ SETTINGS = Settings(30, 5, 18, 7, 2, 1, 3)
 IMAGES = (1, 0, 2, 1, 0)  # of each turn
 
 
+@cache
 def optimized(backend: str = "eager", config: ViTCoPConfig = CONFIG):
+    """One for all tests, which leave it as it is: its programs serve them all."""
     return models.optimize(models.shared(LAYERS), config, backend=backend)
 
 

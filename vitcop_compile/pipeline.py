@@ -34,8 +34,9 @@ def optimize(
     "flash_attention_2", the kernels that attention lowers to; prompt_buckets: ascending numbers of text tokens that prompts
     are padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
     through `warmup`. program_bytes: what programs may hold together; beyond that the one used
-    longest ago is let go. dump: a folder that gets every graph after every pass, as text. A model on the meta device is for
-    planning: it has a schedule and its programs can be exported.
+    longest ago is let go. dump: a folder that gets every graph after every pass, as text; of programs that differ in their
+    batch or rows alone, the latest. A model on the meta device is for planning: it has a schedule and its programs can be
+    exported.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
     the model's shape cannot meet; both before anything is traced.

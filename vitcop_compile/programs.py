@@ -149,9 +149,14 @@ class Programs:
         rows: those of the caches by group, by default as many as the prompt has; filled: the caches hold an earlier turn. With
         `least_text` the text is a dynamic axis from there to `text`, which takes `in_place=False`; budgets stay static.
         """
+        if images < 1:
+            raise RewriteError(f"images={images}: a prompt without an image is text, which export_extend takes")
+        schedule = self.schedule_of((self.family.shape.image,) * images)
+        for group, (has, needs) in enumerate(zip(rows or (), (text + tokens for tokens in schedule.group_tokens()))):
+            if has < needs:
+                raise RewriteError(f"caches of {has} rows in group {group} hold no prompt of {needs}: give at least as many")
         inputs = self.prefill_inputs(batch, text, images, rows, filled=filled, in_place=in_place)
         module = self.prefill_module(images, filled=filled, in_place=in_place, inputs=inputs)
-        schedule = self.schedule_of((self.family.shape.image,) * images)
         if least_text is not None:
             kept = schedule.image_tokens
             axis = Dim("rows", min=least_text + kept, max=text + kept)
