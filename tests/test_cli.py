@@ -235,6 +235,7 @@ def check_picture(path: Path) -> None:
     assert all(panel.std() > 5 and panel.mean() < photo.mean() for panel in others)
 
 
+@pytest.mark.slow
 def test_demo_runs_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     result = invoke(

@@ -140,6 +140,7 @@ def test_dumping_changes_nothing(model, folder) -> None:
         assert found == expected
 
 
+@pytest.mark.slow
 def test_other_ways_to_make_programs(tmp_path) -> None:
     """Programs apart from their caches, dense ones, and those of a model that only has shapes."""
     programs = optimize(shared(LAYERS), CONFIG, dump=str(tmp_path / "a")).programs

@@ -627,6 +627,7 @@ def test_layout_of_inputs_compiles_nothing(monkeypatch, name):
     assert compilations() == graphs + 3
 
 
+@pytest.mark.slow
 def test_programs_do_not_count_as_recompilations(monkeypatch):
     """More programs of one kind than torch recompiles a function."""
     fast = dynamo_only(monkeypatch, CASES["least"].config, prompt_buckets=(2, 4, 6, 8))

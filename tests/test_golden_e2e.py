@@ -70,7 +70,13 @@ def _one_image(case: dict[str, Any]) -> bool:
     return len(case["image_seeds"]) == 1 and not case.get("mid")
 
 
-@pytest.mark.parametrize("case", golden.params(filter(_one_image, golden.cases("e2e"))))
+def _params() -> list:
+    """Half a minute in all, of 32 layers each: two by default."""
+    made = golden.params(filter(_one_image, golden.cases("e2e")))
+    return [p if p.id in ("1_9", "dense") else pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in made]
+
+
+@pytest.mark.parametrize("case", _params())
 def test_generate(case: dict[str, Any], model: LlavaForConditionalGeneration) -> None:
     data, config = golden.load("e2e", case["file"]), _config(case["env"])
     fast = vc.optimize(model, config, backend="eager")

@@ -80,6 +80,7 @@ def test_eight_cold_threads(backend: str, model) -> None:
     assert len(fast.compiled) == len(set(fast.compiled)) == {"eager": 9}.get(backend, 4)
 
 
+@pytest.mark.slow
 def test_models_are_optimized_in_threads(model) -> None:
     """Capture is a trace as well."""
     before = state(model)
@@ -167,7 +168,7 @@ def test_what_is_traced_is_a_shell_of_the_model(model) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_autocast_around_the_first_call_reaches_no_program(backend: str, dtype: torch.dtype, model) -> None:
     expected = tokens(vitcop_compile.optimize(model, THIRD, backend="eager"), 0)
     with torch.autocast("cpu", dtype=dtype):

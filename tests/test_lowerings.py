@@ -87,6 +87,7 @@ def test_every_lowering_exports_every_program(name: str) -> None:
         assert calls(program, attention.ANCHOR) == 0
 
 
+@pytest.mark.slow
 def test_flash_attn_computes_what_sdpa_does(flash_attn) -> None:
     ours, flashed = programs("sdpa"), programs("flash_attention_2")
     pixels = models.pixels(2)

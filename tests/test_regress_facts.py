@@ -97,6 +97,7 @@ def test_the_stream_makes_a_program_per_batch_and_bucket() -> None:
     assert [kinds.count(kind) for kind in ("vision", "prefill", "extend")] == [2, 3, 4]
 
 
+@pytest.mark.slow
 def test_the_inductor_backend_traces_one_graph_a_program() -> None:
     with counters.traced_only():  # no code is generated, so that this takes a second and not a minute
         found, _ = facts.measure(build(backend="inductor"), REQUEST)

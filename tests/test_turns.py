@@ -43,9 +43,9 @@ def assert_caches(cache: Any, sample: int, told: Conversation) -> None:
             torch.testing.assert_close(ours[sample, :, :rows], theirs[0], atol=NEAR, rtol=0)
 
 
-@pytest.mark.parametrize("positions", ["published", "original"])
+@pytest.mark.parametrize("positions", ["published", slow("original")])
 @pytest.mark.parametrize("scope", ["per_image", "pooled"])
-@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize("images", [slow(1), 2, slow(3)])
 def test_several_images_in_a_prompt(images: int, scope: str, positions: str) -> None:
     config = ViTCoPConfig(
         budgets=(30, 18, 7, 5), shallow_layer=1, deep_layer=3, scale_layers=False, scope=scope, positions=positions
@@ -87,7 +87,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", slow("right")])
 @pytest.mark.parametrize("name", BATCHES)
 def test_samples_of_a_batch_are_what_they_are_alone(name: str, side: str) -> None:
     fast, counts = optimized(), BATCHES[name]
@@ -170,8 +170,7 @@ def talk(fast: Any, batch: int, resend: bool = True) -> None:
     assert cache.images == (sum(IMAGES),) * batch
 
 
-@pytest.mark.parametrize("resend", [True, False])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("resend", "batch"), [(True, 3), (False, 1), slow(True, 1), slow(False, 3)])
 def test_five_turns(batch: int, resend: bool) -> None:
     talk(optimized(), batch, resend)
 

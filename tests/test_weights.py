@@ -110,6 +110,7 @@ def test_a_change_before_the_first_request_is_refused() -> None:
         logits(fast)
 
 
+@pytest.mark.slow
 def test_optimized_again_it_serves() -> None:
     model, fast = made()
     assign(model)

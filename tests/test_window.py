@@ -83,6 +83,7 @@ def test_engines_end_at_the_window(tmp_path) -> None:
         export(fast, tmp_path / "folder", max_text_len=40, max_new_tokens=37)
 
 
+@pytest.mark.slow
 def test_layers_of_both_kinds() -> None:
     """Qwen2 attends within a window in some layers only; no other model has one unless it says so."""
     text = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
