@@ -166,4 +166,4 @@ class _Decode(nn.Module):
     def forward(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slot: Tensor
     ) -> Tensor:
-        return attend_apart(query, key_cache, value_cache, key, value, query.shape[-1] ** -0.5, slot)
+        return attend_apart(query, key_cache, value_cache, key, value, query.shape[-1] ** -0.5, slot.unsqueeze(1))
