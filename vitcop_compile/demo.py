@@ -33,7 +33,7 @@ from .pipeline import optimize
 from .progress import Steps
 
 # Sizes of the stand-in for LLaVA-1.5: the image and its 576 patches are the real ones.
-SMALL: dict[str, int] = {"vision_hidden": 256, "vision_layers": 4, "hidden": 512, "layers": 8, "vocab": 2048}
+SMALL: dict[str, int] = {"vision_hidden": 256, "vision_layers": 4, "hidden": 512, "layers": 6, "vocab": 2048}
 NOTE = "random weights: tokens mean nothing, times and shapes are real"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TEXT = "USER: <image>\n{} ASSISTANT:"
