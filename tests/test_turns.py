@@ -276,6 +276,10 @@ def test_generate_refuses_what_cannot_follow() -> None:
         fast.generate(torch.cat((out.sequences, ids[:, :2]), 1), past_key_values=cache, max_new_tokens=2, num_beams=2)
     with pytest.raises(InputError, match="pass the whole conversation with something new at its end"):
         fast.generate(ids, past_key_values=cache, max_new_tokens=2)
+    more = torch.cat((out.sequences, ids[:, :2]), 1)
+    with pytest.raises(InputError, match="holds no image token"):  # one is old, the other belongs to nothing
+        fast.generate(more, pixel_values=models.pixels(2), past_key_values=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == ids.shape[1] + 1
     from transformers import DynamicCache
 
     with pytest.raises(InputError, match="past_key_values is a DynamicCache"):

@@ -223,9 +223,11 @@ class CompiledModel(GenerationMixin):
                 )
             ids = ids[:, seen:]
         new = (ids == self._provider.image.token_id).sum(1) // self._provider.image.patches
-        if pixels is None or not int(new.sum()):
-            return ids, None
         counts, first = new.tolist(), 0
+        if not isinstance(pixels, Tensor):
+            return ids, pixels
+        if not any(counts) and pixels.shape[0] == sum(cache.images):
+            return ids, None
         index: list[int] = []
         if pixels.shape[0] != sum(counts) and pixels.shape[0] == sum(counts) + sum(cache.images):
             for count, seen in zip(counts, cache.images, strict=True):

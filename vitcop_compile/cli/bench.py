@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from .shared import PRESET_NAMES, WIDE_TABLE_WIDTH, console, errors_as_lines, without_future_warnings
 
 _NONE = "none"
-# What is measured unless options say otherwise: in under three minutes on two cores, and as in the README.
+# What is measured unless options say otherwise: in a few minutes on two cores, and as in the README.
 _QUICK = {"presets": (DEFAULT_PRESET,), "layers": 4, "vision_layers": 3, "rounds": 5}
 _FULL = {"presets": tuple(PRESETS), "layers": 12, "vision_layers": 8, "rounds": 15}
 
