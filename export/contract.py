@@ -54,6 +54,7 @@ def _vision(manifest: Manifest) -> ProgramSpec:
 
 def _prefill(manifest: Manifest, least: int, most: int) -> ProgramSpec:
     schedule, batch, n = manifest.schedule, manifest.batch_size, manifest.schedule.image_tokens
+    lead = schedule.shape.lead
     rows: int | str = n + most if least == most else "rows"
     stages = schedule.decoder_stages
     given = (
@@ -61,7 +62,7 @@ def _prefill(manifest: Manifest, least: int, most: int) -> ProgramSpec:
         _ints("last", batch),
         _ints("positions", manifest.position_dims, batch, rows),
         _features(manifest),
-        _ints("visual", batch, n),
+        _ints("visual", batch, n + lead),
         *(_state(manifest) if stages else ()),
     )
     found = (_ints(f"stage_{stage.layer}", batch, stage.total) for stage in stages)
@@ -101,7 +102,7 @@ def _key_values(manifest: Manifest, prefix: str, rows: list[int | str] | list[in
 
 
 def _features(manifest: Manifest) -> TensorSpec:
-    shape = (manifest.batch_size, manifest.schedule.image_tokens, manifest.shape.hidden)
+    shape = (manifest.batch_size, manifest.schedule.image_tokens + manifest.shape.lead, manifest.shape.hidden)
     return TensorSpec("features", manifest.dtype, shape)
 
 

@@ -14,10 +14,11 @@ from transformers import AutoConfig, GenerationConfig
 
 from ..backends import writing_rows
 from ..errors import InputError
+from ..host import FixedImages
 from ..layout import Layout
 from ..provider import Ask, Plan
 from ..runtime import CompiledModel
-from ..schedule import Schedule
+from ..schedule import Schedule, Stage
 from .contract import LEAST_TEXT, check_programs
 from .manifest import FolderError, Manifest, ProgramSpec
 from .ort import OrtProgram
@@ -33,7 +34,8 @@ class EngineFolder:
 
     def __init__(self, folder: Path, manifest: Manifest, load: Callable[[Path, ProgramSpec], Runner], device: torch.device):
         self._folder, self.manifest, self._load = folder, manifest, load
-        self.image, self.position_dims = manifest.image, manifest.position_dims
+        self.host = FixedImages(manifest.shape, manifest.image.token_id, manifest.image.pixel_shape)
+        self.position_dims = manifest.position_dims
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.schedule = manifest.schedule
         self._schedules = {self.schedule.layout: self.schedule}
@@ -62,14 +64,31 @@ class EngineFolder:
         return Plan(next(size for size in folder.prompt_buckets if ask.text <= size), folder.cache_rows)
 
     def vision(self, images: int) -> Runner:
-        """The vision program."""
-        self._check_batch(images)
-        return self._get(self.manifest.program("vision"))
+        """The vision program, for fewer images than it takes as well: beams see those of their prompt once."""
+        size, program = self.manifest.batch_size, self._get(self.manifest.program("vision"))
+        if images > size:
+            self._check_batch(images)
+        if images == size:
+            return program
 
-    def prefill(self, batch: int, text: int, images: int, rows: tuple[int, ...], filled: bool = False) -> Runner:
+        def padded(pixels: Tensor) -> Sequence[Tensor]:
+            filled = torch.cat((pixels, pixels[-1:].expand(size - images, *pixels.shape[1:])))
+            return [found[:images] for found in program(filled)]
+
+        return padded
+
+    def tower(self, tiles: int) -> Runner:
+        """None: an image is one input of the encoder."""
+        raise InputError("the engine has no program for images in tiles")
+
+    def select(self, tiles: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Runner:
+        """None, as `tower`."""
+        return self.tower(tiles)
+
+    def prefill(self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool = False) -> Runner:
         """The prefill program for `text` text rows; its keys and values are written into the caches here."""
         self._check_batch(batch)
-        spec = self.manifest.program("prefill", text + self.schedule.image_tokens)
+        spec = self.manifest.program("prefill", text + schedule.image_tokens)
         return self._writing(spec, filled=False)
 
     def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Runner:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from ..config import ViTCoPConfig
 from ..errors import VitcopError
-from ..prompt import ImageInput
 from ..schedule import ModelShape, Schedule
 
 _Kind = TypeVar("_Kind")
@@ -53,6 +52,15 @@ class ProgramSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """How a prompt refers to an image: the placeholder's id, the shape of one image's pixels, its patches."""
+
+    token_id: int
+    pixel_shape: tuple[int, ...]
+    patches: int
 
 
 @dataclass(frozen=True)
@@ -268,7 +276,7 @@ def _check_types(value: Any, hint: Any, where: str) -> None:
     elif origin is dict and isinstance(value, dict):
         for key, part in value.items():
             _check_types(part, arguments[1], f"{where}[{key!r}]")
-    elif origin is None and isinstance(value, hint) and not isinstance(value, bool):
+    elif origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         # A configuration checks itself, and takes integers for fractions.
         if dataclasses.is_dataclass(hint) and hint is not ViTCoPConfig:
             for name, expected in typing.get_type_hints(hint).items():

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from ..errors import ConfigError, UnsupportedError
 from ..schedule import Schedule
 from .contract import LEAST_TEXT, check_programs
-from .manifest import NAME, Manifest, ProgramSpec, file_digest
+from .manifest import NAME, ImageInput, Manifest, ProgramSpec, file_digest
 from .onnx import OPSETS, WEIGHTS, WeightStore, require_packages, write_onnx
 from .staging import staged
 
@@ -58,6 +58,11 @@ def export(
         raise UnsupportedError(
             f"opset={opset} has no bfloat16 convolution: choose opset {_BFLOAT16_OPSET} or later, or float16"
         )
+    if not model.host.fixed:
+        raise UnsupportedError(
+            f"{type(model.model).__name__} packs its images from tiles, whose programs a folder does not hold yet: serve it "
+            "with optimize(), of which backend='onnxruntime' needs no compiler either"
+        )
     model.check_weights()
     target = Path(output_dir)
     finish: Callable[[Path, Manifest, Progress], Manifest] | None = None
@@ -85,7 +90,7 @@ def export(
             architecture=type(model.model).__name__,
             config=model.pruning_config,
             shape=schedule.shape,
-            image=model.image,
+            image=ImageInput(model.host.token_id, model.host.pixel_shape, schedule.shape.patches),
             position_dims=model.programs.family.position_dims,
             dtype=str(model.dtype).removeprefix("torch."),
             batch_size=batch_size,

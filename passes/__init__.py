@@ -1,6 +1,7 @@
 """The passes, in the order they run. Each is one file: `(graph module, settings) -> graph module`, in place.
 
     encoder   clean -> truncate_encoder -> prune -> drop_prefix -> lower_attention
+    tower     clean -> truncate_encoder -> tap -> drop_prefix -> lower_attention
     prefill   clean -> prune -> attach_cache -> lower_attention
     extend    clean -> attach_cache -> lower_attention
 
@@ -11,7 +12,6 @@ end with one more on every exported program: lower_linear.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from .dump import dump_graph
 from .lower_attention import lower_attention
 from .lower_linear import lower_linear
 from .prune import prune
+from .tap import tap
 from .truncate_encoder import truncate_encoder
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "prefill_passes",
     "prune",
     "rewrite",
+    "tap",
+    "tower_passes",
     "truncate_encoder",
 ]
 
@@ -48,16 +51,29 @@ Passes = tuple[tuple[str, Pass], ...]
 
 
 def encoder_passes(schedule: Schedule, attn_implementation: str = "sdpa", exact: bool = True) -> Passes:
-    """hidden [I, prefix + patches, C] -> (patches [I, n, C], kept int64 [I, n], state [I, n]...), an image a row."""
+    """hidden [I, prefix + patches, C] -> (patches [I, lead + n, C], kept int64 [I, n], state [I, n]...), an image a row."""
     shape, stage = schedule.shape, schedule.vision
     prefix, (segment, *_) = shape.prefix_tokens, schedule.layout
     site = {"prefix": prefix, "grid": segment.grid[1:], "exact": exact}
-    stages = () if stage is None else (dataclasses.replace(stage, tokens=stage.tokens[:1]),)
+    stages = () if stage is None else (stage.of_segment(0),)
     return (
         ("clean", clean),
         ("truncate_encoder", partial(truncate_encoder, feature_layer=shape.feature_layer)),
-        ("prune", partial(prune, stages=stages, incoming=(segment.tokens,), prefix=prefix, site=site)),
-        ("drop_prefix", partial(drop_prefix, prefix=prefix)),
+        ("prune", partial(prune, stages=stages, incoming=(segment.candidates,), prefix=prefix, site=site)),
+        ("drop_prefix", partial(drop_prefix, prefix=prefix - shape.lead)),
+        ("lower_attention", partial(lower_attention, name=attn_implementation)),
+    )
+
+
+def tower_passes(schedule: Schedule, attn_implementation: str = "sdpa") -> Passes:
+    """hidden [T, prefix + patches, C] -> (patches [T, p, C], and with a stage score [T, p], features [T, p, K]), a tile a
+    row."""
+    shape = schedule.shape
+    return (
+        ("clean", clean),
+        ("truncate_encoder", partial(truncate_encoder, feature_layer=shape.feature_layer)),
+        ("tap", partial(tap, stage=schedule.vision, prefix=shape.prefix_tokens)),
+        ("drop_prefix", partial(drop_prefix, prefix=shape.prefix_tokens)),
         ("lower_attention", partial(lower_attention, name=attn_implementation)),
     )
 

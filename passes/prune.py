@@ -89,6 +89,8 @@ def _by_segment(
         if blocks != 1:  # segments that share a budget, and are one from here on: their clusters stay different clusters
             owner = torch.cat([torch.full((count,), i, device=at.device) for i, count in enumerate(incoming)])
             held = tuple(values * len(incoming) + owner for values in held)
+        if chosen.tap is not None:
+            wired["score"], wired["features"] = chosen.tap(given["query"], given["key"], given["scale"], site.get("prefix", 0))
         choice = chosen.choose(Site(at=at, state=held, blocks=blocks or 1, **wired, **site), kept, **options)
         index, rows = choice.index, choice.rows
         kept_state = tuple(values.gather(1, index) for values in held) + choice.state

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import functools
 import gc
-import shutil
-import tempfile
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,13 +40,15 @@ def optimized() -> Any:
 
 @functools.cache
 def folder(name: str) -> Path:
-    """A folder of FOLDERS, exported when it is first asked for. Nobody writes into it."""
-    root = Path(tempfile.mkdtemp(prefix="vitcop-test-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    """A folder of FOLDERS, exported when the first of all workers asks for it. Nobody writes into it."""
+    root = Path(os.environ["VITCOP_TEST_FOLDERS"])
     batch, opset, buckets = FOLDERS[name]
     numbers = {"batch_size": batch, "max_text_len": TEXT, "max_new_tokens": NEW}
-    with without_collection():
-        return export(optimized(), root / name, opset=opset, prompt_buckets=buckets, **numbers)
+    with (root / f"{name}.lock").open("w") as lock, without_collection():
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / name).exists():
+            export(optimized(), root / name, opset=opset, prompt_buckets=buckets, **numbers)
+    return root / name
 
 
 @contextmanager

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from functools import cache
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vitcop_compile
+from vitcop_compile import backends, programs
 from vitcop_compile.capture import Capture, capture
 from vitcop_compile.families import family_of
 
@@ -54,20 +59,67 @@ def shared(layers: int = 6, kv_heads: int = 4) -> LlavaForConditionalGeneration:
     return llava(layers, kv_heads)
 
 
+# Where `_use_lazy_graph_module` is on, as inductor has it, torch prints the code of a graph when it is run, and not after each
+# of its own passes.
 _captures: dict[int, tuple[object, Capture]] = {}
 
 
 def captured(model: LlavaForConditionalGeneration) -> Capture:
     """The capture of `model`, traced once."""
     if id(model) not in _captures:
-        _captures[id(model)] = model, capture(family_of(model), model)
+        with _use_lazy_graph_module(True):
+            _captures[id(model)] = model, capture(family_of(model), model)
     return _captures[id(model)][1]
 
 
+_exports: dict[tuple, torch.export.ExportedProgram] = {}
+
+
+def _once(name: str) -> Any:
+    def export(self: programs.Programs, *given: Any, **named: Any) -> torch.export.ExportedProgram:
+        original = getattr(programs.Programs, name)
+        if self.dump is not None:
+            return original(self, *given, **named)
+        asked = inspect.signature(original).bind(self, *given, **named)
+        asked.apply_defaults()
+        _, *values = (tuple(value) if isinstance(value, list) else value for value in asked.arguments.values())
+        # Some tests replace one of these.
+        made = (original, programs._export, programs.encoder_passes, programs.prefill_passes, programs.extend_passes)
+        key = (self.captured, self.method, self.attn_implementation, *values, *made)
+        if key not in _exports:
+            with _use_lazy_graph_module(True):
+                _exports[key] = original(self, *given, **named)
+        return _exports[key]
+
+    return export
+
+
+class Remembered(programs.Programs):
+    """Programs that are exported once for all tests of a process: they depend on the key alone, and nobody changes them."""
+
+    export_vision = _once("export_vision")
+    export_prefill = _once("export_prefill")
+    export_extend = _once("export_extend")
+
+
+_modules: dict[int, tuple[torch.export.ExportedProgram, Any]] = {}
+
+
+def _eager(program: torch.export.ExportedProgram) -> Any:
+    if id(program) not in _modules:
+        _modules[id(program)] = program, backends.eager(program)
+    return _modules[id(program)][1]
+
+
 def optimize(model: LlavaForConditionalGeneration, config=None, backend: str = "eager", **settings):
-    """`vitcop_compile.optimize`, but a model is traced once for all configurations."""
-    with mock.patch("vitcop_compile.pipeline.capture", lambda family, model: captured(model)):
-        return vitcop_compile.optimize(model, config, backend=backend, **settings)
+    """`vitcop_compile.optimize`, but a model is traced once for all configurations, and a program exported once for all that
+    ask for it. Backends other than eager compile it for each."""
+    once = mock.patch("vitcop_compile.pipeline.capture", lambda family, model: captured(model))
+    with once, mock.patch("vitcop_compile.pipeline.Programs", Remembered):
+        fast = vitcop_compile.optimize(model, config, backend=backend, **settings)
+    if backend == "eager":
+        fast.on_demand.backend = dataclasses.replace(fast.on_demand.backend, compile=_eager)
+    return fast
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:

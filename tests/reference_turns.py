@@ -20,6 +20,7 @@ class Conversation:
         self.model, self.settings, self.pooled = model, settings, pooled
         self.cache, self.start = DynamicCache(), 0
         self.kept: list[list[int]] = []
+        self.own: list[book.Settings] = []  # by image of the turn
         self.stages: list[list[list[int]]] = []
 
     @torch.no_grad()
@@ -44,7 +45,7 @@ class Conversation:
     def _head(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(self.model.model.language_model.norm(hidden[:, -1]))[0]
 
-    def _embed(self, ids: list[int], pixels: Tensor | None) -> tuple[Tensor, list[range], list[list[int]]]:
+    def _embed(self, ids: list[int], pixels: Tensor | None) -> tuple[Tensor, list[list[int]], list[list[int]]]:
         """Hidden states of text and pruned images, the rows of each image, and its clusters."""
         token, embed = self.model.config.image_token_id, self.model.get_input_embeddings()
         side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
@@ -59,13 +60,14 @@ class Conversation:
             found = book.Result()
             assert pixels is not None
             parts.append(book._see(self.model, pixels[image : image + 1], self.settings, found))
-            spans.append(range(rows, rows + len(found.kept)))
+            spans.append(list(range(rows, rows + len(found.kept))))
             labels.append(found.labels)
             self.kept.append(found.kept)
             at, rows, image = at + side * side, rows + len(found.kept), image + 1
+        self.own = [self.settings] * len(spans)
         return torch.cat(parts, 1), spans, labels
 
-    def _prefill(self, hidden: Tensor, spans: list[range], labels: list[list[int]]) -> Tensor:
+    def _prefill(self, hidden: Tensor, spans: list[list[int]], labels: list[list[int]]) -> Tensor:
         settings = self.settings
         positions = [self.start + i for i in range(hidden.shape[1])]
         patches, self.stages = [list(kept) for kept in self.kept], []
@@ -74,15 +76,15 @@ class Conversation:
                 if index == settings.deep and settings.positions == "published":
                     positions = [self.start + i for i in range(len(positions))]
                 chosen, rows = self._choose(hidden, spans, labels, index)
-                keep, merged, new_spans = [], {}, []
+                keep, merged, new_spans = [], {}, [[] for _ in spans]
+                owner = {row: (image, offset) for image, span in enumerate(spans) for offset, row in enumerate(span)}
                 for row in range(hidden.shape[1]):
-                    image = next((i for i, span in enumerate(spans) if row in span), None)
-                    if image is not None and row == spans[image].start:
-                        new_spans.append(range(len(keep), len(keep) + len(chosen[image])))
+                    image, offset = owner.get(row, (None, None))
                     if image is None:
                         keep.append(row)
-                    elif row - spans[image].start in chosen[image]:
-                        merged[len(keep)] = rows[image][chosen[image].index(row - spans[image].start)]
+                    elif offset in chosen[image]:
+                        merged[len(keep)] = rows[image][chosen[image].index(offset)]
+                        new_spans[image].append(len(keep))
                         keep.append(row)
                 hidden = torch.stack([merged.get(i, hidden[0, row]) for i, row in enumerate(keep)])[None]
                 positions = [positions[row] for row in keep]
@@ -94,7 +96,7 @@ class Conversation:
         return hidden
 
     def _choose(
-        self, hidden: Tensor, spans: list[range], labels: list[list[int]], index: int
+        self, hidden: Tensor, spans: list[list[int]], labels: list[list[int]], index: int
     ) -> tuple[list[list[int]], list[list[Tensor]]]:
         """By image: which of its tokens stay, and their hidden states."""
         keys = self.cache.layers[index - 1].keys[0]
@@ -104,14 +106,14 @@ class Conversation:
         rows: list[list[Tensor]] = [[] for _ in spans]
         for group in groups:
             at = [row for i in group for row in spans[i]]
-            owner = [(i, row - spans[i].start) for i in group for row in spans[i]]
+            owner = [(i, offset) for i in group for offset in range(len(spans[i]))]
             values = new[:, at].mean(0).norm(dim=-1).tolist()
             if index == self.settings.shallow:
                 # Clusters of different images are different clusters.
                 of = [100_000 * i + label for i in group for label in labels[i]]
-                found, where = book.merge(hidden[0, at], values, of, self.settings.merged * len(group))
+                found, where = book.merge(hidden[0, at], values, of, sum(self.own[i].merged for i in group))
             else:
-                number = self.settings.kept * len(group)
+                number = sum(self.own[i].kept for i in group)
                 where = sorted(sorted(range(len(values)), key=values.__getitem__)[:number])
                 found = hidden[0, at][where]
             for place, row in zip(where, found, strict=True):

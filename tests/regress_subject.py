@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import naive
 import torch
 from models import PATCHES, optimize, shared
 
-from vitcop_compile import OptimizedModel, ViTCoPConfig, programs
+from vitcop_compile import OptimizedModel, ViTCoPConfig
 from vitcop_compile.bench import Request, bind
 from vitcop_compile.regress import facts
 
@@ -29,13 +28,8 @@ REQUEST = Request(BATCH, TEXT, NEW)
 
 
 def build(config: ViTCoPConfig | None = None, backend: str = "eager") -> OptimizedModel:
-    """A fresh model; its programs are exported once for all models of one schedule and one set of passes."""
-    optimized = optimize(shared(LAYERS, KV_HEADS), config or ViTCoPConfig.preset(PRESET), backend=backend)
-    for made in vars(optimized.on_demand).values():
-        if isinstance(made, programs.Programs):
-            for name in ("export_vision", "export_prefill", "export_extend"):
-                object.__setattr__(made, name, _kept(name, made))
-    return optimized
+    """A fresh model, of programs that are exported once."""
+    return optimize(shared(LAYERS, KV_HEADS), config or ViTCoPConfig.preset(PRESET), backend=backend)
 
 
 @functools.cache
@@ -49,18 +43,3 @@ def measured() -> tuple[OptimizedModel, dict[str, Any]]:
 def exported() -> dict[str, torch.export.ExportedProgram]:
     """The programs of `measured`."""
     return bind.exported(measured()[0], REQUEST)
-
-
-_exports: dict[tuple, torch.export.ExportedProgram] = {}
-
-
-def _kept(name: str, made: programs.Programs) -> Callable[..., torch.export.ExportedProgram]:
-    original = getattr(made, name)
-
-    def export(*given: Any, **named: Any) -> torch.export.ExportedProgram:
-        key = (name, made.schedule, given, tuple(named.items()), programs.prefill_passes)
-        if key not in _exports:
-            _exports[key] = original(*given, **named)
-        return _exports[key]
-
-    return export

@@ -13,12 +13,20 @@ from vitcop_compile.bench import Request
 from vitcop_compile.bench.overhead import overhead
 from vitcop_compile.cache import BufferPool, PrunedCache
 
+CONFIG = ViTCoPConfig.preset("1/3")
 SHAPES = [(2, 4, 9, 16), (2, 4, 5, 16)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """Many of these tests collect garbage: what other files have left is not walked each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
 def fast():
-    return models.optimize(models.llava(6), ViTCoPConfig.preset("1/9"))
+    return models.optimize(models.shared(3), CONFIG)
 
 
 @pytest.fixture
@@ -96,7 +104,7 @@ def test_idle_buffers_are_bounded_and_the_oldest_go_first():
 
 
 def test_buffers_made_in_inference_mode_serve_outside_of_it(request_):
-    fast = models.optimize(models.llava(6), ViTCoPConfig.preset("1/9"))
+    fast = models.optimize(models.shared(3), CONFIG)
     with torch.inference_mode():
         out = fast.forward(**request_)
         before = addresses(out.past_key_values)
@@ -190,16 +198,16 @@ def test_overhead_times_the_runtime_and_not_the_programs(fast, monkeypatch):
 @pytest.fixture(scope="module")
 def nowhere():
     """A model without values: reading any of them raises."""
-    config = models.llava(6).config
+    config = models.llava(3).config
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config).eval()
-    return vitcop_compile.optimize(model, ViTCoPConfig.preset("1/9"), backend="eager")
+    return vitcop_compile.optimize(model, CONFIG, backend="eager")
 
 
 def test_no_value_is_read_between_the_pixels_and_the_next_token(nowhere, request_):
     """Ids are read once, before anything is launched: they are given on the host. Everything else has no value."""
     ids, pixels = request_["input_ids"], request_["pixel_values"].to("meta")
-    out = nowhere._turn(ids, pixels, torch.ones_like(ids), PrunedCache())
+    out = nowhere._turn(ids, nowhere._images(pixels, {}), torch.ones_like(ids), PrunedCache())
     assert out.logits.is_meta and out.logits.shape[:2] == (1, 1)
     cache = out.past_key_values
     step = nowhere.forward(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), past_key_values=cache)
@@ -210,7 +218,7 @@ def test_a_read_would_be_noticed(nowhere, request_, monkeypatch):
     monkeypatch.setattr(nowhere, "_postpone", False)  # as on a CPU, where values are read at once
     ids, pixels = request_["input_ids"], request_["pixel_values"].to("meta")
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        nowhere._turn(ids, pixels, torch.ones_like(ids), PrunedCache())
+        nowhere._turn(ids, nowhere._images(pixels, {}), torch.ones_like(ids), PrunedCache())
 
 
 def test_nothing_is_generated_or_warmed_up_without_values(nowhere, request_):

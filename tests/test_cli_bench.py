@@ -34,9 +34,10 @@ def error_of(*arguments: object, command: typer.Typer = app) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def traced_once() -> Iterator[None]:
-    """A model is traced once for all of its settings."""
+    """A model is traced, and a program exported, once for all of its settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vitcop_compile.pipeline.capture", lambda family, model: models.captured(model))
+        patch.setattr("vitcop_compile.pipeline.Programs", models.Remembered)
         yield
 
 

@@ -44,19 +44,26 @@ def model(tmp_path_factory):
     return optimize(shared(LAYERS), CONFIG, dump=tmp_path_factory.mktemp("dump") / "graphs")
 
 
+def rows_of(model) -> tuple[int, ...]:
+    return tuple(TEXT + tokens for tokens in model.schedule.group_tokens())
+
+
 @pytest.fixture(scope="module")
-def folder(model) -> Path:
-    """What a prompt with one image, one with two behind it, text and a token leave."""
-    programs = model.programs
+def exported(model) -> list[torch.export.ExportedProgram]:
+    """Those of a prompt with one image, one with two behind it, text and a token."""
+    programs, rows = model.programs, rows_of(model)
     assert not programs.dump.exists()  # until a program is made
-    rows = tuple(TEXT + tokens for tokens in model.schedule.group_tokens())
-    programs.export_vision(BATCH)
+    made = [programs.export_vision(BATCH)]
     assert sorted(path.name for path in programs.dump.iterdir()) == ["encoder"]
-    programs.export_prefill(BATCH, TEXT, 1, rows)
-    programs.export_prefill(BATCH, TEXT, 2, tuple(3 * count for count in rows), filled=True)
-    for tokens in (1, TEXT):
-        programs.export_extend(BATCH, tokens, rows)
-    return programs.dump
+    made.append(programs.export_prefill(BATCH, TEXT, 1, rows))
+    made.append(programs.export_prefill(BATCH, TEXT, 2, tuple(3 * count for count in rows), filled=True))
+    return [*made, *(programs.export_extend(BATCH, tokens, rows) for tokens in (TEXT, 1))]
+
+
+@pytest.fixture(scope="module")
+def folder(model, exported) -> Path:
+    """What they leave."""
+    return model.programs.dump
 
 
 def test_every_pass_of_every_program_is_a_file(folder) -> None:
@@ -129,14 +136,14 @@ def test_no_shape_is_a_symbol(folder) -> None:
         assert len(lines(path)) > 50 and not re.search(r"\bs\d+\b", path.read_text())
 
 
-def test_dumping_changes_nothing(model, folder) -> None:
+def test_dumping_changes_nothing(model, exported) -> None:
     plain = optimize(shared(LAYERS), CONFIG).programs
     assert plain.dump is None
-    rows = (60, 50, 40)
-    for export in (lambda made: made.export_vision(1), lambda made: made.export_extend(1, 3, rows)):
-        found, expected = (
-            [(node.name, str(node.target)) for node in export(made).graph.nodes] for made in (model.programs, plain)
-        )
+    for dumped, program in (
+        (exported[0], plain.export_vision(BATCH)),
+        (exported[-1], plain.export_extend(BATCH, 1, rows_of(model))),
+    ):
+        found, expected = ([(node.name, str(node.target)) for node in made.graph.nodes] for made in (dumped, program))
         assert found == expected
 
 

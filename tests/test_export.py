@@ -227,29 +227,33 @@ def test_manifest(fast: Any) -> None:
 
 _PEAK = """
 import json, resource, sys
-import torch
+import onnx, onnxruntime, onnxscript, torch
 torch.set_num_threads(2)
 import vitcop_compile as vc
 from vitcop_compile.export import export
 from vitcop_compile.toy import small_llava
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sizes = dict(vision_hidden=64, vision_layers=3, vision_heads=2, hidden=1536, heads=12, intermediate=4096, layers=3, vocab=8000)
 model = small_llava(**sizes, image_size=112)
 fast = vc.optimize(model, vc.ViTCoPConfig.preset("1/3"), backend="eager")
 path = export(fast, sys.argv[1], max_text_len=16, max_new_tokens=16, prompt_buckets=[16])
+added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024
 weights = sum(parameter.nbytes for parameter in model.parameters())
 size = sum(file.stat().st_size for file in path.iterdir())
-print(json.dumps([weights, size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([weights, size, added]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
 def test_peak_memory_and_size(tmp_path: Path) -> None:
+    """What the libraries take is not counted: it is more on some machines, and no business of an export."""
     done = subprocess.run([sys.executable, "-c", _PEAK, tmp_path / "f"], capture_output=True, text=True, check=True)
-    weights, size, peak = json.loads(done.stdout.splitlines()[-1])
+    weights, size, added = json.loads(done.stdout.splitlines()[-1])
     assert weights > 4e8
     assert abs(size / weights - 1) < 0.05
-    assert peak < 3 * weights
+    # The model is 1 and graphs, and what is written at the moment, are 0.4; a second copy of the weights would be 1 more.
+    assert weights <= added < 1.75 * weights
 
 
 # Refusals

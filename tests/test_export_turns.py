@@ -147,8 +147,12 @@ def test_an_image_in_a_later_turn(engine: Callable) -> None:
 def test_a_part_of_a_batch(engine: Callable) -> None:
     engines = engine("pair").engines
     rows = engines.manifest.cache_rows
-    for ask in (lambda: engines.vision(1), lambda: engines.prefill(1, 10, 1, rows), lambda: engines.extend(1, 1, rows)):
-        with pytest.raises(InputError, match=r"1 sequences \(prompts times beams\), the engine was built for 2"):
+    for ask in (
+        lambda: engines.vision(3),
+        lambda: engines.prefill(1, 10, engines.schedule, rows),
+        lambda: engines.extend(1, 1, rows),
+    ):
+        with pytest.raises(InputError, match=r"[13] sequences \(prompts times beams\), the engine was built for 2"):
             ask()
 
 

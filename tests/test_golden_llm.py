@@ -15,7 +15,8 @@ from vitcop_compile.passes import extend_passes, rewrite
 from vitcop_compile import Budgets, ConfigError, ViTCoPConfig
 from vitcop_compile.capture import Capture, capture
 from vitcop_compile.families import Family, family_of
-from vitcop_compile.programs import Extend, Programs
+from vitcop_compile.program_modules import Extend
+from vitcop_compile.programs import Programs
 
 VISION = {
     "hidden_size": 32,
@@ -74,7 +75,7 @@ def decoder(name: str) -> tuple[Family, Capture]:
 def programs(case: dict[str, Any]) -> Programs:
     family, captured = decoder(case["model"])
     shape = dataclasses.replace(family.shape, grid=(1, visual_tokens(case)))
-    return Programs(dataclasses.replace(family, shape=shape), captured, config(case))
+    return Programs(dataclasses.replace(family, host=dataclasses.replace(family.host, shape=shape)), captured, config(case))
 
 
 def config(case: dict[str, Any]) -> ViTCoPConfig:

@@ -246,7 +246,6 @@ def weights_alone_on_meta():
         (mixed_devices, {}, ["cpu, meta", "one device"]),
         (weights_alone_on_meta, {}, ["cpu, meta", "all of it on 'meta'"]),
         (mixed_types, {}, ["float16", "float32"]),
-        (lambda: models.llava(3, vision_feature_select_strategy="full"), {}, ["'full'", "'default'"]),
         (lambda: models.llava(3, vision_feature_layer=[-2, -1]), {}, ["[-2, -1]", "single layer"]),
         (lambda: models.llava(3, vision_feature_layer=-5), {}, ["-5", "4"]),
         (lambda: shared(3), {"backend": "tvm"}, ["'tvm'", "inductor", "eager"]),

@@ -19,7 +19,7 @@ from vitcop_compile.families import family_of
 from vitcop_compile.ops.clustering import _squared_by_differences
 from vitcop_compile.programs import Programs
 
-LAYERS, KV_HEADS = 6, 2
+LAYERS, KV_HEADS = 3, 2
 ENCODER = 3  # layers up to the one that features are read from
 
 

@@ -62,6 +62,7 @@ def test_7b_is_planned(llava_7b):
     assert "63.6 mean" in words and "keep_lowest to 15" in words
 
 
+@pytest.mark.slow
 def test_7b_prefill_has_the_published_rows(llava_7b):
     program = llava_7b.programs.export_prefill(1, TEXT, in_place=False)
     outputs = [tuple(value.meta["val"].shape) for value in program.graph.output_node().args[0]]
@@ -73,9 +74,8 @@ def test_7b_prefill_has_the_published_rows(llava_7b):
 @pytest.fixture(scope="module")
 def both():
     """A small model twice: with its weights, and on meta."""
-    model = models.llava(6)
-    loaded = vitcop_compile.optimize(model, NINTH, backend="eager")
-    return loaded, vitcop_compile.optimize(models.llava(6).to("meta"), NINTH, backend="eager")
+    loaded = models.optimize(models.shared(4), NINTH)
+    return loaded, models.optimize(models.llava(4).to("meta"), NINTH)
 
 
 def operators(program) -> list[str]:

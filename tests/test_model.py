@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import cache
 from typing import Any
 
 import models
@@ -12,7 +13,6 @@ import torch
 from PIL import Image
 from transformers import LlavaProcessor, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
-import vitcop_compile
 from vitcop_compile import InputError, ViTCoPConfig, program_cache, toy
 
 LAYERS = 3
@@ -66,7 +66,9 @@ def processor() -> LlavaProcessor:
     )  # fmt: skip
 
 
+@cache
 def small():
+    """One for all tests, which leave it as it is."""
     sizes = {"vision_hidden": 32, "vision_layers": 3, "vision_heads": 2, "hidden": 32, "heads": 2, "layers": 3}
     return toy.small_llava(**sizes, intermediate=64, vocab=300, image_size=112)
 
@@ -74,7 +76,7 @@ def small():
 def test_a_pipeline_serves_it(processor) -> None:
     """A dense configuration says what the stock model says."""
     model = small()
-    fast = vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager")
+    fast = models.optimize(model, ViTCoPConfig.dense())
     photo = Image.effect_noise((120, 90), 80).convert("RGB")
     said = []
     for served in (model, fast):
@@ -88,7 +90,7 @@ def test_a_pipeline_serves_it(processor) -> None:
 
 def test_a_streamer_in_a_thread(processor) -> None:
     model = small()
-    fast = vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager")
+    fast = models.optimize(model, ViTCoPConfig.dense())
     inputs = processor(images=Image.effect_noise((120, 90), 80).convert("RGB"), text="<image>What?", return_tensors="pt")
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
@@ -116,7 +118,8 @@ def test_every_program_is_a_line_of_the_log(caplog) -> None:
     assert len(lines) == len(fast.compiled) and all("first call" in line for line in lines)
     assert heads[:3] == [
         "vision (images 1): the first of its kind",
-        "prefill (batch 1, text rows 32, images 1, cache rows (116, 108, 101), filled False): the first of its kind",
+        "prefill (batch 1, text rows 32, visual tokens ((20,), (12,), (5,)), cache rows (116, 108, 101), filled False): "
+        "the first of its kind",
         "extend (batch 1, tokens 1, cache rows (116, 108, 101)): the first of its kind",
     ]
     assert "vision (images 2): other images" in heads

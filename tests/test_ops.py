@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitcop_compile import ops
 from vitcop_compile.ops.indexing import compact, put_rows, take_along, take_rows
-from vitcop_compile.ops.saliency import keep_highest
+from vitcop_compile.ops.saliency import attention_received
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -72,14 +72,21 @@ def test_key_norm_is_the_norm_of_the_mean_and_blind_to_rotation() -> None:
     assert not torch.allclose(key.norm(dim=-1).mean(1), ops.key_norm(key), atol=0.1)
 
 
-@given(SEEDS, st.integers(1, 3), st.integers(1, 12), st.integers(0, 2), st.data())
-def test_keep_highest(seed: int, batch: int, n: int, prefix: int, data: st.DataObject) -> None:
-    tokens = data.draw(st.integers(1, n))
-    saliency = np.random.default_rng(seed).integers(0, 4, (batch, n)).astype(np.float32)
-    index, keep = keep_highest(torch.from_numpy(saliency), tokens, prefix)
-    expected = [naive.keep_lowest(-row, tokens) for row in saliency]
-    assert index.tolist() == expected
-    assert keep.tolist() == [[*range(prefix), *(prefix + i for i in row)] for row in expected]
+@given(SEEDS, st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(0, 2), st.integers(1, 4))
+def test_attention_received(seed: int, batch: int, heads: int, n: int, prefix: int, chunk: int) -> None:
+    """Against every query's softmax in a loop; the chunk that queries are looked at in changes nothing."""
+    rng = np.random.default_rng(seed)
+    query, key = (quantized(rng, batch * heads * (prefix + n), 4).reshape(batch, heads, prefix + n, 4) for _ in range(2))
+    found = attention_received(torch.from_numpy(query), torch.from_numpy(key), 0.7, prefix, chunk)
+    assert found.shape == (batch, n) and found.dtype == torch.float32
+    for sample in range(batch):
+        total = [0.0] * (prefix + n)
+        for head in range(heads):
+            for q in query[sample, head].astype(np.float64):
+                shares = [math.exp(0.7 * sum(a * b for a, b in zip(q, k))) for k in key[sample, head].astype(np.float64)]
+                total = [a + b / sum(shares) for a, b in zip(total, shares, strict=True)]
+        expected = torch.tensor(total[prefix:]) / (heads * (prefix + n))
+        assert torch.allclose(found[sample], expected, atol=1e-6)
 
 
 # Clustering
@@ -321,7 +328,10 @@ EXPORTS = {
         (torch.randn(B, N, D), torch.rand(B, N), torch.arange(N).remainder(7).repeat(B, 1)),
     ),
     "keep_lowest": (lambda s: ops.keep_lowest(s, 9), (torch.rand(B, N),)),
-    "keep_highest": (lambda s: keep_highest(s, 9, 1), (torch.rand(B, N),)),
+    "attention_received": (
+        lambda q, k: attention_received(q, k, 0.5, chunk=5),
+        (torch.randn(B, 2, N, D), torch.randn(B, 2, N, D)),
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from models import IMAGE, PATCHES, captured, shared
+from models import IMAGE, PATCHES, Remembered, captured, shared, slow
 from reference_llava import Settings
 from reference_turns import Conversation
 from torch import Tensor
@@ -30,7 +30,7 @@ BOTH = pytest.mark.parametrize("in_place", [True, False])
 @functools.cache
 def programs(config: ViTCoPConfig) -> Programs:
     model = shared(LAYERS)
-    return Programs(family_of(model), captured(model), config)
+    return Remembered(family_of(model), captured(model), config)
 
 
 @functools.cache
@@ -170,7 +170,7 @@ def test_a_dense_prompt_behind_another_is_the_stock_model(in_place) -> None:
     [
         (True, "per_image", "published"),
         (False, "per_image", "published"),
-        (True, "pooled", "published"),
+        slow(True, "pooled", "published"),
         (True, "per_image", "original"),
     ],
 )

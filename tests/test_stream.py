@@ -109,11 +109,16 @@ def expected(request: Request) -> tuple[list, torch.Tensor]:
 
 
 class Stream(RuleBasedStateMachine):
-    """What is common to all; `model`, `batches`, `beams`, `lengths` and `rooms` say what an arm can take."""
+    """What is common to all; `model`, `batches`, `beams` and `rooms` say what an arm can take.
+
+    narrow: every prompt of one image is as long, in its bucket, as one without, none has two, and few tokens are asked for:
+    that is where they must be told apart, and takes a third of the programs.
+    """
 
     held = Bundle("held")
     model: Any = None
     served = 0
+    narrow = False
     batches: tuple[int, ...] = (1, 2)
     beams: tuple[int, ...] = (1, 1, 1, 2)
     rooms: tuple[int, ...] = (1, 2, 2, 5, 66)
@@ -131,20 +136,24 @@ class Stream(RuleBasedStateMachine):
     def request(self, data: Any, **fixed: Any) -> Request:
         beams = data.draw(st.sampled_from(self.beams))
         batch = data.draw(st.sampled_from([size for size in self.batches if size % beams == 0])) // beams
-        length = st.sampled_from((1, 2, 20, 31, 32, 33, 90, 96))
+        images = self.counts(data, batch, self.images)
         drawn = Request(
-            tuple(data.draw(length) for _ in range(batch)),
-            self.counts(data, batch, self.images),
+            tuple(data.draw(st.sampled_from(self.lengths(count))) for count in images),
+            images,
             data.draw(st.sampled_from(("left", "right"))),
             beams,
-            data.draw(st.sampled_from(self.rooms)),
+            data.draw(st.sampled_from([room for room in self.rooms if room < 66 or not self.narrow])),
             data.draw(st.sampled_from((None, 1))) if self.sampled and beams == 1 else None,
         )
         return dataclasses.replace(drawn, **fixed)
 
     def counts(self, data: Any, batch: int, of: tuple[int, ...]) -> tuple[int, ...]:
-        count = st.sampled_from(of)
+        count = st.sampled_from([images for images in of if images < 2 or not self.narrow])
         return tuple(data.draw(count) for _ in range(batch)) if self.mixed else (data.draw(count),) * batch
+
+    def lengths(self, images: int) -> tuple[int, ...]:
+        short, long = (1, 2, 20, 31, 32), (33, 90, 96)
+        return (long, short)[images] if self.narrow else short + long
 
     @rule(data=st.data(), keep=st.booleans())
     def serve(self, data: Any, keep: bool) -> None:
@@ -267,23 +276,23 @@ class Folder(Stream):
 ARMS = {"eager": Eager, "onnxruntime": OnnxRuntime, "folder": Folder}
 
 
-def run(arm: type[Stream], steps: int) -> None:
-    arm.served = 0
+def run(arm: type[Stream], steps: int, narrow: bool) -> None:
+    arm.served, arm.narrow = 0, narrow
     chosen = settings.get_profile("suite")
     examples = round(1.3 * steps / STEPS) + 1  # some end early
     run_state_machine_as_test(arm, settings=settings(chosen, max_examples=examples, stateful_step_count=STEPS))
     assert arm.served >= steps
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", ["eager", "folder", models.slow("onnxruntime")])
 def test_a_stream_is_served_as_fresh_models_serve_it(name: str) -> None:
-    run(ARMS[name], 200)
+    run(ARMS[name], 200, narrow=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARMS)
 def test_a_long_stream_is_served_as_fresh_models_serve_it(name: str) -> None:
-    run(ARMS[name], 2000)
+    run(ARMS[name], 2000, narrow=False)
 
 
 def test_equal_rows_of_both_kinds() -> None:

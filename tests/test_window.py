@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import models
@@ -19,7 +20,7 @@ from vitcop_compile.families.registry import shape_of
 
 WINDOW = 140
 SIZES: dict[str, Any] = {
-    "vocab_size": models.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": models.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -35,8 +36,10 @@ def llava(text: Any) -> LlavaForConditionalGeneration:
     return model
 
 
-def mistral(window: int | None = WINDOW, **given: Any) -> LlavaForConditionalGeneration:
-    return llava(MistralConfig(**SIZES, sliding_window=window, **given))
+@cache
+def mistral(window: int | None = WINDOW) -> LlavaForConditionalGeneration:
+    """One for all tests, which leave it as it is."""
+    return llava(MistralConfig(**SIZES, sliding_window=window))
 
 
 def greedy(model: Any, new_tokens: int, ids: torch.Tensor, pixels: torch.Tensor | None) -> list[list[int]]:
@@ -55,7 +58,7 @@ def test_the_default_configuration_is_taken() -> None:
 def test_up_to_the_window_it_is_the_stock_model(image: bool) -> None:
     """To its last token: 64 patches, 30 of text and 46 new ones are 140."""
     model = mistral()
-    fast = vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager", prompt_buckets=(32, WINDOW))
+    fast = models.optimize(model, ViTCoPConfig.dense(), prompt_buckets=(32, WINDOW))
     ids, pixels = (models.prompt(10, 20), models.pixels()) if image else (torch.tensor([models.text(94)]), None)
     assert greedy(fast, 46, ids, pixels) == greedy(model, 46, ids, pixels)
     with pytest.raises(InputError, match=r"rows and 47 new tokens need 141 positions, the model has a window of 140: shorten"):
@@ -69,16 +72,15 @@ def test_the_stock_model_does_leave_its_window() -> None:
 
 
 def test_pruned_rows_count_and_not_the_image() -> None:
-    fast = vitcop_compile.optimize(
-        mistral(), ViTCoPConfig(budgets=(20, 10, 5), shallow_layer=1, deep_layer=2), backend="eager", prompt_buckets=(32,)
-    )
+    config = ViTCoPConfig(budgets=(20, 10, 5), shallow_layer=1, deep_layer=2)
+    fast = models.optimize(mistral(), config, prompt_buckets=(32,))
     assert len(greedy(fast, 90, models.prompt(10, 20), models.pixels())[0]) == 94 + 90
     with pytest.raises(InputError, match="a prompt of 50 rows and 91 new tokens need 141 positions"):
         greedy(fast, 91, models.prompt(10, 20), models.pixels())
 
 
 def test_engines_end_at_the_window(tmp_path) -> None:
-    fast = vitcop_compile.optimize(mistral(), ViTCoPConfig.dense(), backend="eager")
+    fast = models.optimize(mistral(), ViTCoPConfig.dense())
     with pytest.raises(ConfigError, match="64 image tokens, max_text_len=40 and max_new_tokens=37 need 141 positions"):
         export(fast, tmp_path / "folder", max_text_len=40, max_new_tokens=37)
 

@@ -53,6 +53,7 @@ class PrunedCache(Cache):
         self.max_length = max_length
         self.selection = Selection()
         self.images: tuple[int, ...] = ()
+        self.placeholders: tuple[int, ...] = ()
         self.held: tuple[int, ...] = ()
         self._lengths: list[int] = []
         self._removed: list[list[int]] = []
@@ -119,17 +120,21 @@ class PrunedCache(Cache):
                 tensor.copy_(value)
             raise
 
-    def account(self, columns: int, rows: list[int], removed: list[list[int]], images: tuple[int, ...]) -> None:
+    def account(
+        self, columns: int, rows: list[int], removed: list[list[int]], images: tuple[int, ...], placeholders: tuple[int, ...]
+    ) -> None:
         """Counts, on the host, a turn that the programs have written.
 
         columns: of `input_ids`; rows: by sample, in layer 0; removed: by group and sample, rows that the turn lacks there;
-        images: by sample.
+        images and their placeholders: by sample.
         """
         self._seen += columns
         self._lengths = [a + b for a, b in zip(self._lengths or [0] * len(rows), rows, strict=True)]
         before = self._removed or [[0] * len(rows) for _ in removed]
         self._removed = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, removed, strict=True)]
-        self.images = tuple(a + b for a, b in zip(self.images or (0,) * len(rows), images, strict=True))
+        none = (0,) * len(rows)
+        self.images = tuple(a + b for a, b in zip(self.images or none, images, strict=True))
+        self.placeholders = tuple(a + b for a, b in zip(self.placeholders or none, placeholders, strict=True))
         # The fullest caches of each group: what a plan of the next turn has to leave alone.
         self.held = tuple(max(a - b for a, b in zip(self._lengths, group)) for group in self._removed)
         self._room = min(rows - held for rows, held in zip(self.rows, self.held, strict=True))

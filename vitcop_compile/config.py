@@ -57,7 +57,8 @@ class ViTCoPConfig:
         in the published code; "original": every token keeps the position it entered the language model with.
     density_width, reach: kernel width and spatial reach (in units of the image side) of the density-peaks clustering.
     mean_tokens: overall target as mean visual tokens per layer, in place of `retention`.
-    budgets: explicit token counts per stage, in place of any target; a tuple is read as Budgets(*tuple).
+    budgets: explicit token counts per stage, in place of any target; a tuple is read as Budgets(*tuple). They are those of a
+        segment of the layout: of an image, or of an image's overview and its tiles each.
     prune: False keeps every token (the dense baseline through the same compiler).
     scope: whose budgets the decoder's are: "per_image", every image of a prompt has its own; "pooled", the images of a prompt
         share one for all their tokens, as in the published code. With one image it is the same.
@@ -182,7 +183,7 @@ class ViTCoPConfig:
         if not self.prune:
             return ()
         shallow, deep = self.layers(shape.layers)
-        tokens = tuple(self._vision_tokens(segment) for segment in layout)
+        tokens = tuple(self._vision_tokens(segment, shape.multiple) for segment in layout)
         centers = tuple(self._centers(count) for count in tokens)
         if self.scope == "pooled" and layout:
             kept = [self._decoder_tokens(shape, layout, sum(tokens), shallow, deep)]
@@ -192,12 +193,12 @@ class ViTCoPConfig:
         clustering = (("centers", centers), ("density_width", self.density_width), ("reach", self.reach))
         positions = "index" if self.positions == "published" else "kept"
         return (
-            Stage("encoder", self._vision_layer(shape), "cls_attention", tokens, clustering),
+            Stage("merge" if shape.packed else "encoder", self._vision_layer(shape), shape.saliency, tokens, clustering),
             Stage("decoder", shallow, "merge_by_cluster", tuple(merged for merged, _ in kept)),
             Stage("decoder", deep, "keep_lowest", tuple(last for _, last in kept), positions=positions),
         )
 
-    def _vision_tokens(self, segment: Segment) -> int:
+    def _vision_tokens(self, segment: Segment, multiple: int) -> int:
         patches = segment.candidates
         if self.budgets is not None:
             if self.budgets.vision > patches:
@@ -208,7 +209,7 @@ class ViTCoPConfig:
             raise ConfigError(
                 f"vision_ratio={self.vision_ratio} keeps none of the {patches} patches: choose at least {1 / patches:.4g}"
             )
-        return tokens
+        return min(patches, -(-tokens // multiple) * multiple)
 
     def _centers(self, tokens: int) -> int:
         explicit = self.budgets.centers if self.budgets is not None else None
@@ -218,15 +219,20 @@ class ViTCoPConfig:
         """(R, RD) of `segments`, which share a budget and have `tokens` left."""
         if self.budgets is not None:
             return self.budgets.shallow * len(segments), self.budgets.deep * len(segments)
-        patches = sum(segment.candidates for segment in segments)
         if self.mean_tokens is not None:
-            name, value, retention = "mean_tokens", self.mean_tokens, self.mean_tokens * len(segments) / patches
+            # The mean of the images, to which each contributes as many tokens as it has.
+            wholes = [(segment.whole or segment.candidates, segment.candidates) for segment in segments]
+            patches = sum(own for _, own in wholes)
+            images = sum(own / whole for whole, own in wholes)
+            name, value, retention = "mean_tokens", self.mean_tokens, self.mean_tokens * images / patches
             if retention > 1:
-                raise ConfigError(f"mean_tokens={value} exceeds the {patches // len(segments)} patches of an image")
+                raise ConfigError(f"mean_tokens={value} exceeds the {patches / images:g} patches of an image")
         else:
             assert self.retention is not None
             name, value, retention = "retention", self.retention, self.retention
         merged, kept = published_budgets(retention, self.vision_ratio, shallow, deep, shape.layers, tokens, self.deep_divisor)
+        if shape.packed:  # strips of an image can be as narrow as a token
+            merged, kept = min(max(1, merged), tokens), max(1, kept)
         if kept < 1:
             raise ConfigError(
                 f"{name}={value} leaves {merged} tokens after layer {shallow} and {kept} after layer {deep}, below 1: raise "

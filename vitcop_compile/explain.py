@@ -28,25 +28,28 @@ def layer_groups(schedule: Schedule, text: int) -> list[tuple[int, int, int, int
 
 
 def table(schedule: Schedule, text: int = TEXT_TOKENS) -> Table:
-    """The schedule as a rich table: vision stage, groups of decoder layers, totals; for a prompt of `text` text tokens.
+    """The schedule as a rich table: vision stage, groups of decoder layers, totals; for a prompt of `text` text tokens beside
+    the protected tokens of its images.
 
     Raises ConfigError if `text` is no count.
     """
     if isinstance(text, bool) or not isinstance(text, int) or text < 0:
         raise ConfigError(f"text={text!r} is not a count of text tokens")
-    shape, images = schedule.shape, len(schedule.layout)
-    of = "" if images == 1 else f" of {images} images"
-    out = Table(title=f"{text} text tokens + {schedule.patches} patches{of}, {shape.layers} layers")
+    shape, segments = schedule.shape, len(schedule.layout)
+    of = "" if segments == 1 else f" of {segments} {'segments' if shape.packed else 'images'}"
+    beside = f" + {schedule.protected} protected tokens" if schedule.protected else ""
+    out = Table(title=f"{text} text tokens{beside} + {schedule.patches} patches{of}, {shape.layers} layers")
+    text += schedule.protected
     for name in ("layers", "visual tokens", "KV rows", "GFLOPs", "dense GFLOPs", "what happens"):
         out.add_column(name, justify="left" if name == "what happens" else "right")
     vision = _giga(schedule.vision_flops()), _giga(schedule.dense_vision_flops())
-    out.add_row("vision", f"{schedule.image_tokens}", "", *vision, _vision(schedule.vision) if images else "no image")
+    out.add_row("vision", f"{schedule.image_tokens}", "", *vision, _vision(schedule.vision) if segments else "no image")
     starts = {stage.layer: stage for stage in schedule.decoder_stages}
     for first, last, tokens, rows, flops in layer_groups(schedule, text):
         dense = sum(schedule.dense_prefill_flops(text)[first : last + 1])
         stage = starts.get(first)
         what = f"before layer {first}: {stage.policy} to {_sum(stage.tokens)}" if stage else "spliced into the prompt"
-        out.add_row(f"{first}-{last}", f"{tokens}", f"{rows}", _giga(flops), _giga(dense), what if images else "")
+        out.add_row(f"{first}-{last}", f"{tokens}", f"{rows}", _giga(flops), _giga(dense), what if segments else "")
     out.add_section()
     pruned_kv, dense_kv = schedule.kv_bytes(text) / 2**20, schedule.dense_kv_bytes(text) / 2**20
     out.add_row(
@@ -70,7 +73,7 @@ def explain(schedule: Schedule, text: int = TEXT_TOKENS) -> str:
 def _vision(stage: Stage | None) -> str:
     if stage is None:
         return "nothing pruned"
-    what = f"after layer {stage.layer}: keep {_sum(stage.tokens)}"
+    what = f"{'by' if stage.side == 'merge' else 'after'} layer {stage.layer}: keep {_sum(stage.tokens)}"
     centers = dict(stage.options).get("centers")
     return what if centers is None else f"{what}, {_sum(centers)} clusters"
 

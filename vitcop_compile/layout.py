@@ -11,18 +11,27 @@ class Segment:
 
     kind: "image" or "video"; grid: (time, rows, columns) in tokens of the language model, by which tokens are neighbors;
     tokens: placeholders in the prompt, protected ones included; protected: offsets among these that are never pruned, such as
-    the line breaks of a packed image.
+    the line breaks of a packed image; tiles: inputs of the encoder that it is made of; taps: tokens of the encoder that each
+    candidate is blended from; whole: candidates of the image that this is a part of, None if it is no part.
     """
 
     kind: str
     grid: tuple[int, int, int]
     tokens: int
     protected: tuple[int, ...] = ()
+    tiles: int = 1
+    taps: int = 1
+    whole: int | None = None
 
     @property
     def candidates(self) -> int:
         """Tokens that may be pruned."""
         return self.tokens - len(self.protected)
+
+    def offsets(self) -> tuple[int, ...]:
+        """The offset of every candidate."""
+        protected = set(self.protected)
+        return tuple(offset for offset in range(self.tokens) if offset not in protected)
 
 
 # The segments of one sample, in the order of the prompt; () is a prompt of text alone.

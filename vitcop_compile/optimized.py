@@ -15,13 +15,13 @@ from .backends import Program, backend_of, writing_rows
 from .cache import PrunedCache
 from .config import ViTCoPConfig
 from .errors import InputError
+from .host import Host, blank
 from .layout import Layout
 from .program_cache import ProgramCache, bytes_of
 from .programs import Programs
-from .prompt import ImageInput
 from .provider import Ask, Plan, bucket
 from .runtime import CompiledModel
-from .schedule import Schedule
+from .schedule import Schedule, Stage
 from .weights import Weights
 from .worker import Worker
 
@@ -36,8 +36,9 @@ _ROWS = 256
 class CompiledOnDemand:
     """Provides programs through a backend, one for every batch size and bucket that comes up. `compiled` holds them by key.
 
-    Keys: ("vision", images), ("prefill", batch, text rows, images, cache rows, filled), ("extend", batch, tokens, cache rows),
-    with the rows of the caches by group of layers.
+    Keys: ("vision", images), ("tower", tiles), ("select", tiles, segments, candidates, taps, stage), ("prefill", batch, text
+    rows, visual tokens, cache rows, filled), ("extend", batch, tokens, cache rows), with the rows of the caches by group of
+    layers and visual tokens as in `Schedule.key`.
     """
 
     def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int], program_bytes: int):
@@ -47,7 +48,7 @@ class CompiledOnDemand:
         self._prompt_buckets = _check_buckets(prompt_buckets)
         self._worker: Worker | None = None
         family, parameter = programs.family, next(programs.family.head.parameters())
-        self.image = ImageInput(family.image_token_id, family.pixel_shape, family.shape.patches)
+        self.host = family.host
         self.position_dims = family.position_dims
         self.device, self.dtype = parameter.device, parameter.dtype
 
@@ -73,30 +74,44 @@ class CompiledOnDemand:
         """Text in its bucket, and caches with room for it, the images and new tokens in theirs.
 
         A first turn makes caches for as many images as its richest prompt has, one at least, so that all kinds of prompts
-        share a program for decoding. A later one keeps them where it fits, or asks for larger ones, in steps.
+        share a program for decoding; where images differ in size, it makes them in steps. A later one keeps them where it
+        fits, or asks for larger ones, in steps.
         """
         text = bucket(ask.text, self._prompt_buckets, "text tokens in a prompt")
         room = bucket(NEW_TOKEN_BUCKETS[0] if ask.new is None else ask.new, NEW_TOKEN_BUCKETS, "new tokens")
-        image = self.programs.family.shape.image
-        visual = self.schedule_of((image,) * (ask.images if ask.held else max(1, ask.images))).group_tokens()
+        least = self.schedule.group_tokens()
+        most = ask.visual or (0,) * len(least)
         if not ask.held:
-            return Plan(text, tuple(text + tokens + room for tokens in visual))
+            visual = tuple(map(max, most, least)) if self.host.fixed else most
+            rows = tuple(text + tokens + room for tokens in visual)
+            return Plan(text, rows if self.host.fixed else tuple(-(-count // _ROWS) * _ROWS for count in rows))
         # Pads of the bucket are written too, and the next token over them.
-        least = [held + tokens + max(text, ask.text + (ask.new or 1)) for held, tokens in zip(ask.held, visual, strict=True)]
-        if all(rows >= needed for rows, needed in zip(ask.rows, least, strict=True)):
+        needed = [held + tokens + max(text, ask.text + (ask.new or 1)) for held, tokens in zip(ask.held, most, strict=True)]
+        if all(rows >= count for rows, count in zip(ask.rows, needed, strict=True)):
             return Plan(text, ask.rows)
-        return Plan(text, tuple(-(-(held + tokens + text + room) // _ROWS) * _ROWS for held, tokens in zip(ask.held, visual)))
+        return Plan(text, tuple(-(-(held + tokens + text + room) // _ROWS) * _ROWS for held, tokens in zip(ask.held, most)))
 
     def vision(self, images: int) -> Callable[..., Any]:
         """The vision program for so many images."""
         return self._get(("vision", images), lambda: self.programs.export_vision(images, self.backend.exact))
 
-    def prefill(self, batch: int, text: int, images: int, rows: tuple[int, ...], filled: bool = False) -> Callable[..., Any]:
-        """The prefill program for `batch` prompts of so many text rows and images."""
+    def tower(self, tiles: int) -> Callable[..., Any]:
+        """The tower program for so many tiles."""
+        return self._get(("tower", tiles), lambda: self.programs.export_tower(tiles))
+
+    def select(self, tiles: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Callable[..., Any]:
+        """The program that selects from segments that are alike."""
+        key = (tiles, segments, candidates, taps, stage)
+        return self._get(("select", *key), lambda: self.programs.export_select(*key, self.backend.exact))
+
+    def prefill(
+        self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool = False
+    ) -> Callable[..., Any]:
+        """The prefill program for `batch` prompts of so many text rows and the images of `schedule`."""
         in_place = self.backend.in_place
         return self._get(
-            ("prefill", batch, text, images, rows, filled),
-            lambda: self.programs.export_prefill(batch, text, images, rows, filled=filled, in_place=in_place),
+            ("prefill", batch, text, schedule.key, rows, filled),
+            lambda: self.programs.export_prefill(batch, text, schedule.layout, rows, filled=filled, in_place=in_place),
             lambda program: program if in_place else writing_rows(program, self.schedule.groups, filled=filled),
         )
 
@@ -148,7 +163,9 @@ class OptimizedModel(CompiledModel):
         return self.model.parameters(recurse)
 
     def __repr__(self) -> str:
-        kinds = ", ".join(f"{sum(key[0] == kind for key in self.compiled)} {kind}" for kind in ("vision", "prefill", "extend"))
+        made = [key[0] for key in self.compiled]
+        seeing = ("vision",) if self._host.fixed else ("tower", "select")
+        kinds = ", ".join(f"{made.count(kind)} {kind}" for kind in (*seeing, "prefill", "extend"))
         tokens = f"{self.schedule.patches} to {self.schedule.mean_visual_tokens():.1f} visual tokens"
         return (
             f"{type(self).__name__}({type(self.model).__name__}, {tokens}, backend={self.backend!r}, "
@@ -174,9 +191,9 @@ class OptimizedModel(CompiledModel):
         return self._on_demand.programs
 
     @property
-    def image(self) -> ImageInput:
-        """How prompts refer to an image."""
-        return self._on_demand.image
+    def host(self) -> Host:
+        """How prompts refer to images."""
+        return self._on_demand.host
 
     @property
     def compiled(self) -> tuple[tuple, ...]:
@@ -193,26 +210,35 @@ class OptimizedModel(CompiledModel):
 
         return export(self, folder, **options)
 
-    def warmup(self, batch_size: int = 1, text_tokens: int = 64, max_new_tokens: int = 64, images: int = 1) -> None:
+    def warmup(
+        self,
+        batch_size: int = 1,
+        text_tokens: int = 64,
+        max_new_tokens: int = 64,
+        images: int = 1,
+        layouts: Sequence[Layout] | None = None,
+    ) -> None:
         """Exports, compiles and runs once every program that a request of `batch_size` prompts with so many `images` each
         needs.
 
-        Raises InputError without weights.
+        text_tokens: of each prompt, protected tokens of its images among them; layouts: of the images of each prompt in place
+        of a number of images, see `layout_of`. Raises InputError without weights.
         """
         if self.device.type == "meta":
             raise InputError("the weights are on the meta device, which holds no values: load the model to warm it up")
-        image = self._on_demand.image
-        ids = torch.ones(batch_size, text_tokens, dtype=torch.int64, device=self.device)
-        ids[ids == image.token_id] = 0
-        pixels = None
-        if images:
-            run = torch.full((batch_size, images * image.patches), image.token_id, device=self.device)
-            ids = torch.cat((ids[:, :1], run, ids[:, 1:]), 1)
-            pixels = torch.zeros(batch_size * images, *image.pixel_shape, dtype=self.dtype, device=self.device)
+        host = self.host
+        each = [host.layout] * images if layouts is None else list(layouts)
+        given = blank(each * batch_size, host, self.device, self.dtype) if each else None
+        counts = [sum(segment.tokens for segment in layout) for layout in each]
+        protected = sum(len(segment.protected) for layout in each for segment in layout)
+        ids = torch.ones(batch_size, max(1, text_tokens - protected), dtype=torch.int64, device=self.device)
+        ids[ids == host.token_id] = 0
+        run = torch.full((batch_size, sum(counts)), host.token_id, device=self.device)
+        ids = torch.cat((ids[:, :1], run, ids[:, 1:]), 1)
         # CUDA graphs are recorded in the second call, and replayed from the third one on.
         for _ in range(3 if self.device.type == "cuda" else 1):
             cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)
-            self.forward(input_ids=ids, pixel_values=pixels, past_key_values=cache)
+            self.forward(input_ids=ids, pixel_values=given, past_key_values=cache)
             self.forward(input_ids=ids[:, :1], past_key_values=cache)
 
 

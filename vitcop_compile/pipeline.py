@@ -46,7 +46,7 @@ def optimize(
     _check_weights(model)
     backend_of(backend)
     check_lowering(attn_implementation, model.device, model.dtype)
-    config.schedule(family.shape)
+    config.schedule(family.shape, family.host.layout)
     captured = capture(family, model)
     programs = Programs(family, captured, config, attn_implementation, None if dump is None else Path(dump))
     return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets, program_bytes), config, backend)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .ops import cls_saliency, density_peaks, keep_lowest, key_norm, merge_by_cluster
-from .ops.indexing import take_rows
-from .ops.saliency import keep_highest
+from .ops.indexing import lowest, take_rows
+from .ops.saliency import attention_received
 
 
 @dataclass(frozen=True)
@@ -19,22 +19,26 @@ class Site:
     for itself, n: candidates of one of them. Fields that the policy does not need are None.
 
     at: int64 [b, n], the candidates' rows among the t rows of their sample; hidden: [b, n, D], what leaves the layer before;
-    query, key, value: [B, heads, t, hd] of that layer, with `scale` on its logits; state: what the policies before left
-    behind, each [b, n]; blocks: the n candidates are those of so many segments, equally many each, one after another; prefix:
-    rows before the first candidate; grid: (rows, columns) of the candidates of an unpruned segment; exact: whether there is
-    float64.
+    query, key, value: [B, heads, t, hd] of that layer, with `scale` on its logits; score, features: [b, n] and [b, prefix + n,
+    K], what the policy's `tap` made of these; state: what the policies before left behind, each [b, n]; blocks: the n
+    candidates are those of so many segments, equally many each, one after another; prefix: rows before the first candidate;
+    grid: (rows, columns) of the candidates of an unpruned segment; places: [b, n, 2], in units of its longer side, None where
+    they follow from the grid; exact: whether there is float64.
     """
 
     at: Tensor
-    hidden: Tensor | None
-    query: Tensor | None
-    key: Tensor | None
-    value: Tensor | None
-    scale: float | None
-    state: tuple[Tensor, ...]
+    hidden: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    scale: float | None = None
+    score: Tensor | None = None
+    features: Tensor | None = None
+    state: tuple[Tensor, ...] = ()
     blocks: int = 1
     prefix: int = 0
     grid: tuple[int, int] = (0, 0)
+    places: Tensor | None = None
     exact: bool = True
 
     def candidates(self, values: Tensor) -> Tensor:
@@ -53,13 +57,18 @@ class Choice:
     state: tuple[Tensor, ...] = ()
 
 
+Tap = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Policy:
-    """choose(site, budget, **options) -> Choice; needs: the fields of `Site` beside `at` and `state` that it looks at; merges:
-    whether it returns `rows`; adds: how many tensors it adds to the state."""
+    """choose(site, budget, **options) -> Choice; needs: the fields of `Site` beside `at` and `state` that it looks at;
+    tap(query, key, scale, prefix) -> (score, features): all that it looks at of a layer, so that it can choose later, once the
+    candidates have been put together; merges: whether it returns `rows`; adds: how many tensors it adds to the state."""
 
     choose: Callable[..., Choice]
     needs: frozenset[str]
+    tap: Tap | None = None
     merges: bool = False
     adds: int = 0
 
@@ -67,23 +76,37 @@ class Policy:
 POLICIES: dict[str, Policy] = {}
 
 
-def register(name: str, *needs: str, merges: bool = False, adds: int = 0) -> Callable[[Callable[..., Choice]], Callable]:
+def register(
+    name: str, *needs: str, tap: Tap | None = None, merges: bool = False, adds: int = 0
+) -> Callable[[Callable[..., Choice]], Callable]:
     """Adds a policy under `name`."""
 
     def add(choose: Callable[..., Choice]) -> Callable[..., Choice]:
-        POLICIES[name] = Policy(choose, frozenset(needs), merges, adds)
+        wired = frozenset(needs) | (frozenset(("query", "key", "scale")) if tap else frozenset())
+        POLICIES[name] = Policy(choose, wired, tap, merges, adds)
         return choose
 
     return add
 
 
-@register("cls_attention", "query", "key", "scale", adds=1)
-def cls_attention(site: Site, budget: int, *, centers: int, density_width: float, reach: float) -> Choice:
-    """Keeps the patches that the CLS token attends to most, and clusters them by their keys (ViTCoP, vision stage)."""
-    assert site.query is not None and site.key is not None and site.scale is not None
-    kept, keep = keep_highest(cls_saliency(site.query, site.key, site.scale, site.prefix), budget, site.prefix)
-    features = take_rows(site.key.transpose(1, 2).flatten(2), keep[:, site.prefix :])
-    places = patch_positions(kept, site.grid)
+def tap_cls(query: Tensor, key: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
+    """Attention of the CLS token, and keys [B, t, heads * hd]."""
+    return cls_saliency(query, key, scale, prefix), key.transpose(1, 2).flatten(2)
+
+
+def tap_received(query: Tensor, key: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
+    """Attention that each patch receives, and keys [B, t, heads * hd]."""
+    return attention_received(query, key, scale, prefix), key.transpose(1, 2).flatten(2)
+
+
+@register("attention_received", tap=tap_received, adds=1)
+@register("cls_attention", tap=tap_cls, adds=1)
+def keep_salient(site: Site, budget: int, *, centers: int, density_width: float, reach: float) -> Choice:
+    """Keeps the patches of most attention, and clusters them by their keys (ViTCoP, vision stage)."""
+    assert site.score is not None and site.features is not None
+    kept = lowest(-site.score, budget)
+    features = take_rows(site.features, kept + site.prefix if site.prefix else kept)
+    places = patch_positions(kept, site.grid) if site.places is None else take_rows(site.places, kept)
     return Choice(kept, state=(density_peaks(features, places, centers, density_width, reach, site.exact),))
 
 

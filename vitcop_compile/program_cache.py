@@ -12,13 +12,16 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from .isolation import tracing
+from .schedule import Stage
 
 log = logging.getLogger("vitcop_compile")
 Program = Callable[..., Any]
 # What the numbers of a key are, by its kind.
 FIELDS = {
     "vision": ("images",),
-    "prefill": ("batch", "text rows", "images", "cache rows", "filled"),
+    "tower": ("tiles",),
+    "select": ("tiles", "segments", "candidates", "taps", "stage"),
+    "prefill": ("batch", "text rows", "visual tokens", "cache rows", "filled"),
     "extend": ("batch", "tokens", "cache rows"),
 }
 
@@ -85,7 +88,10 @@ class ProgramCache:
 def name(key: tuple) -> str:
     """A key in words."""
     kind, *values = key
-    return f"{kind} ({', '.join(f'{what} {value}' for what, value in zip(FIELDS[kind], values, strict=True))})"
+    words = (
+        f"{what} {f'to {value.total}' if isinstance(value, Stage) else value}" for what, value in zip(FIELDS[kind], values)
+    )
+    return f"{kind} ({', '.join(words)})"
 
 
 def reason(key: tuple, known: list[tuple]) -> str:

@@ -1,4 +1,4 @@
-"""The programs of a model, exported at concrete shapes: vision, prefill, extend.
+"""The programs of a model, exported at concrete shapes: vision (or tower and select), prefill, extend.
 
 Each is a rewritten graph between the model's own embedding, projector and head. Exporting it at static shapes removes
 every symbol, and what remains is an ordinary ExportedProgram: the one input of every backend.
@@ -21,77 +21,10 @@ from .errors import RewriteError
 from .families import Family
 from .isolation import tracing
 from .layout import Layout
-from .ops.indexing import put_rows, take_rows
-from .passes import Passes, encoder_passes, extend_passes, prefill_passes, rewrite
+from .passes import Passes, encoder_passes, extend_passes, prefill_passes, rewrite, tower_passes
 from .policies import POLICIES
-from .schedule import Method, ModelShape, Schedule, resolve
-
-
-class Vision(nn.Module):
-    """pixels [I, channels, height, width] -> (features [I, n, D], kept int64 [I, n], state [I, n]...)."""
-
-    def __init__(self, family: Family, encoder: fx.GraphModule):
-        super().__init__()
-        self.patches, self.encoder, self.projector = family.patches, encoder, family.projector
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        hidden, *selection = self.encoder(self.patches(pixels))
-        return self.projector(hidden), *selection
-
-
-class Prefill(nn.Module):
-    """A prompt with images spliced in -> (logits [B, 1, vocab], index per stage..., and new keys and values if not in place).
-
-    ids: int64 [B, t], right-padded, anything at visual rows; last: int64 [B], the row of each prompt's last token; positions:
-    int64 [dims, B, t]; features: [B, n, D]; visual: int64 [B, n], the rows the features take; then the state of the vision
-    stage, [B, n] each, and what `attach_cache` asks for. Rows behind `last` are padding: attention is causal, so nothing
-    before them can see them.
-    """
-
-    def __init__(self, family: Family, decoder: fx.GraphModule, schedule: Schedule, states: int, all_logits: bool = False):
-        super().__init__()
-        self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
-        self.removed, self.pruned = schedule.removed_rows()[-1], bool(schedule.decoder_stages)
-        self.states, self.all_logits = states, all_logits
-
-    def forward(
-        self, ids: Tensor, last: Tensor, positions: Tensor, features: Tensor, visual: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        embeddings = put_rows(self.embedding(ids), visual, features)
-        return self.prefill(embeddings, last, positions, visual, *rest)
-
-    def prefill(
-        self, embeddings: Tensor, last: Tensor, positions: Tensor, visual: Tensor, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The same from embeddings [B, t, D]."""
-        selectors = (visual, *rest[: self.states]) if self.pruned else ()
-        hidden, *results = self.decoder(embeddings, positions, *selectors, *rest[self.states :])
-        if not self.all_logits:
-            hidden = take_rows(hidden, (last - self.removed).unsqueeze(1))
-        return self.head(hidden), *results
-
-
-class Extend(nn.Module):
-    """More tokens on filled caches -> (logits [B, 1, vocab],): a decoding step, a text prompt, a later turn of text.
-
-    ids: int64 [B, s], right-padded; last: int64 [B], which of the s is each sequence's last; length: int64 [B], tokens before
-    them as layer 0 counts them; position: int64 [B] of the first of them; removed: int64 [groups, B], rows that each group of
-    layers lacks; then the caches, updated in place. A decoder rewritten otherwise returns its new rows behind the logits.
-    """
-
-    def __init__(self, family: Family, decoder: fx.GraphModule):
-        super().__init__()
-        self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
-        self.dims = family.position_dims
-
-    def forward(
-        self, ids: Tensor, last: Tensor, length: Tensor, position: Tensor, removed: Tensor, *caches: Tensor
-    ) -> tuple[Tensor, ...]:
-        batch, count = ids.shape
-        positions = position.unsqueeze(1) + torch.arange(count, device=ids.device)
-        positions = positions.expand(self.dims, batch, count)
-        hidden, *rows = self.decoder(self.embedding(ids), positions, length, removed, *caches)
-        return self.head(take_rows(hidden, last.unsqueeze(1))), *rows
+from .program_modules import Extend, Prefill, Select, Tower, Vision
+from .schedule import Method, ModelShape, Schedule, Stage, resolve
 
 
 @dataclass(frozen=True)
@@ -110,7 +43,10 @@ class Programs:
     @property
     def schedule(self) -> Schedule:
         """That of a prompt with one image."""
-        return self.schedule_of((self.family.shape.image,))
+        return self.schedule_of(self.family.host.layout)
+
+    def _schedule(self, images: int | Layout) -> Schedule:
+        return self.schedule_of(self.family.host.layout * images if isinstance(images, int) else images)
 
     def schedule_of(self, layout: Layout) -> Schedule:
         """That of a prompt with the images of `layout`."""
@@ -126,32 +62,58 @@ class Programs:
         """The vision program for so many images; `exact` as in `ops.density_peaks`."""
         schedule = self.schedule
         passes = encoder_passes(schedule, self.attn_implementation, exact)
-        shape = schedule.shape
-        hidden = self._zeros(images, shape.prefix_tokens + shape.patches, shape.vision_hidden)
-        encoder = self._rewrite("encoder", self.captured.encoder, passes, [hidden])
+        encoder = self._rewrite("encoder", self.captured.encoder, passes, [self._patches(images)])
         program = _export(Vision(self.family, encoder), (self._zeros(images, *self.family.pixel_shape),))
-        _expect("vision features", _shapes(program)[0][:2], (images, schedule.image_tokens))
+        _expect("vision features", _shapes(program)[0][:2], (images, schedule.image_tokens + schedule.shape.lead))
+        return program
+
+    def export_tower(self, tiles: int) -> ExportedProgram:
+        """The tower program for so many tiles."""
+        passes = tower_passes(self.schedule, self.attn_implementation)
+        tower = self._rewrite("tower", self.captured.encoder, passes, [self._patches(tiles)])
+        program = _export(Tower(self.family, tower), (self._zeros(tiles, *self.family.pixel_shape),))
+        _expect("patches", _shapes(program)[0][:2], (tiles, self.family.shape.patches))
+        return program
+
+    def export_select(
+        self, tiles: int, segments: int, candidates: int, taps: int, stage: Stage | None, exact: bool = True
+    ) -> ExportedProgram:
+        """The program that selects, or without a `stage` takes all, from so many segments of at most `candidates` tokens each;
+        `exact` as in `ops.density_peaks`."""
+        shape = self.family.shape
+        hidden = self._zeros(tiles, shape.patches, shape.vision_hidden)
+        index = self._ints(segments, candidates, taps)
+        wide = self._parameter().new_zeros
+        inputs = [hidden]
+        if stage is not None:
+            score = wide(hidden.shape[:2], dtype=torch.float32)
+            inputs += [score, torch.zeros_like(hidden)]
+        inputs.append(index)
+        inputs += [wide(index.shape, dtype=torch.float32)] * (taps > 1)
+        inputs += [wide((segments, candidates, 2), dtype=torch.float32)] * (stage is not None)
+        program = _export(Select(self.family, stage, taps, exact), tuple(inputs))
+        _expect("features", _shapes(program)[0][:2], (segments, candidates if stage is None else stage.total))
         return program
 
     def export_prefill(
         self,
         batch: int,
         text: int,
-        images: int = 1,
+        images: int | Layout = 1,
         rows: Sequence[int] | None = None,
         *,
         filled: bool = False,
         in_place: bool = True,
         least_text: int | None = None,
     ) -> ExportedProgram:
-        """The prefill program for `batch` prompts of `text` text tokens and so many images each.
+        """The prefill program for `batch` prompts of `text` text tokens, and so many images or those of a layout each.
 
         rows: those of the caches by group, by default as many as the prompt has; filled: the caches hold an earlier turn. With
         `least_text` the text is a dynamic axis from there to `text`, which takes `in_place=False`; budgets stay static.
         """
-        if images < 1:
+        if not images or (isinstance(images, int) and images < 0):
             raise RewriteError(f"images={images}: a prompt without an image is text, which export_extend takes")
-        schedule = self.schedule_of((self.family.shape.image,) * images)
+        schedule = self._schedule(images)
         for group, (has, needs) in enumerate(zip(rows or (), (text + tokens for tokens in schedule.group_tokens()))):
             if has < needs:
                 raise RewriteError(f"caches of {has} rows in group {group} hold no prompt of {needs}: give at least as many")
@@ -197,7 +159,7 @@ class Programs:
 
     def prefill_module(
         self,
-        images: int = 1,
+        images: int | Layout = 1,
         *,
         filled: bool = False,
         in_place: bool = True,
@@ -205,11 +167,11 @@ class Programs:
         inputs: tuple[Tensor, ...] = (),
     ) -> Prefill:
         """The prefill program before export; inputs: examples of what it takes, for the dump of its graphs."""
-        schedule = self.schedule_of((self.family.shape.image,) * images)
+        schedule = self._schedule(images)
         states = self.states if schedule.decoder_stages else 0
         passes = prefill_passes(schedule, self.attn_implementation, states=states, filled=filled, in_place=in_place)
         pruned = (4,) if schedule.decoder_stages else ()
-        name = f"prefill_{images}{'_filled' * filled}"
+        name = f"prefill_{images if isinstance(images, int) else len(images)}{'_filled' * filled}"
         decoder = self._rewrite(name, self.captured.decoder, passes, self._decoder_inputs(inputs, pruned))
         return Prefill(self.family, decoder, schedule, states, all_logits)
 
@@ -217,20 +179,20 @@ class Programs:
         self,
         batch: int,
         text: int,
-        images: int = 1,
+        images: int | Layout = 1,
         rows: Sequence[int] | None = None,
         *,
         filled: bool = False,
         in_place: bool = True,
     ) -> tuple[Tensor, ...]:
         """Example inputs of the prefill program."""
-        schedule = self.schedule_of((self.family.shape.image,) * images)
-        n = schedule.image_tokens
+        schedule = self._schedule(images)
+        n, lead = schedule.image_tokens, schedule.shape.lead * len(schedule.layout)
         tokens = text + n
-        visual = torch.arange(n, device=self._device()).repeat(batch, 1)
+        visual = torch.arange(n + lead, device=self._device()).repeat(batch, 1)
         positions = torch.arange(tokens, device=self._device()).repeat(self.family.position_dims, batch, 1)
-        features = self._zeros(batch, n, schedule.shape.hidden)
-        state = [torch.zeros_like(visual)] * (self.states if schedule.decoder_stages else 0)
+        features = self._zeros(batch, n + lead, schedule.shape.hidden)
+        state = [torch.zeros_like(visual[:, :n])] * (self.states if schedule.decoder_stages else 0)
         rows = rows or [text + kept for kept in schedule.group_tokens()]
         places = [self._ints(batch), self._ints(len(rows), batch)] if filled else []
         caches = self._caches(schedule, batch, rows) if in_place or filled else []
@@ -258,6 +220,11 @@ class Programs:
         positions = self._ints(self.family.position_dims, batch, tokens)
         embeddings = self._zeros(batch, tokens, self.family.shape.hidden)
         return [embeddings, positions, *(inputs[i] for i in own), *inputs[5:]]
+
+    def _patches(self, tiles: int) -> Tensor:
+        """What the encoder gets for so many inputs."""
+        shape = self.family.shape
+        return self._zeros(tiles, shape.prefix_tokens + shape.patches, shape.vision_hidden)
 
     def _caches(self, schedule: Schedule, batch: int, rows: Sequence[int]) -> list[Tensor]:
         return [self._zeros(*shape) for shape in schedule.cache_shapes(batch, rows) for _ in "kv"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -10,16 +11,10 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .host import check_device
+from .layout import Layout
 from .ops.indexing import compact
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """How a prompt refers to an image: the placeholder's id, the shape of one image's pixels, its patches."""
-
-    token_id: int
-    pixel_shape: tuple[int, ...]
-    patches: int
+from .schedule import Schedule
 
 
 class Prompt(NamedTuple):
@@ -32,75 +27,161 @@ class Prompt(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a turn holds, by sample, on the host: images, and text tokens beside them."""
+    """What a turn holds, by sample, on the host: the number of its images and their segments, and tokens that are no
+    candidates for pruning: text, and the protected tokens of images."""
 
     images: tuple[int, ...]
+    layouts: tuple[Layout, ...]
     text: tuple[int, ...]
 
 
-def read(ids: Tensor, mask: Tensor, image: ImageInput, vocab: int) -> Reading:
-    """Counts images and text of ids int64 [B, T] with mask bool [B, T], which may be on a device: one copy to the host, before
-    anything is launched.
+def read(
+    ids: Tensor, mask: Tensor, token_id: int, vocab: int, images: Sequence[Layout], fixed: int | None = None, beams: int = 1
+) -> Reading:
+    """Reads ids int64 [B, T] with mask bool [B, T], which may be on a device: one copy to the host, before anything is
+    launched.
 
-    Raises InputError for a sample without tokens, ids outside the vocabulary, placeholders that are no whole number of images,
+    images: the segments of every image that came with them, which samples take in order, by their placeholders `token_id`;
+    fixed: placeholders of an image, where all have as many; beams: samples in a row that are one prompt, and share its images.
+    Raises InputError for a sample without tokens, ids outside the vocabulary, placeholders that are not those of the images,
     and text inside an image.
     """
     words, real = ids.cpu().numpy(), mask.cpu().numpy()
-    placeholder = (words == image.token_id) & real
+    placeholder = (words == token_id) & real
     outside = int((((words < 0) | (words >= vocab)) & real & ~placeholder).sum())
     total, counts = real.sum(1).tolist(), placeholder.sum(1).tolist()
     if not min(total):
         raise InputError("attention_mask leaves a prompt without tokens: every prompt needs at least one")
     if outside:
         raise InputError(f"input_ids holds {outside} ids outside the vocabulary of {vocab}: tokenize for this model")
-    partial = [count for count in counts if count % image.patches]
-    if partial:
-        raise InputError(
-            f"a prompt holds {partial[0]} image tokens, one image needs {image.patches}: the processor must expand every "
-            "placeholder"
-        )
-    if any(counts):
-        _check_whole(placeholder, real, image.patches)
-    images = tuple(count // image.patches for count in counts)
-    return Reading(images, tuple(all_ - count for all_, count in zip(total, counts, strict=True)))
+    sizes = [sum(segment.tokens for segment in layout) for layout in images]
+    taken = assign(counts[::beams], sizes, fixed)
+    firsts = np.cumsum([0, *taken]).tolist()
+    own = [list(range(first, first + count)) for first, count in zip(firsts, taken) for _ in range(beams)]
+    for row, images_of in enumerate(own):
+        if images_of:
+            _check_whole(placeholder[row], real[row], [sizes[i] for i in images_of])
+    layouts = tuple(tuple(segment for i in images_of for segment in images[i]) for images_of in own)
+    candidates = [sum(segment.candidates for segment in layout) for layout in layouts]
+    text = tuple(all_ - count for all_, count in zip(total, candidates, strict=True))
+    return Reading(tuple(map(len, own)), layouts, text)
 
 
-def _check_whole(placeholder: np.ndarray, real: np.ndarray, patches: int) -> None:
-    """Raises InputError if a token that is no placeholder stands between two of one image. Pads are no tokens."""
-    slot, rank = real.cumsum(1)[placeholder], (placeholder.cumsum(1) - 1)[placeholder]
-    inside = rank[1:] % patches != 0
-    if (inside & (slot[1:] != slot[:-1] + 1)).any():
-        raise InputError(f"the {patches} image tokens of an image are not contiguous: text cannot stand inside an image")
+def assign(counts: Sequence[int], sizes: Sequence[int], fixed: int | None = None) -> list[int]:
+    """How many of the images each sample takes, in order, until its placeholders are used up.
 
-
-def check_count(images: int, reading: Reading) -> None:
-    """Raises InputError unless a turn's placeholders stand for so many images."""
-    wanted = sum(reading.images)
-    if images and not wanted:
+    counts: placeholders of each sample; sizes: of each image; fixed: of every image, where all have as many. Raises
+    InputError where they do not come out even.
+    """
+    if fixed is not None:
+        partial = [count for count in counts if count % fixed]
+        if partial:
+            raise InputError(
+                f"a prompt holds {partial[0]} image tokens, one image needs {fixed}: the processor must expand every "
+                "placeholder"
+            )
+    if sizes and not any(counts):
         raise InputError(
             "pixel_values were given but input_ids holds no image token: put the image placeholder into the prompt"
         )
-    if wanted and not images:
-        raise InputError(f"input_ids holds placeholders of {wanted} images but there are no pixel_values: pass the images")
-    if images != wanted:
-        raise InputError(f"{images} images for placeholders of {wanted}: pass as many as the prompts name")
+    if not sizes and any(counts):
+        held = f"placeholders of {sum(counts) // fixed} images" if fixed else f"{sum(counts)} image tokens"
+        raise InputError(f"input_ids holds {held} but there are no pixel_values: pass the images")
+    if fixed is not None and sum(counts) != sum(sizes):
+        raise InputError(f"{len(sizes)} images for placeholders of {sum(counts) // fixed}: pass as many as the prompts name")
+    taken, image = [], 0
+    for count in counts:
+        first, left = image, count
+        while left > 0 and image < len(sizes):
+            left, image = left - sizes[image], image + 1
+        if left:
+            raise InputError(
+                f"a prompt holds {count} image tokens, its images need {', '.join(map(str, sizes[first:image])) or 'none'}: "
+                "the processor must expand every placeholder, and images follow each other as their prompts do"
+            )
+        taken.append(image - first)
+    if image != len(sizes):
+        raise InputError(f"{len(sizes)} images for placeholders of {image}: pass as many as the prompts name")
+    return taken
 
 
-def align(ids: Tensor, mask: Tensor, image: ImageInput, images: int, kept: int, rows: int, vocab: int) -> Prompt:
-    """Drops pads, shortens each of the samples' `images` to its first `kept` placeholders, and right-pads to `rows`.
+def _check_whole(placeholder: np.ndarray, real: np.ndarray, sizes: list[int]) -> None:
+    """Raises InputError if a token that is no placeholder stands between two of one image. Pads are no tokens."""
+    slot = real.cumsum()[placeholder]
+    apart = slot[1:] != slot[:-1] + 1
+    apart[np.cumsum(sizes)[:-1] - 1] = False
+    if apart.any():
+        end = np.cumsum(sizes)
+        size = sizes[int(np.searchsorted(end, int(apart.argmax()) + 1, side="right"))]
+        raise InputError(f"the {size} image tokens of an image are not contiguous: text cannot stand inside an image")
 
-    ids: int64 [B, T]; mask: bool [B, T]. Tensor operations only, and no index leaves its tensor, whatever the ids are.
+
+class Places(NamedTuple):
+    """The P placeholders of a sample. stays: bool [P], those that no selection is asked about; special: bool [P], protected
+    ones that are tokens of their own, None without; candidates: int64 [N], the others, or None if the first of each segment
+    can stand for those that are kept."""
+
+    stays: Tensor
+    special: Tensor | None
+    candidates: Tensor | None
+
+
+@lru_cache(maxsize=256)
+def places_of(schedule: Schedule, device: torch.device) -> Places:
+    """Those of a sample of `schedule`."""
+    stays: list[bool] = []
+    special: list[bool] = []
+    candidates: list[int] = []
+    lead = schedule.shape.lead
+    plain = all(len(segment.protected) == lead for segment in schedule.layout)
+    for segment, kept in zip(schedule.layout, schedule.segment_tokens, strict=True):
+        own = segment.offsets()
+        candidates += [len(stays) + offset for offset in own]
+        first = set(own[:kept]) if plain else set()
+        protected = set(segment.protected)
+        stays += [offset in protected or offset in first for offset in range(segment.tokens)]
+        special += [offset in protected and offset >= lead for offset in range(segment.tokens)]
+    return Places(
+        torch.tensor(stays, device=device),
+        torch.tensor(special, device=device) if any(special) else None,
+        None if plain else torch.tensor(candidates, device=device),
+    )
+
+
+def align(ids: Tensor, mask: Tensor, token_id: int, schedule: Schedule, kept: Tensor | None, rows: int) -> Prompt:
+    """Drops pads and the placeholders of tokens that are not kept, and right-pads to `rows`.
+
+    ids: int64 [B, T]; mask: bool [B, T], of samples of one `schedule`; kept: int64 [B, n], the candidates that stay, counted
+    through all segments, None where all do. A protected token that the encoder does not know, such as a line break, becomes
+    the id behind the vocabulary. Tensor operations only, and no index leaves its tensor, whatever the ids are.
     """
-    placeholder = (ids == image.token_id) & mask
-    if images:
-        offset = (placeholder.cumsum(1) - 1) % image.patches
-        mask = mask & ~(placeholder & (offset >= kept))
+    vocab, spliced = schedule.shape.vocab, schedule.image_tokens + schedule.shape.lead * len(schedule.layout)
+    placeholder = (ids == token_id) & mask
+    special = None
+    if schedule.layout:
+        places = places_of(schedule, ids.device)
+        stays = places.stays
+        rank = (placeholder.cumsum(1) - 1).clamp(0, stays.shape[0] - 1)
+        if places.candidates is None:
+            stays = stays[rank]
+        else:
+            batch = ids.shape[0]
+            chosen = places.candidates if kept is None else places.candidates[kept]
+            chosen = chosen.expand(batch, -1)
+            stays = stays.expand(batch, -1).scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool)).gather(1, rank)
+        mask = mask & (~placeholder | stays)
         placeholder = placeholder & mask
         ids = ids.masked_fill(placeholder, 0)
+        if places.special is not None:
+            special = placeholder & places.special[rank]
+            placeholder = placeholder & ~special
+    words = ids.clamp(0, vocab - 1)
+    if special is not None:
+        words = words.masked_fill(special, vocab)
     slot = (mask.cumsum(1) - 1).clamp(0, rows - 1)
     out = ids.new_zeros(ids.shape[0], rows + 1)
-    out = out.scatter(1, torch.where(mask, slot, rows), ids.clamp(0, vocab - 1))[:, :rows]
-    visual = slot.gather(1, compact(placeholder, images * kept)[0]) if images else slot[:, :0]
+    out = out.scatter(1, torch.where(mask, slot, rows), words)[:, :rows]
+    visual = slot.gather(1, compact(placeholder, spliced)[0]) if schedule.layout else slot[:, :0]
     last = (mask.sum(1) - 1).clamp(0, rows - 1)
     return Prompt(out.contiguous(), last, visual)
 
@@ -113,7 +194,7 @@ def check_ids(ids: object, device: torch.device) -> Tensor:
         raise InputError(f"input_ids has shape {tuple(ids.shape)}: pass [batch, tokens], neither of them 0")
     if ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"input_ids has dtype {ids.dtype}: pass int64 token ids")
-    _on(device, "input_ids", ids)
+    check_device(device, "input_ids", ids)
     return ids.long()
 
 
@@ -124,22 +205,8 @@ def check_mask(mask: object, ids: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(f"attention_mask is {shape}: pass a 2D mask of the shape of input_ids, {tuple(ids.shape)}")
-    _on(ids.device, "attention_mask", mask)
+    check_device(ids.device, "attention_mask", mask)
     return mask != 0
-
-
-def check_pixels(pixels: object, image: ImageInput, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """pixel_values as [images, channels, height, width] in the model's dtype, or an InputError."""
-    if not isinstance(pixels, Tensor):
-        raise InputError(f"pixel_values is a {type(pixels).__name__}: pass the processor's tensor")
-    if not pixels.is_floating_point():
-        raise InputError(f"pixel_values has dtype {pixels.dtype}: pass normalised floating-point pixels")
-    if pixels.dim() != 4 or tuple(pixels.shape[1:]) != image.pixel_shape:
-        raise InputError(f"pixel_values has shape {tuple(pixels.shape)}: this model takes [images, *{image.pixel_shape}]")
-    _on(device, "pixel_values", pixels)
-    # One layout for all, and no tensor of inference mode: a compiled program would compile anew for another.
-    plain = pixels.detach().to(dtype).contiguous()
-    return plain.clone() if plain.is_inference() else plain
 
 
 def finite(pixels: Tensor) -> Tensor:
@@ -158,8 +225,3 @@ def check_vocabulary(ids: Tensor, vocab: int) -> None:
     """Raises InputError for token ids [B, 1] outside the vocabulary."""
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise InputError(f"input_ids holds ids outside the vocabulary of {vocab}: tokenize for this model")
-
-
-def _on(device: torch.device, name: str, tensor: Tensor) -> None:
-    if tensor.device.type != device.type or (device.index is not None and tensor.device.index not in (None, device.index)):
-        raise InputError(f"{name} is on {tensor.device}, the model on {device}: move it with .to('{device}')")

@@ -8,15 +8,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from .errors import InputError
+from .host import Host
 from .layout import Layout
-from .prompt import ImageInput
-from .schedule import Schedule
+from .schedule import Schedule, Stage
+
+# Selections are padded to multiples of this.
+CANDIDATES = 64
 
 
 class Ask(NamedTuple):
     """What a turn needs. batch: sequences; text: text tokens of the longest; images: of the one with most; new: tokens to be
-    generated, None if nobody knows; held: rows that the caches hold by group, () before the first turn; rows: those they
-    have; alike: whether all have as many images."""
+    generated, None if nobody knows; held: rows that the caches hold by group, () before the first turn; rows: those they have;
+    alike: whether all have the same images; visual: visual tokens by group of layers, the most of any, () without."""
 
     batch: int
     text: int
@@ -25,6 +28,7 @@ class Ask(NamedTuple):
     held: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
     alike: bool = True
+    visual: tuple[int, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -37,15 +41,18 @@ class Plan(NamedTuple):
 class Provider(Protocol):
     """Where programs come from: compiled on demand, or loaded from a folder of engines.
 
-    vision(pixels) -> (features, kept, state...) or (features,); prefill(ids, last, positions, features, visual, state...,
-    [length, removed,] caches...) -> (logits, index per stage...); extend(ids, last, length, position, removed, caches...) ->
-    (logits,). Caches are updated in place.
+    vision(pixels) -> (features, kept, state...) or (features,). Where images are packed from tiles, in its place tower(pixels)
+    -> (patches, score, features) or (patches,), and select of these, index, [weight,] [places] -> as of vision. prefill(ids,
+    last, positions, features, visual, state..., [length, removed,] caches...) -> (logits, index per stage...); extend(ids,
+    last, length, position, removed, caches...) -> (logits,). Caches are updated in place.
     """
 
-    image: ImageInput
     position_dims: int
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def host(self) -> Host: ...
 
     def schedule_of(self, layout: Layout) -> Schedule: ...
 
@@ -53,7 +60,13 @@ class Provider(Protocol):
 
     def vision(self, images: int) -> Callable[..., Any]: ...
 
-    def prefill(self, batch: int, text: int, images: int, rows: tuple[int, ...], filled: bool) -> Callable[..., Any]: ...
+    def tower(self, tiles: int) -> Callable[..., Any]: ...
+
+    def select(self, tiles: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Callable[..., Any]: ...
+
+    def prefill(
+        self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool
+    ) -> Callable[..., Any]: ...
 
     def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Callable[..., Any]: ...
 
@@ -64,3 +77,15 @@ def bucket(count: int, buckets: Sequence[int], what: str) -> int:
         if count <= size:
             return size
     raise InputError(f"{count} {what} exceed the largest bucket, {buckets[-1]}: ask for fewer, or build with larger buckets")
+
+
+def tile_bucket(tiles: int) -> int:
+    """Inputs of a tower program for so many tiles: sixteenths of a power of two, less than an eighth more than
+    asked for."""
+    step = 1 << max(0, (tiles - 1).bit_length() - 4)
+    return -(-tiles // step) * step
+
+
+def candidate_bucket(candidates: int) -> int:
+    """Rows of a selection program for so many candidates."""
+    return -(-candidates // CANDIDATES) * CANDIDATES

@@ -14,17 +14,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache import CACHE_NAME, BufferPool, PrunedCache
 from .errors import InputError
 from .explain import explain
+from .host import Images
 from .isolation import plain
-from .prompt import (
-    check_count,
-    check_ids,
-    check_mask,
-    check_pixels,
-    check_vocabulary,
-    finite,
-    read,
-    refuse_pixels,
-)
+from .layout import Layout
+from .prompt import check_ids, check_mask, check_vocabulary, finite, read, refuse_pixels
 from .provider import Ask, Provider
 from .schedule import Schedule
 from .turn import Turn, run_turn
@@ -49,8 +42,9 @@ class CompiledModel(GenerationMixin):
         self.config = config
         self.generation_config = generation_config
         self._pool = BufferPool()
-        shape = provider.schedule_of(()).shape
-        self._segment, self._vocab = shape.image, shape.vocab
+        self._host, self._vocab = provider.host, provider.host.shape.vocab
+        # Placeholders of an image, where that is one number.
+        self._fixed = sum(segment.tokens for segment in self._host.layout) if self._host.fixed else None
         # Reading values back is free on a CPU. On a GPU it would stall the device before the first token.
         self._postpone = provider.device.type != "cpu"
         self._running = threading.local()
@@ -67,12 +61,16 @@ class CompiledModel(GenerationMixin):
 
     @property
     def schedule(self) -> Schedule:
-        """What the programs meet exactly, for a prompt with one image."""
+        """What the programs meet exactly, for a prompt with one image (where sizes matter, one of 2 x 2 tiles)."""
         return self.schedule_of(1)
 
-    def schedule_of(self, images: int) -> Schedule:
-        """The same for a prompt with so many images."""
-        return self._provider.schedule_of((self._segment,) * images)
+    def schedule_of(self, images: int | Layout) -> Schedule:
+        """The same for a prompt with so many images, or with those of a layout."""
+        return self._provider.schedule_of(self._host.layout * images if isinstance(images, int) else images)
+
+    def layout_of(self, height: int, width: int, images: int = 1) -> Layout:
+        """How an image of so many pixels lies in a prompt of so many images. Raises InputError for sizes below 1."""
+        return self._host.layout_of(height, width, images)
 
     def explain(self) -> str:
         """The schedule as a table: tokens, KV rows and FLOPs per group of layers."""
@@ -109,25 +107,27 @@ class CompiledModel(GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Images | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: PrunedCache | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | None = None,
         cache: PrunedCache | None = None,
-        **unsupported: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """One forward pass: a whole prompt, or what follows on a filled cache: a token, or a turn of text and images.
 
         input_ids: int64 [B, T], image placeholders expanded by the processor, on a filled cache the new ones alone;
-        pixel_values: [images, channels, height, width], those of `input_ids` in their order; attention_mask: [B, T], 0 for
-        pads, or of the whole conversation; past_key_values: what an earlier call returned, also by its newer name `cache`.
-        Returns logits [B, 1, vocab] *of each sample's last token only*, wherever its pads stand, and the cache to pass on.
+        pixel_values: what the processor made of the images of `input_ids` in their order, [images, channels, height, width] or
+        as the family's `Host.read` says, with the others that it names beside; attention_mask: [B, T], 0 for pads, or of the
+        whole conversation; past_key_values: what an earlier call returned, also by its newer name `cache`. Returns logits [B,
+        1, vocab] *of each sample's last token only*, wherever its pads stand, and the cache to pass on.
 
         Raises InputError for inputs that the programs cannot take, before anything is exported or compiled.
         """
-        given = sorted(name for name, value in unsupported.items() if value is not None and value is not False)
+        about_images = {name: others.pop(name) for name in self._host.inputs[1:] if name in others}
+        given = sorted(name for name, value in others.items() if value is not None and value is not False)
         if "labels" in given:
             raise InputError(
                 "labels need the logits of every position, and gradients: programs compute the last token's alone; train the "
@@ -147,15 +147,22 @@ class CompiledModel(GenerationMixin):
             # What earlier calls returned has been copied out: CUDA graphs may write over it.
             torch.compiler.cudagraph_mark_step_begin()
         with plain():
+            images = self._images(pixel_values, about_images)
             if held is None or not held.filled:
                 # An empty Cache is falsy.
-                return self._turn(ids, pixel_values, attention_mask, PrunedCache() if held is None else held)
+                return self._turn(ids, images, attention_mask, PrunedCache() if held is None else held)
             held.verify_prompt()
             if ids.shape[0] != held.batch:
                 raise InputError(f"{ids.shape[0]} samples for a cache of {held.batch}: pass the same batch")
-            if ids.shape[1] == 1 and pixel_values is None:
+            if ids.shape[1] == 1 and images is None:
                 return self._decode(ids, held)
-            return self._turn(ids, pixel_values, attention_mask, held)
+            return self._turn(ids, images, attention_mask, held)
+
+    def _images(self, pixels: Tensor | Images | None, others: dict[str, Any]) -> Images | None:
+        """The images of a request, read and checked."""
+        if pixels is None or isinstance(pixels, Images):
+            return pixels
+        return self._host.read({self._host.inputs[0]: pixels} | others, self.device, self.dtype)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with the prompt checked before its loop starts. Raises InputError as `forward` does."""
@@ -172,14 +179,14 @@ class CompiledModel(GenerationMixin):
             raise InputError("the weights are on the meta device, which holds no values: load the model to generate")
         if CACHE_NAME != "past_key_values" and "past_key_values" in kwargs:
             kwargs[CACHE_NAME] = _one_cache(kwargs.pop("past_key_values"), kwargs.get(CACHE_NAME))
-        self._running.cache, self._running.begun = None, False
+        self._running.cache, self._running.begun, self._running.beams = None, False, 1
         try:
             result = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
             if self._running.cache is not None:
                 self._running.cache.verify()
             return result
         finally:
-            self._running.cache = None
+            self._running.cache, self._running.beams = None, 1
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -196,20 +203,23 @@ class CompiledModel(GenerationMixin):
             return {"input_ids": input_ids[:, -1:], CACHE_NAME: held}
         self._running.begun = True
         rest = {name: kwargs[name] for name in ("use_cache",) if name in kwargs}
+        others = {name: kwargs[name] for name in self._host.inputs[1:] if name in kwargs}
+        with plain():
+            images = self._images(pixel_values, others)
         if held is not None and held.filled:
-            input_ids, pixel_values = self._unseen(input_ids, pixel_values, attention_mask, held)
+            input_ids, images = self._unseen(input_ids, images, attention_mask, held)
         return {
             "input_ids": input_ids,
-            "pixel_values": pixel_values,
+            "pixel_values": images,
             "attention_mask": attention_mask,
             CACHE_NAME: held,
             **rest,
         }
 
     def _unseen(
-        self, ids: Tensor, pixels: Tensor | None, mask: Tensor | None, cache: PrunedCache
-    ) -> tuple[Tensor, Tensor | None]:
-        """What a cache has not seen of a conversation: ids int64 [B, S] and their pixels.
+        self, ids: Tensor, images: Images | None, mask: Tensor | None, cache: PrunedCache
+    ) -> tuple[Tensor, Images | None]:
+        """What a cache has not seen of a conversation: ids int64 [B, S] and their images.
 
         As in transformers, ids are those of the whole conversation, or new ones alone beside a longer mask. Processors send
         all images again: those seen are left out.
@@ -221,37 +231,51 @@ class CompiledModel(GenerationMixin):
                     f"input_ids holds {ids.shape[1]} tokens and the cache has seen {seen}: pass the whole conversation with "
                     "something new at its end"
                 )
+            before = tuple((ids[:, :seen] == self._host.token_id).sum(1).tolist())
+            if before != cache.placeholders:
+                raise InputError(
+                    f"the part of input_ids that the cache has seen holds {before} image tokens, it was told of "
+                    f"{cache.placeholders}: some processors cut an image into fewer tiles once others join it; pass the new "
+                    "ids alone with a mask of the whole conversation, or the conversation without a cache"
+                )
             ids = ids[:, seen:]
-        new = (ids == self._provider.image.token_id).sum(1) // self._provider.image.patches
-        counts, first = new.tolist(), 0
-        if not isinstance(pixels, Tensor):
-            return ids, pixels
-        if not any(counts) and pixels.shape[0] == sum(cache.images):
+        if images is None:
             return ids, None
-        index: list[int] = []
-        if pixels.shape[0] != sum(counts) and pixels.shape[0] == sum(counts) + sum(cache.images):
-            for count, seen in zip(counts, cache.images, strict=True):
-                index += range(first + seen, first + seen + count)
-                first += seen + count
-            pixels = pixels[index]
-        return ids, pixels
+        beams = self._running.beams
+        counts, old = (ids[::beams] == self._host.token_id).sum(1).tolist(), cache.images[::beams]
+        number = len(images.layouts)
+        if not any(counts) and number == sum(old):
+            return ids, None
+        new, at, short = [], 0, 0
+        for count, before in zip(counts, old, strict=True):
+            at += before
+            while count > 0 and at < number:
+                count -= images.tokens[at]
+                new.append(at)
+                at += 1
+            short += count
+        # Else they are the new ones alone, or wrong, which is found out where all are checked.
+        return ids, images.take(new) if at == number and not short else images
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Part of transformers' loop: beams repeat samples, and each takes all of its images along."""
-        pixels = model_kwargs.pop("pixel_values", None)
-        if expand_size > 1 and isinstance(pixels, Tensor) and input_ids is not None:
-            counts = ((input_ids == self._provider.image.token_id).sum(1) // self._provider.image.patches).tolist()
-            if sum(counts) == pixels.shape[0]:  # else the prompt is refused for it
-                pixels = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in pixels.split(counts)])
+        """Part of transformers' loop: beams repeat samples, whose images are seen once."""
+        images = {name: model_kwargs.pop(name) for name in self._host.inputs if name in model_kwargs}
+        self._running.beams = expand_size
         ids, rest = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size,
             is_encoder_decoder,
             input_ids,  # type: ignore[arg-type]
             **model_kwargs,
         )
-        return ids, rest | ({} if pixels is None else {"pixel_values": pixels})
+        return ids, rest | images
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Part of transformers' loop: what a family's processor gives for images is no unknown argument."""
+        super()._validate_model_kwargs(  # type: ignore[misc]
+            {name: value for name, value in model_kwargs.items() if name not in self._host.inputs[1:]}
+        )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
@@ -285,34 +309,37 @@ class CompiledModel(GenerationMixin):
         cache.max_length = generation_config.max_length
         self._running.cache = cache
 
-    def _turn(self, ids: Tensor, pixels: object, mask: object, cache: PrunedCache) -> CausalLMOutputWithPast:
+    def _turn(self, ids: Tensor, images: Images | None, mask: object, cache: PrunedCache) -> CausalLMOutputWithPast:
         """A prompt, or what follows on a filled cache."""
         batch, length = ids.shape
-        provider, shape = self._provider, self.schedule_of(0).shape
+        provider, host = self._provider, self._host
+        beams = getattr(self._running, "beams", 1)
         real = check_mask(_of_turn(mask, length, cache), ids)
-        images = None if pixels is None else check_pixels(pixels, provider.image, self.device, self.dtype)
-        reading = read(ids, real, provider.image, shape.vocab)
+        layouts = () if images is None else images.layouts
+        reading = read(ids, real, host.token_id, self._vocab, layouts, self._fixed, beams)
         ids, real = ids.to(self.device), real.to(self.device)
-        check_count(0 if images is None else images.shape[0], reading)
         if images is not None:
-            self._check_pixels(images, cache)
-        schedules = {count: self.schedule_of(count) for count in sorted(set(reading.images))}
+            self._check_pixels(images.pixels, cache)
+        found = {layout: self.schedule_of(layout) for layout in set(reading.layouts)}
+        schedules = tuple(found[layout] for layout in reading.layouts)
+        visual = [schedule.group_tokens() for schedule in schedules]
         seen = cache.get_seq_length()
         new = max(1, cache.max_length - seen - length) if cache.max_length else None
-        rows = [text + schedules[count].image_tokens for text, count in zip(reading.text, reading.images, strict=True)]
+        rows = [text + tokens[0] for text, tokens in zip(reading.text, visual, strict=True)]
         self._check_length(max(map(sum, zip(rows, cache.lengths or [0] * batch, strict=True))), new or 1)
-        counted = [(count, schedules[count].group_tokens()) for count in reading.images]
-        alike = len(schedules) == 1
-        plan = provider.plan(Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows, alike))
+        most = tuple(map(max, zip(*visual, strict=True)))
+        ask = Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows, len(found) == 1, most)
+        plan = provider.plan(ask)
         if not cache.filled or plan.rows != cache.rows:
             shapes = self.schedule.cache_shapes(batch, plan.rows)
             like = ids.new_empty((), dtype=self.dtype)
-            cache.take(self._pool.lend(cache, shapes, plan.rows, like), clear=0 in schedules)
-        turn = Turn(ids, real, images, reading, plan.text, filled=seen > 0)
+            cache.take(self._pool.lend(cache, shapes, plan.rows, like), clear=() in reading.layouts)
+        turn = Turn(ids, real, images, reading, schedules, plan.text, filled=seen > 0, beams=beams)
         with cache.unless_it_fails():
-            logits = run_turn(provider, schedules, turn, cache)
-        removed = [[schedules[count].image_tokens - tokens[g] for count, tokens in counted] for g in range(len(plan.rows))]
-        cache.account(length, rows, removed, reading.images)
+            logits = run_turn(provider, turn, cache)
+        removed = [[tokens[0] - tokens[group] for tokens in visual] for group in range(len(plan.rows))]
+        placeholders = tuple(sum(segment.tokens for segment in layout) for layout in reading.layouts)
+        cache.account(length, rows, removed, reading.images, placeholders)
         return _answer(logits, cache)
 
     def _check_pixels(self, images: Tensor, cache: PrunedCache) -> None:

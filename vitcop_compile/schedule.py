@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .layout import Layout, Segment
@@ -13,6 +13,10 @@ from .layout import Layout, Segment
 class ModelShape:
     """The numbers of a model that a schedule depends on. Widths are in elements, layers and tokens are counts.
 
+    grid and prefix_tokens: of one input of the encoder, patches and what stands before them; lead: how many of the latter the
+    language model gets as well; saliency: the policy that scores patches in this encoder; packed: whether the tokens of an
+    image are put together from several inputs of the encoder, so that they are selected behind it; multiple: what the tokens
+    of a segment are rounded up to when they leave the vision stage, so that images of many sizes share programs.
     window: tokens that a decoder layer attends to, itself included, None for all. Programs attend to all, and a prompt with
     its new tokens must fit into the window, within which that is the same.
     """
@@ -34,6 +38,10 @@ class ModelShape:
     element_bytes: int = 2
     max_positions: int = 4096
     window: int | None = None
+    lead: int = 0
+    saliency: str = "cls_attention"
+    packed: bool = False
+    multiple: int = 1
 
     @property
     def most_tokens(self) -> int:
@@ -42,23 +50,23 @@ class ModelShape:
 
     @property
     def patches(self) -> int:
-        """Visual tokens of one unpruned image."""
+        """Patches of one input of the encoder."""
         return self.grid[0] * self.grid[1]
 
     @property
     def image(self) -> Segment:
-        """One unpruned image."""
-        return Segment("image", (1, *self.grid), self.patches)
+        """An image that is one input of the encoder."""
+        return Segment("image", (1, *self.grid), self.patches + self.lead, tuple(range(self.lead)))
 
 
 @dataclass(frozen=True)
 class Stage:
     """Pruning of visual tokens, on either side of a model.
 
-    side: "encoder", after its layer `layer`, or "decoder", at the entry of that layer; policy: a name in `policies.POLICIES`,
-    with `options` as (name, value) pairs; tokens: what each segment of the layout keeps, or one number for all of them
-    together; positions: "kept" if tokens that stay keep their positions, "index" if they take their index in the stage's
-    input.
+    side: "encoder", after its layer `layer`; "merge", behind the encoder, by what that layer says; or "decoder", at the entry
+    of that layer; policy: a name in `policies.POLICIES`, with `options` as (name, value) pairs; tokens: what each segment of
+    the layout keeps, or one number for all of them together; positions: "kept" if tokens that stay keep their positions,
+    "index" if they take their index in the stage's input.
     """
 
     side: str
@@ -77,6 +85,11 @@ class Stage:
         """The policy's option `name`. Raises KeyError."""
         return dict(self.options)[name]
 
+    def of_segment(self, number: int) -> Stage:
+        """The stage for one segment alone."""
+        options = tuple((name, value[number] if isinstance(value, tuple) else value) for name, value in self.options)
+        return replace(self, tokens=(self.tokens[number],), options=options)
+
 
 class Method(Hashable, Protocol):
     """Decides what is pruned where: `ViTCoPConfig` is one. Equal methods make equal schedules."""
@@ -92,8 +105,9 @@ class Method(Hashable, Protocol):
 class Schedule:
     """What every program must meet exactly. Counts are those of one prompt; FLOPs count a multiply-add as two.
 
-    layout: the prompt's images; stages: what `Method.stages` says. `text` is the number of the prompt's text tokens and `new`
-    that of generated ones, wherever they are asked for.
+    layout: the prompt's images; stages: what `Method.stages` says. `text` is the number of the prompt's text tokens, among
+    them the protected tokens of its images, which no stage touches either, and `new` that of generated ones, wherever they are
+    asked for.
     """
 
     shape: ModelShape
@@ -102,8 +116,8 @@ class Schedule:
 
     @property
     def vision(self) -> Stage | None:
-        """The encoder's stage, None where it prunes nothing."""
-        return next((stage for stage in self.stages if stage.side == "encoder"), None)
+        """The stage before the decoder, None where nothing is pruned there."""
+        return next((stage for stage in self.stages if stage.side != "decoder"), None)
 
     @property
     def decoder_stages(self) -> tuple[Stage, ...]:
@@ -112,13 +126,23 @@ class Schedule:
 
     @property
     def patches(self) -> int:
-        """Visual tokens of the unpruned prompt."""
-        return sum(segment.tokens for segment in self.layout)
+        """Visual tokens of the unpruned prompt that may be pruned."""
+        return sum(segment.candidates for segment in self.layout)
+
+    @property
+    def protected(self) -> int:
+        """Visual tokens that may not."""
+        return sum(len(segment.protected) for segment in self.layout)
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], ...]:
+        """What decides about a prefill program: visual tokens by segment that enter it, and leave each of its stages."""
+        return (self.segment_tokens, *(stage.tokens for stage in self.decoder_stages))
 
     @property
     def segment_tokens(self) -> tuple[int, ...]:
         """Visual tokens of every segment that enter the language model."""
-        return self.vision.tokens if self.vision else tuple(segment.tokens for segment in self.layout)
+        return self.vision.tokens if self.vision else tuple(segment.candidates for segment in self.layout)
 
     @property
     def image_tokens(self) -> int:
@@ -200,13 +224,14 @@ class Schedule:
     def vision_flops(self) -> int:
         """FLOPs of the vision encoder up to its feature layer, and the projector."""
         shape, stage = self.shape, self.vision
-        last_full = stage.layer if stage else shape.feature_layer
+        last_full = stage.layer if stage and stage.side == "encoder" else shape.feature_layer
         flops = 0
         for segment, kept in zip(self.layout, self.segment_tokens, strict=True):
-            full, fewer = segment.tokens + shape.prefix_tokens, kept + shape.prefix_tokens
-            flops += 2 * segment.tokens * shape.patch_features * shape.vision_hidden
-            flops += 2 * kept * (shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden)
-            flops += sum(_encoder_flops(shape, full if i <= last_full else fewer) for i in range(shape.feature_layer + 1))
+            full, fewer = shape.patches + shape.prefix_tokens, kept + shape.prefix_tokens
+            layers = (_encoder_flops(shape, full if i <= last_full else fewer) for i in range(shape.feature_layer + 1))
+            flops += segment.tiles * (2 * shape.patches * shape.patch_features * shape.vision_hidden + sum(layers))
+            projected = kept * segment.taps + shape.lead
+            flops += 2 * projected * (shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden)
         return flops
 
     def dense_vision_flops(self) -> int:

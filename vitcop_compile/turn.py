@@ -8,60 +8,55 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import vision
 from .cache import Buffers, PrunedCache, Selection
+from .host import Images
+from .layout import Layout
 from .prompt import Reading, align
 from .schedule import Schedule
+from .vision import Seen, gather, see
 
 
 class Turn(NamedTuple):
-    """ids int64 [B, T] and mask bool [B, T], which say what is new; pixels: of its images, None without; reading: what that
-    is; text: text rows of the programs; filled: whether the caches hold an earlier turn."""
+    """ids int64 [B, T] and mask bool [B, T], which say what is new; images: its images, None without; reading: what that is;
+    schedules: of every sample; text: text rows of the programs; filled: whether the caches hold an earlier turn; beams:
+    samples in a row that are one prompt."""
 
     ids: Tensor
     mask: Tensor
-    pixels: Tensor | None
+    images: Images | None
     reading: Reading
+    schedules: tuple[Schedule, ...]
     text: int
     filled: bool
+    beams: int = 1
 
 
-class Seen(NamedTuple):
-    """The images of a turn after the vision program, [I, n, D] and [I, n] each."""
-
-    features: Tensor
-    kept: Tensor | None
-    state: tuple[Tensor, ...]
-
-
-def run_turn(provider: Any, schedules: dict[int, Schedule], turn: Turn, cache: PrunedCache) -> Tensor:
+def run_turn(provider: Any, turn: Turn, cache: PrunedCache) -> Tensor:
     """Logits [B, 1, vocab] of the last tokens; keys and values, counts and the selection go into `cache`.
 
-    provider: as in `runtime.Provider`; schedules: by number of images. Samples with as many images share their programs; each
-    set of them runs on the rows of the caches that are theirs.
+    provider: as in `runtime.Provider`. Samples with the same images share their programs; each set of them runs on the rows of
+    the caches that are theirs.
     """
     seen = None
-    if turn.pixels is not None:
-        features, *selection = provider.vision(turn.pixels.shape[0])(turn.pixels)
-        seen = Seen(features, selection[0] if selection else None, tuple(selection[1:]))
+    if turn.images is not None:
+        each = slice(None, None, turn.beams)
+        seen = see(provider, turn.images, turn.reading.images[each], turn.schedules[each])
     buffers = cache.held_buffers
-    if len(schedules) == 1:
-        (count,) = schedules
-        logits, stages = _run_alike(provider, schedules[count], turn, buffers, seen, count)
+    alike: dict[Layout, list[int]] = {}
+    for sample, layout in enumerate(turn.reading.layouts):
+        alike.setdefault(layout, []).append(sample)
+    if len(alike) == 1:
+        logits, chosen = _run_alike(provider, turn.schedules[0], turn, buffers, seen, list(range(len(turn.schedules))))
         if seen is not None:
-            cache.selection = _selection(seen, stages, count, provider.image.patches)
+            cache.selection = chosen
         return logits
     found: list[tuple[list[int], Tensor, Selection]] = []
-    firsts = [sum(turn.reading.images[:sample]) for sample in range(len(turn.reading.images))]
-    for count, schedule in schedules.items():
-        at = [sample for sample, images in enumerate(turn.reading.images) if images == count]
+    for at in alike.values():
         part = Part(buffers, at)
-        own = None
-        if seen is not None and count:
-            own = _take(seen, [firsts[sample] + i for sample in at for i in range(count)])
-        inputs = turn._replace(ids=turn.ids[at], mask=turn.mask[at], pixels=None)
-        logits, stages = _run_alike(provider, schedule, inputs, part, own, count)
+        inputs = turn._replace(ids=turn.ids[at], mask=turn.mask[at])
+        logits, chosen = _run_alike(provider, turn.schedules[at[0]], inputs, part, seen, at)
         part.put_back()
-        chosen = Selection() if own is None else _selection(own, stages, count, provider.image.patches)
         found.append((at, logits.clone(), chosen))
     order = torch.tensor([sample for at, *_ in found for sample in at]).argsort().to(buffers.length.device)
     if seen is not None:
@@ -70,32 +65,53 @@ def run_turn(provider: Any, schedules: dict[int, Schedule], turn: Turn, cache: P
 
 
 def _run_alike(
-    provider: Any, schedule: Schedule, turn: Turn, buffers: Buffers | Part, seen: Seen | None, images: int
-) -> tuple[Tensor, list[Tensor]]:
-    """(logits [B, 1, vocab], index of each stage) of samples with `images` each, whose caches are `buffers`."""
-    batch, kept = turn.ids.shape[0], schedule.segment_tokens[0] if images else 0
+    provider: Any, schedule: Schedule, turn: Turn, buffers: Buffers | Part, seen: Seen | None, samples: list[int]
+) -> tuple[Tensor, Selection]:
+    """(logits [B, 1, vocab], what stayed) of `samples` of one schedule, whose caches are `buffers`."""
+    batch = turn.ids.shape[0]
     tokens = turn.text + schedule.image_tokens
-    prompt = align(turn.ids, turn.mask, provider.image, images, kept, tokens, schedule.shape.vocab)
+    own = gather(seen, [sample // turn.beams for sample in samples]) if seen is not None and schedule.layout else None
+    kept = None if own is None or own.kept is None else _through(own.kept, schedule)
+    prompt = align(turn.ids, turn.mask, provider.host.token_id, schedule, kept, tokens)
     length, position, removed = buffers.length, buffers.position, buffers.removed
     if not turn.filled:
         buffers.reset()
-    if seen is None:
+    if own is None:
         program = provider.extend(batch, turn.text, buffers.rows)
         logits, *stages = program(prompt.ids, prompt.last, length, position, removed, *buffers.layers)
     else:
         positions = position.unsqueeze(1) + torch.arange(tokens, device=position.device)
         positions = positions.expand(provider.position_dims, batch, tokens)
-        features = seen.features.reshape(batch, schedule.image_tokens, -1)
-        state = [values.reshape(batch, -1) for values in seen.state] if schedule.decoder_stages else []
-        program = provider.prefill(batch, turn.text, images, buffers.rows, turn.filled)
+        state = own.state if schedule.decoder_stages else ()
+        program = provider.prefill(batch, turn.text, schedule, buffers.rows, turn.filled)
         places = (length, removed) if turn.filled else ()
-        given = (prompt.ids, prompt.last, positions.contiguous(), features, prompt.visual, *state, *places, *buffers.layers)
+        given = (
+            prompt.ids,
+            prompt.last,
+            positions.contiguous(),
+            own.features,
+            prompt.visual,
+            *state,
+            *places,
+            *buffers.layers,
+        )
         logits, *stages = program(*given)
     rows = prompt.last + 1
     torch._foreach_add_([length, position], [rows, rows])
-    if schedule.decoder_stages and images:
+    if schedule.decoder_stages and schedule.layout:
         removed.add_(_removed(schedule, removed))
-    return logits, stages
+    return logits, Selection() if own is None else _selection(own, kept, stages)
+
+
+def _through(kept: Tensor, schedule: Schedule) -> Tensor:
+    """kept int64 [B, n], counted within each segment, counted through all of them."""
+    if len(schedule.layout) == 1:
+        return kept
+    first, parts = 0, []
+    for segment, count in zip(schedule.layout, schedule.segment_tokens, strict=True):
+        parts.append(kept.new_zeros(count).fill_(first))
+        first += segment.candidates
+    return kept + torch.cat(parts)
 
 
 def _removed(schedule: Schedule, like: Tensor) -> Tensor:
@@ -140,25 +156,16 @@ class Part:
         self._buffers.position.index_copy_(0, self._index, self.position)
 
 
-def _take(seen: Seen, at: list[int]) -> Seen:
-    """The images `at` of those seen."""
-    index = torch.tensor(at, device=seen.features.device)
-    kept = None if seen.kept is None else seen.kept.index_select(0, index)
-    return Seen(seen.features.index_select(0, index), kept, tuple(values.index_select(0, index) for values in seen.state))
-
-
-def _selection(seen: Seen, stages: list[Tensor], images: int, patches: int) -> Selection:
-    """What stayed, counted through the images of each sample: stages count within the one before, patches within an image."""
-    if seen.kept is None:
+def _selection(own: vision.Part, kept: Tensor | None, stages: list[Tensor]) -> Selection:
+    """What stayed, counted through the segments of each sample: stages count within the one before."""
+    if kept is None:
         return Selection()
-    first = (torch.arange(seen.kept.shape[0], device=seen.kept.device) % images * patches).unsqueeze(1)
-    kept = (seen.kept + first).reshape(-1, images * seen.kept.shape[1])
-    labels = seen.state[0].clone().reshape(kept.shape) if seen.state else None
+    labels = own.state[0].clone() if own.state else None
     found, current = [], kept
     for index in stages:
         current = current.gather(1, index)
         found.append(current)
-    return Selection(kept, labels, tuple(found))
+    return Selection(kept.clone(), labels, tuple(found))
 
 
 def _joined(parts: list[Selection], sizes: list[int], order: Tensor) -> Selection:

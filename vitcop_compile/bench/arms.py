@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import ViTCoPConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from .timing import Call
 
 
@@ -72,14 +72,19 @@ def begin_step(device: torch.device) -> None:
 
 
 def inputs(model: Any, request: Request, seed: int = 0) -> dict[str, Any]:
-    """`input_ids` int64 [B, T] with one image behind the first token, and random `pixel_values`, on the model's device."""
+    """`input_ids` int64 [B, T] with one image behind the first token, and random `pixel_values`, on the model's device.
+
+    Raises UnsupportedError for a model whose images differ in their tokens: what is compared would depend on the image.
+    """
     from ..families import family_of
 
     family = family_of(model)
+    if not family.host.fixed:
+        raise UnsupportedError(f"{type(model).__name__} has images of many sizes, and is not measured here: use a LLaVA-1.5")
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(3, min(200, family.shape.vocab), (request.batch, request.text_tokens), generator=generator)
     text[text == family.image_token_id] = 3
-    image = torch.full((request.batch, family.shape.patches), family.image_token_id)
+    image = torch.full((request.batch, family.shape.image.tokens), family.image_token_id)
     pixels = torch.randn(request.batch, *family.pixel_shape, generator=generator)
     return {
         "input_ids": torch.cat((text[:, :1], image, text[:, 1:]), 1).to(model.device),

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..demo import Options, run
-from .shared import PRESET_NAMES, console, errors_as_lines, model_shape, without_future_warnings
+from ..errors import UnsupportedError
+from .shared import PRESET_NAMES, console, errors_as_lines, model_host, without_future_warnings
 
 
 def demo_command(
@@ -30,7 +31,11 @@ def demo_command(
     """Compile a dense and a pruned model, measure both on a photograph and draw what was pruned."""
     with errors_as_lines():
         if model is not None:
-            model_shape(model)  # before gigabytes of weights are loaded for nothing
+            host = model_host(model)  # before gigabytes of weights are loaded for nothing
+            if not host.fixed:
+                raise UnsupportedError(
+                    f"--model {model} cuts its images into tiles, which the demo cannot draw: use a LLaVA-1.5"
+                )
         options = Options(image, model, preset, backend, prompt, max_new_tokens, output, seed, dtype, rounds)
         with without_future_warnings():
             run(options, console())

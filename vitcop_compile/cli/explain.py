@@ -11,8 +11,9 @@ import typer
 from ..config import DEFAULT_PRESET, ViTCoPConfig
 from ..errors import ConfigError
 from ..explain import TEXT_TOKENS, table
+from ..host import FixedImages, Host
 from ..schedule import ModelShape
-from .shared import PRESET_NAMES, console, errors_as_lines, model_shape, settings_of_share
+from .shared import PRESET_NAMES, console, errors_as_lines, model_host, settings_of_share
 
 
 def explain_command(
@@ -27,12 +28,30 @@ def explain_command(
     config: Annotated[Path | None, typer.Option(help="A file written by ViTCoPConfig.save.")] = None,
     text_tokens: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = TEXT_TOKENS,
     layers: Annotated[int | None, typer.Option(help="Decoder layers, in place of the model's own.")] = None,
+    image_size: Annotated[
+        list[str] | None,
+        typer.Option(help="WIDTHxHEIGHT of an image before preprocessing; again for every further image of the prompt."),
+    ] = None,
 ) -> None:
     """Print the schedule: tokens, KV rows and FLOPs of every layer. No model is loaded."""
     with errors_as_lines():
         settings = _settings(preset, retention, mean_tokens, config)
-        shape = _shape(model, layers)
-        console().print(table(settings.schedule(shape), text_tokens))
+        host = _LLAVA if model is None else model_host(model)
+        sizes = [_size(text) for text in image_size or ()]
+        layout = tuple(segment for size in sizes for segment in host.layout_of(*size, len(sizes))) or host.layout
+        console().print(table(settings.schedule(_shape(host, layers), layout), text_tokens))
+
+
+# LLaVA-1.5-7B's.
+_LLAVA = FixedImages(ModelShape(), 32000, (3, 336, 336))
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) of "WIDTHxHEIGHT"."""
+    width, found, height = text.lower().partition("x")
+    if not found or not width.isdecimal() or not height.isdecimal():
+        raise ConfigError(f"--image-size {text} is not WIDTHxHEIGHT, such as 1344x896")
+    return int(height), int(width)
 
 
 def _settings(preset: str | None, retention: float | None, mean_tokens: float | None, path: Path | None) -> ViTCoPConfig:
@@ -56,10 +75,9 @@ def _load(path: Path) -> ViTCoPConfig:
         raise ConfigError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _shape(model: str | None, layers: int | None) -> ModelShape:
-    shape = ModelShape() if model is None else model_shape(model)
+def _shape(host: Host, layers: int | None) -> ModelShape:
     if layers is None:
-        return shape
+        return host.shape
     if layers < 1:
         raise ConfigError(f"--layers {layers} is below 1: give a number of decoder layers")
-    return dataclasses.replace(shape, layers=layers)
+    return dataclasses.replace(host.shape, layers=layers)

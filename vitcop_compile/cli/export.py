@@ -27,7 +27,7 @@ from .shared import (
     cannot_load,
     console,
     errors_as_lines,
-    model_shape,
+    model_host,
     settings_of_share,
     without_future_warnings,
 )
@@ -153,7 +153,8 @@ def _dtype(name: str | None, format: str) -> str:
 def _check_before_loading(asked: _Asked) -> None:
     """Everything that can be refused before gigabytes of weights are loaded for nothing."""
     check_target(asked.output_dir)
-    schedule = asked.config.schedule(model_shape(asked.model))
+    host = model_host(asked.model)
+    schedule = asked.config.schedule(host.shape, host.layout)
     numbers = (asked.batch_size, asked.max_text_len, asked.max_new_tokens)
     check_options(schedule, asked.format, *numbers, asked.prompt_buckets, asked.opset)
     if asked.format == "tensorrt":
@@ -195,7 +196,7 @@ def _request(engine: Any, folder: Path, prompt: str, photo: Image.Image | None) 
         # The bytes of the prompt stand in for a tokenizer, as in the demo.
         inputs = toy.request(_QUESTION.format(image=_PLACEHOLDER, text=prompt), photo or _blank(), engine.config)
         if photo is None:
-            inputs = {"input_ids": inputs["input_ids"][inputs["input_ids"] != engine.engines.image.token_id][None]}
+            inputs = {"input_ids": inputs["input_ids"][inputs["input_ids"] != engine.engines.host.token_id][None]}
         return inputs, IdStreamer()
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -14,8 +14,8 @@ from transformers import AutoConfig
 
 from ..config import PRESETS, ViTCoPConfig
 from ..errors import UnsupportedError, VitcopError
-from ..families.registry import shape_of
-from ..schedule import ModelShape
+from ..families.registry import host_of
+from ..host import Host
 
 TABLE_WIDTH = 120
 # The columns of a benchmark.
@@ -53,15 +53,15 @@ def settings_of_share(share: float) -> ViTCoPConfig:
     return ViTCoPConfig.preset(nearest, retention=share)
 
 
-def model_shape(model: str) -> ModelShape:
-    """The shape of the model in a folder or on the hub, from its configuration alone. Raises UnsupportedError."""
+def model_host(model: str) -> Host:
+    """What is known of the model in a folder or on the hub, from its configuration alone. Raises UnsupportedError."""
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise UnsupportedError(f"--model {model} is not a folder: give one with config.json, or a name on the hub")
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
-    return shape_of(config)
+    return host_of(config)
 
 
 def cannot_load(model: str, error: Exception) -> UnsupportedError:

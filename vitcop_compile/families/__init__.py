@@ -4,4 +4,4 @@ from .registry import FAMILIES, Family, family_of, register
 
 __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
-from . import llava  # noqa: F401  (registers itself)
+from . import llava, llava_next, llava_onevision  # noqa: F401  (they register themselves)

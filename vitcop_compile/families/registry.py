@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedError
+from ..host import Host
 from ..isolation import shell
 from ..schedule import ModelShape
 
@@ -18,16 +20,14 @@ from ..schedule import ModelShape
 class Family:
     """The stock parts of one model, as callables over its own parameters. C: encoder width, D: decoder width.
 
-    patches(pixels [B, channels, height, width]) -> [B, prefix + patches, C]: the encoder's input tokens.
-    encoder([B, t, C]) -> [B, t, C]: all encoder layers; the passes cut it at `shape.feature_layer`.
-    projector([B, n, C]) -> [B, n, D].
-    embedding(ids [B, t]) -> [B, t, D]; decoder(embeddings [B, t, D], positions [dims, B, t]) -> [B, t, D];
-    head([B, t, D]) -> [B, t, vocab]. position_dims: coordinates of a position.
+    host: what the runtime knows of its images. patches(pixels [B, channels, height, width]) -> [B, prefix + patches, C]: the
+    encoder's input tokens. encoder([B, t, C]) -> [B, t, C]: all encoder layers; the passes cut it at `shape.feature_layer`.
+    projector([B, n, C]) -> [B, n, D]. embedding(ids [B, t]) -> [B, t, D], which also knows the id behind the vocabulary where
+    images have protected tokens, such as line breaks, that no encoder makes; decoder(embeddings [B, t, D], positions [dims, B,
+    t]) -> [B, t, D]; head([B, t, D]) -> [B, t, vocab]. position_dims: coordinates of a position.
     """
 
-    shape: ModelShape
-    image_token_id: int
-    pixel_shape: tuple[int, int, int]
+    host: Host
     patches: nn.Module
     encoder: nn.Module
     projector: nn.Module
@@ -36,21 +36,36 @@ class Family:
     head: nn.Module
     position_dims: int = 1
 
+    @property
+    def shape(self) -> ModelShape:
+        """The model's numbers."""
+        return self.host.shape
+
+    @property
+    def image_token_id(self) -> int:
+        """That of an image's placeholders."""
+        return self.host.token_id
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Of one input of the encoder."""
+        return self.host.pixel_shape
+
 
 @dataclass(frozen=True)
 class Entry:
-    """shape: from a config alone; parts: from a model."""
+    """host: from a config alone, with the size of its weights' type if that is known better; parts: from a model."""
 
-    shape: Callable[[PretrainedConfig], ModelShape]
+    host: Callable[..., Host]
     parts: Callable[[PreTrainedModel], Family]
 
 
 FAMILIES: dict[str, Entry] = {}
 
 
-def register(architecture: str, shape: Callable, parts: Callable) -> None:
+def register(architecture: str, host: Callable[..., Host], parts: Callable[[Any], Family]) -> None:
     """Adds a family under the class name of its transformers model."""
-    FAMILIES[architecture] = Entry(shape, parts)
+    FAMILIES[architecture] = Entry(host, parts)
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -63,21 +78,27 @@ def family_of(model: PreTrainedModel) -> Family:
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
     """The shape of the model that `config` describes. Raises UnsupportedError as `family_of` does."""
+    return host_of(config).shape
+
+
+def host_of(config: PretrainedConfig) -> Host:
+    """What the runtime knows of the images of the model that `config` describes. Raises UnsupportedError as `family_of`
+    does."""
     names = config.architectures or [f"{type(config).__name__.removesuffix('Config')}ForConditionalGeneration"]
     for name in names:
         if name in FAMILIES:
-            return FAMILIES[name].shape(config)
+            return FAMILIES[name].host(config)
     raise UnsupportedError(f"{', '.join(names)} is not a supported model: use one of {', '.join(sorted(FAMILIES))}")
 
 
 class Call(nn.Module):
-    """A module around a function of tensors, holding the modules it uses so that export finds their parameters."""
+    """A module around a function of tensors, holding the modules and parameters it uses so that export finds them."""
 
-    def __init__(self, function: Callable[..., Tensor], **modules: nn.Module):
+    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | nn.Parameter):
         super().__init__()
         self._function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     def forward(self, *inputs: torch.Tensor) -> Tensor:
         return self._function(self, *inputs)

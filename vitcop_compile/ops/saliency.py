@@ -1,9 +1,7 @@
-"""Scores of visual tokens: attention of the CLS token, and norms of keys."""
+"""Scores of visual tokens: attention of the CLS token, attention received from all others, and norms of keys."""
 
 import torch
 from torch import Tensor
-
-from .indexing import lowest
 
 
 def cls_saliency(query: Tensor, key: Tensor, scale: float, prefix: int = 1) -> Tensor:
@@ -20,20 +18,23 @@ def cls_saliency(query: Tensor, key: Tensor, scale: float, prefix: int = 1) -> T
     return row.softmax(1)[:, prefix:].sum(-1)
 
 
+def attention_received(query: Tensor, key: Tensor, scale: float, prefix: int = 0, chunk: int = 128) -> Tensor:
+    """Attention that every patch receives, mean over heads and queries: the score of encoders without a CLS token.
+
+    query, key: [B, heads, prefix + patches, head_dim]; scale: factor on the logits. Returns fp32 [B, patches]. The attention
+    matrix is never whole: `chunk` queries are looked at together.
+    """
+    keys = key.float().transpose(-1, -2)
+    total = torch.zeros(query.shape[0], query.shape[2], device=query.device)
+    for start in range(0, query.shape[2], chunk):
+        logits = (query[:, :, start : start + chunk].float() @ keys) * scale
+        total = total + logits.softmax(-1).sum((1, 2))
+    return total[:, prefix:] / (query.shape[1] * query.shape[2])
+
+
 def key_norm(key: Tensor) -> Tensor:
     """L2 norm of the mean over kv heads of every token's key; small means important (ViTCoP, LLM stages).
 
     key: [B, kv_heads, n, head_dim]; before or after rotary embedding is the same number. Returns fp32 [B, n].
     """
     return torch.linalg.vector_norm(key.float().mean(1), dim=-1)
-
-
-def keep_highest(saliency: Tensor, tokens: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """The `tokens` entries of most saliency [B, n], ascending; ties go to the lower index.
-
-    Returns (index int64 [B, tokens], keep int64 [B, prefix + tokens]): `keep` addresses rows behind `prefix` others, which
-    are kept as well.
-    """
-    index = lowest(-saliency, tokens)
-    order = torch.arange(prefix, device=index.device).expand(index.shape[0], prefix)
-    return index, torch.cat((order, index + prefix), 1)

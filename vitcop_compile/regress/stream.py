@@ -74,7 +74,7 @@ def _programs(optimized: OptimizedModel, item: Item) -> set[tuple]:
     plan = provider.plan(Ask(item.batch, item.text_tokens, int(item.image), _NEW_TOKENS if item.generate else None))
     keys: set[tuple] = {("extend", item.batch, plan.text, plan.rows)}
     if item.image:
-        keys = {("vision", item.batch), ("prefill", item.batch, plan.text, 1, plan.rows, False)}
+        keys = {("vision", item.batch), ("prefill", item.batch, plan.text, provider.schedule.key, plan.rows, False)}
     if item.generate:
         keys.add(("extend", item.batch, 1, plan.rows))
     return keys
@@ -85,7 +85,7 @@ def _serve(optimized: OptimizedModel, item: Item) -> None:
     if not item.image:
         ids = prompt.pop("input_ids")
         del prompt["pixel_values"]
-        prompt["input_ids"] = ids[ids != optimized.image.token_id].reshape(item.batch, -1)
+        prompt["input_ids"] = ids[ids != optimized.host.token_id].reshape(item.batch, -1)
     if not item.generate:
         optimized.forward(**prompt)
         return

@@ -1,0 +1,56 @@
+"""The numbers of models that are put together as LLaVA is: an encoder of patches, a projector, a causal decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedError
+from ..schedule import ModelShape
+
+
+def shape_of(config: Any, encoder: str, element_bytes: int | None = None, **more: Any) -> ModelShape:
+    """The numbers of the model that `config` describes, with `more` of the fields of `ModelShape`.
+
+    encoder: the model type that its vision config must have. Raises UnsupportedError for another, and for features that are
+    not those of one of its layers.
+    """
+    vision, text = config.vision_config, config.text_config
+    name = type(config).__name__.removesuffix("Config")
+    if vision.model_type != encoder:
+        raise UnsupportedError(f"{name} with a {vision.model_type} encoder is not supported: {encoder} is")
+    feature = config.vision_feature_layer
+    if not isinstance(feature, int):
+        raise UnsupportedError(f"vision_feature_layer={feature!r} is not supported: a single layer is")
+    # hidden_states[i] is the output of layer i - 1, hidden_states[0] the input of layer 0.
+    feature_layer = feature - 1 if feature >= 0 else vision.num_hidden_layers + feature
+    if not 0 <= feature_layer < vision.num_hidden_layers:
+        raise UnsupportedError(f"vision_feature_layer={feature} reads no layer of {vision.num_hidden_layers}")
+    side = vision.image_size // vision.patch_size
+    heads = text.num_attention_heads
+    return ModelShape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab=text.vocab_size,
+        grid=(side, side),
+        vision_layers=vision.num_hidden_layers,
+        feature_layer=feature_layer,
+        vision_hidden=vision.hidden_size,
+        vision_intermediate=vision.intermediate_size,
+        patch_features=vision.num_channels * vision.patch_size**2,
+        element_bytes=element_bytes or torch.empty((), dtype=getattr(config, "dtype", None) or torch.float32).element_size(),
+        max_positions=text.max_position_embeddings,
+        window=getattr(text, "sliding_window", None),
+        **more,
+    )
+
+
+def pixels_of(config: Any) -> tuple[int, int, int]:
+    """The shape of one input of the encoder."""
+    vision = config.vision_config
+    return vision.num_channels, vision.image_size, vision.image_size

@@ -1,0 +1,158 @@
+"""The modules that programs are exported from: rewritten graphs between the model's own embedding, projector and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from .families import Family
+from .ops.indexing import put_rows, take_rows
+from .policies import POLICIES, Site
+from .schedule import Schedule, Stage
+
+
+class Vision(nn.Module):
+    """pixels [I, channels, height, width] -> (features [I, n, D], kept int64 [I, n], state [I, n]...)."""
+
+    def __init__(self, family: Family, encoder: fx.GraphModule):
+        super().__init__()
+        self.patches, self.encoder, self.projector = family.patches, encoder, family.projector
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        hidden, *selection = self.encoder(self.patches(pixels))
+        return self.projector(hidden), *selection
+
+
+class Tower(nn.Module):
+    """pixels [T, channels, height, width] -> (patches [T, p, C],), and with a vision stage score [T, p], features [T, p,
+    K]."""
+
+    def __init__(self, family: Family, encoder: fx.GraphModule):
+        super().__init__()
+        self.patches, self.encoder = family.patches, encoder
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.encoder(self.patches(pixels)))
+
+
+class Select(nn.Module):
+    """What a tower says, and where the candidates of S segments come from -> (features [S, n, D], kept int64 [S, n], state
+    [S, n]...); without a stage, all features alone.
+
+    index: int64 [S, N, taps], patches of all tiles, -1 in rows of padding; weight: fp32 [S, N, taps], if there are several
+    taps; places: fp32 [S, N, 2], if there is a stage. Only what is kept goes through the projector. With several taps it does
+    so before it is blended, as in the stock models.
+    """
+
+    def __init__(self, family: Family, stage: Stage | None, taps: int, exact: bool):
+        super().__init__()
+        self.projector, self.stage, self.taps, self.exact = family.projector, stage, taps, exact
+
+    def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        if self.stage is None:
+            return (self._project(hidden, rest[0], rest[1] if self.taps > 1 else None),)
+        score, features, index, *given = rest
+        weight, places = (given[0] if self.taps > 1 else None), given[-1]
+        real = index[..., 0] >= 0
+        index = index.clamp_min(0)
+        scores = _blend(score.flatten(), index, weight)
+        site = Site(
+            at=torch.arange(index.shape[1], device=index.device).expand(index.shape[:2]),
+            score=torch.where(real, scores, -torch.inf),
+            features=_blend(features.flatten(0, 1), index, weight),
+            places=places,
+            exact=self.exact,
+        )
+        choice = POLICIES[self.stage.policy].choose(site, self.stage.total, **dict(self.stage.options))
+        kept = choice.index
+        weight = None if weight is None else take_rows(weight, kept)
+        return self._project(hidden, take_rows(index, kept), weight), kept, *choice.state
+
+    def _project(self, hidden: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+        rows = hidden.flatten(0, 1).index_select(0, index.flatten()).reshape(index.shape[0], -1, hidden.shape[-1])
+        projected = self.projector(rows)
+        if weight is None:
+            return projected
+        parts = projected.reshape(*index.shape, -1)
+        return (parts * weight.unsqueeze(-1).to(parts.dtype)).sum(2)
+
+
+def _blend(values: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+    """values [R, ...] at index [S, N, taps], blended by weight: [S, N, ...], in fp32 where there is one. A tap at a time, so
+    that nothing has the taps as an axis."""
+    taps = [values.index_select(0, index[..., tap].flatten()).unflatten(0, index.shape[:2]) for tap in range(index.shape[2])]
+    if weight is None:
+        return taps[0]
+    shares = [weight[..., tap].reshape(*index.shape[:2], *(1,) * (values.dim() - 1)) for tap in range(index.shape[2])]
+    return sum((part.float() * share for part, share in zip(taps, shares, strict=True)), torch.zeros((), device=values.device))
+
+
+class Prefill(nn.Module):
+    """A prompt with images spliced in -> (logits [B, 1, vocab], index per stage..., and new keys and values if not in place).
+
+    ids: int64 [B, t], right-padded, anything at visual rows; last: int64 [B], the row of each prompt's last token; positions:
+    int64 [dims, B, t]; features: [B, n, D], of each segment its leading rows first; visual: int64 [B, n], the rows the
+    features take; then the state of the vision stage, [B, n] each without leading rows, and what `attach_cache` asks for. Rows
+    behind `last` are padding: attention is causal, so nothing before them can see them.
+    """
+
+    def __init__(self, family: Family, decoder: fx.GraphModule, schedule: Schedule, states: int, all_logits: bool = False):
+        super().__init__()
+        self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
+        self.removed, self.pruned = schedule.removed_rows()[-1], bool(schedule.decoder_stages)
+        self.states, self.all_logits = states, all_logits
+        # Rows of the features that may be pruned; None is all.
+        self.columns: list[int] | None = _behind(schedule.segment_tokens, schedule.shape.lead) if schedule.shape.lead else None
+
+    def forward(
+        self, ids: Tensor, last: Tensor, positions: Tensor, features: Tensor, visual: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        embeddings = put_rows(self.embedding(ids), visual, features)
+        return self.prefill(embeddings, last, positions, visual, *rest)
+
+    def prefill(
+        self, embeddings: Tensor, last: Tensor, positions: Tensor, visual: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The same from embeddings [B, t, D]."""
+        if self.columns is not None:
+            visual = visual.index_select(1, torch.tensor(self.columns, device=visual.device))
+        selectors = (visual, *rest[: self.states]) if self.pruned else ()
+        hidden, *results = self.decoder(embeddings, positions, *selectors, *rest[self.states :])
+        if not self.all_logits:
+            hidden = take_rows(hidden, (last - self.removed).unsqueeze(1))
+        return self.head(hidden), *results
+
+
+class Extend(nn.Module):
+    """More tokens on filled caches -> (logits [B, 1, vocab],): a decoding step, a text prompt, a later turn of text.
+
+    ids: int64 [B, s], right-padded; last: int64 [B], which of the s is each sequence's last; length: int64 [B], tokens before
+    them as layer 0 counts them; position: int64 [B] of the first of them; removed: int64 [groups, B], rows that each group of
+    layers lacks; then the caches, updated in place. A decoder rewritten otherwise returns its new rows behind the logits.
+    """
+
+    def __init__(self, family: Family, decoder: fx.GraphModule):
+        super().__init__()
+        self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
+        self.dims = family.position_dims
+
+    def forward(
+        self, ids: Tensor, last: Tensor, length: Tensor, position: Tensor, removed: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
+        batch, count = ids.shape
+        positions = position.unsqueeze(1) + torch.arange(count, device=ids.device)
+        positions = positions.expand(self.dims, batch, count)
+        hidden, *rows = self.decoder(self.embedding(ids), positions, length, removed, *caches)
+        return self.head(take_rows(hidden, last.unsqueeze(1))), *rows
+
+
+def _behind(counts: Sequence[int], lead: int) -> list[int]:
+    """Where the counted rows stand if `lead` others stand before those of each count."""
+    columns: list[int] = []
+    start = 0
+    for count in counts:
+        columns += range(start + lead, start + lead + count)
+        start += lead + count
+    return columns
