@@ -98,6 +98,8 @@ class Remembered(programs.Programs):
     """Programs that are exported once for all tests of a process: they depend on the key alone, and nobody changes them."""
 
     export_vision = _once("export_vision")
+    export_tower = _once("export_tower")
+    export_select = _once("export_select")
     export_prefill = _once("export_prefill")
     export_extend = _once("export_extend")
 

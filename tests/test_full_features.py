@@ -9,7 +9,7 @@ import models
 import pytest
 import reference_llava as book
 import torch
-from models import IMAGE, PATCHES
+from models import IMAGE, PATCHES, slow
 from reference_turns import Conversation
 from torch import Tensor
 
@@ -69,7 +69,7 @@ def test_dense_is_the_stock_model(images: int) -> None:
     torch.testing.assert_close(torch.cat(ours.logits), torch.cat(theirs.logits), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["eager", slow("onnxruntime")])
 def test_pruned_is_what_stock_layers_give_when_pruned_by_hand(backend: str) -> None:
     fast = models.optimize(stock(), CONFIG, backend=backend)
     for images in (1, 2):

@@ -51,12 +51,16 @@ PROMPTS: dict[str, Any] = {f"{height}x{width}": ([(height, width)], True) for he
 PROMPTS |= {"two images": ([(40, 100), (168, 150)], True), "two in one tile each": ([(40, 100), (56, 56)], False)}
 
 
-@BOTH
-@pytest.mark.parametrize("prompt", PROMPTS)
+# LLaVA-NeXT cuts every image into tiles.
+PAIRS = pytest.mark.parametrize(
+    "name, prompt",
+    [(name, prompt) for name in ("next", "onevision") for prompt, (_, alone) in PROMPTS.items() if alone or name != "next"],
+)
+
+
+@PAIRS
 def test_dense_is_the_stock_model(name: str, prompt: str) -> None:
     sizes, alone = PROMPTS[prompt]
-    if name == "next" and not alone:
-        pytest.skip("LLaVA-NeXT cuts every image into tiles")
     ids, given = request(name, sizes, len(sizes), alone)
     stock = tiled.model(name)
     ours = generate(optimized(name, ViTCoPConfig.dense()), ids, given, 16)
@@ -90,12 +94,9 @@ def assert_as_told(out: Any, ids: list[int], given: dict[str, Any], told: TiledC
             torch.testing.assert_close(ours[0, :, : theirs.shape[2]], theirs[0], atol=NEAR, rtol=0)
 
 
-@BOTH
-@pytest.mark.parametrize("prompt", PROMPTS)
+@PAIRS
 def test_pruned_is_what_stock_layers_give_when_pruned_by_hand(name: str, prompt: str) -> None:
     sizes, alone = PROMPTS[prompt]
-    if name == "next" and not alone:
-        pytest.skip("LLaVA-NeXT cuts every image into tiles")
     ids, given = request(name, sizes, len(sizes), alone)
     told = TiledConversation(tiled.model(name), by_the_book)
     assert_as_told(generate(optimized(name), ids, given, 3), ids, given, told)

@@ -116,7 +116,7 @@ def test_other_language_models(name: str, language: str) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("backend", [slow("inductor"), "onnxruntime"])
+@pytest.mark.parametrize("backend", [slow("inductor"), slow("onnxruntime")])
 def test_backends_say_what_eager_says(name: str, backend: str) -> None:
     ids, given = request(name, [(168, 150)], 4)
     ours, eager = generate(optimized(name, CONFIG, backend), ids, given, 4), generate(optimized(name), ids, given, 4)

@@ -227,9 +227,10 @@ class Schedule:
         last_full = stage.layer if stage and stage.side == "encoder" else shape.feature_layer
         flops = 0
         for segment, kept in zip(self.layout, self.segment_tokens, strict=True):
-            full, fewer = shape.patches + shape.prefix_tokens, kept + shape.prefix_tokens
+            patches = shape.patches if shape.packed else segment.candidates
+            full, fewer = patches + shape.prefix_tokens, kept + shape.prefix_tokens
             layers = (_encoder_flops(shape, full if i <= last_full else fewer) for i in range(shape.feature_layer + 1))
-            flops += segment.tiles * (2 * shape.patches * shape.patch_features * shape.vision_hidden + sum(layers))
+            flops += segment.tiles * (2 * patches * shape.patch_features * shape.vision_hidden + sum(layers))
             projected = kept * segment.taps + shape.lead
             flops += 2 * projected * (shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden)
         return flops
