@@ -231,10 +231,10 @@ class CompiledModel(GenerationMixin):
                     f"input_ids holds {ids.shape[1]} tokens and the cache has seen {seen}: pass the whole conversation with "
                     "something new at its end"
                 )
-            before = tuple((ids[:, :seen] == self._host.token_id).sum(1).tolist())
-            if before != cache.placeholders:
+            found = tuple((ids[:, :seen] == self._host.token_id).sum(1).tolist())
+            if found != cache.placeholders:
                 raise InputError(
-                    f"the part of input_ids that the cache has seen holds {before} image tokens, it was told of "
+                    f"the part of input_ids that the cache has seen holds {found} image tokens, it was told of "
                     f"{cache.placeholders}: some processors cut an image into fewer tiles once others join it; pass the new "
                     "ids alone with a mask of the whole conversation, or the conversation without a cache"
                 )
