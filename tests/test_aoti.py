@@ -122,7 +122,7 @@ def test_weights_are_the_models_own(built, model):
 def test_what_does_not_fit_never_reaches_the_program(built, change, words):
     _, ahead = built("1/9")
     rows = tuple(32 + tokens + 64 for tokens in ahead.schedule.group_tokens())
-    program = ahead.on_demand.prefill(1, 32, 1, rows)
+    program = ahead.on_demand.prefill(1, 32, ahead.schedule, rows)
     inputs = list(ahead.programs.prefill_inputs(1, 32, 1, rows))
     assert inputs[0].shape == (1, 51) and len(program(*inputs)) == 1 + 2
     with pytest.raises(InputError, match=words):
