@@ -14,6 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch.export import ExportedProgram
 
 from ..errors import ConfigError, UnsupportedError
+from ..host import Host
 from ..schedule import Schedule
 from .contract import LEAST_TEXT, check_programs
 from .manifest import NAME, ImageInput, Manifest, ProgramSpec, file_digest
@@ -58,11 +59,7 @@ def export(
         raise UnsupportedError(
             f"opset={opset} has no bfloat16 convolution: choose opset {_BFLOAT16_OPSET} or later, or float16"
         )
-    if not model.host.fixed:
-        raise UnsupportedError(
-            f"{type(model.model).__name__} packs its images from tiles, whose programs a folder does not hold yet: serve it "
-            "with optimize(), of which backend='onnxruntime' needs no compiler either"
-        )
+    check_images(model.host, type(model.model).__name__)
     model.check_weights()
     target = Path(output_dir)
     finish: Callable[[Path, Manifest, Progress], Manifest] | None = None
@@ -108,6 +105,15 @@ def export(
             manifest = finish(folder, manifest, progress)
         _seal(folder, manifest)
     return target
+
+
+def check_images(host: Host, name: str) -> None:
+    """Raises UnsupportedError for images that are packed from tiles."""
+    if not host.fixed:
+        raise UnsupportedError(
+            f"{name} packs its images from tiles, whose programs a folder does not hold yet: serve it with optimize(), of "
+            "which backend='onnxruntime' needs no compiler either"
+        )
 
 
 def _programs(

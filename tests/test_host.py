@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,13 @@ import tiled
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlavaNextConfig, LlavaOnevisionConfig, Qwen2Config
+from transformers import LlamaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2Config
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from typer.testing import CliRunner
 
 from vitcop_compile import ConfigError, InputError, UnsupportedError, ViTCoPConfig
+from vitcop_compile.cli import app
 from vitcop_compile.families.registry import host_of
 from vitcop_compile.provider import candidate_bucket, tile_bucket
 from vitcop_compile.schedule import resolve
@@ -144,3 +147,45 @@ def test_a_mean_of_tokens_is_that_of_the_whole_image() -> None:
     assert abs(schedule.mean_visual_tokens() - 320) < 20
     with pytest.raises(ConfigError, match="exceeds the 2880 patches"):
         resolve(ViTCoPConfig.for_mean_tokens(3000), host.shape, host.layout_of(672, 672))
+
+
+# Commands
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Path:
+    """A folder with a configuration of LLaVA-NeXT, and no weights."""
+    config = LlavaNextConfig(text_config=LlamaConfig(vocab_size=32064), architectures=["LlavaNextForConditionalGeneration"])
+    config.save_pretrained(tmp_path / "next")
+    return tmp_path / "next"
+
+
+def test_explain_of_an_image_by_its_size(configured: Path) -> None:
+    """1344 pixels wide, 896 high: the overview and two tiles by two of 672 x 672, a band of each cut off."""
+    said = run("explain", "--model", configured, "--image-size", "1344x896", "--text-tokens", 10).output
+    layout = HOSTS["next"].layout_of(896, 1344)
+    assert [segment.grid for segment in layout] == [(1, 24, 24), (1, 32, 48)]
+    assert "10 text tokens + 32 protected tokens + 2112 patches of 2 segments, 32 layers" in said
+    assert "by layer 22: keep 176 + 464" in said
+    twice = run("explain", "--model", configured, "--image-size", "1344x896", "--image-size", "336x336").output
+    assert "patches of 4 segments" in twice
+    assert "576 patches" in run("explain", "--image-size", "10x10").output
+
+
+@pytest.mark.parametrize("size", ["1344", "x", "10x", "axb", "-1x5", "0x5"])
+def test_a_size_that_is_none(size: str) -> None:
+    done = run("explain", f"--image-size={size}")
+    assert done.exit_code == 2 and size.replace("0x5", "5x0") in done.output
+
+
+def test_commands_for_one_size_refuse_others_before_loading(configured: Path, tmp_path: Path) -> None:
+    for command, words in (
+        (("export", "--model", configured, "--output-dir", tmp_path / "out"), "whose programs a folder does not hold yet"),
+        (("demo", "--model", configured), "which the demo cannot draw"),
+    ):
+        done = run(*command)
+        assert done.exit_code == 2 and words in " ".join(done.output.split())

@@ -20,7 +20,7 @@ from ..errors import ConfigError, InputError
 from ..export import EngineModel, FolderError, export
 from ..export.manifest import DTYPES
 from ..export.staging import check_target
-from ..export.writer import FORMATS, check_options
+from ..export.writer import FORMATS, check_images, check_options
 from ..pipeline import optimize
 from .shared import (
     PRESET_NAMES,
@@ -154,6 +154,7 @@ def _check_before_loading(asked: _Asked) -> None:
     """Everything that can be refused before gigabytes of weights are loaded for nothing."""
     check_target(asked.output_dir)
     host = model_host(asked.model)
+    check_images(host, f"--model {asked.model}")
     schedule = asked.config.schedule(host.shape, host.layout)
     numbers = (asked.batch_size, asked.max_text_len, asked.max_new_tokens)
     check_options(schedule, asked.format, *numbers, asked.prompt_buckets, asked.opset)
