@@ -250,8 +250,10 @@ def test_a_read_inside_a_program_or_at_the_entry_is_seen(monkeypatch: pytest.Mon
     broken = compare.broken_promises("subject", before | {"reads": found}, "eager")
     assert [(failure.what, failure.found) for failure in broken] == [("reads.program", "1")]
 
-    align = turn.align
-    monkeypatch.setattr(turn, "align", lambda ids, *rest: (ids.max().item(), align(ids, *rest))[1])
+    see = turn.see
+    monkeypatch.setattr(
+        turn, "see", lambda provider, images, *rest: (images.pixels.max().item(), see(provider, images, *rest))[1]
+    )
     assert facts.count_reads(optimized, REQUEST, exported()) == before["reads"] | {"entry": before["reads"]["entry"] + 1}
 
 

@@ -27,12 +27,19 @@ class Prompt(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a turn holds, by sample, on the host: the number of its images and their segments, and tokens that are no
-    candidates for pruning: text, and the protected tokens of images."""
+    """What a turn holds, by sample, on the host.
+
+    images: the number of its images; layouts: their segments; text: tokens that are no candidates for pruning, protected
+    tokens of images among them; words int64 [B, T], real and placeholder bool [B, T]: the ids, and which of them are tokens
+    and placeholders.
+    """
 
     images: tuple[int, ...]
     layouts: tuple[Layout, ...]
     text: tuple[int, ...]
+    words: np.ndarray
+    real: np.ndarray
+    placeholder: np.ndarray
 
 
 def read(
@@ -64,7 +71,7 @@ def read(
     layouts = tuple(tuple(segment for i in images_of for segment in images[i]) for images_of in own)
     candidates = [sum(segment.candidates for segment in layout) for layout in layouts]
     text = tuple(all_ - count for all_, count in zip(total, candidates, strict=True))
-    return Reading(tuple(map(len, own)), layouts, text)
+    return Reading(tuple(map(len, own)), layouts, text, words, real, placeholder)
 
 
 def assign(counts: Sequence[int], sizes: Sequence[int], fixed: int | None = None) -> list[int]:
@@ -107,6 +114,9 @@ def assign(counts: Sequence[int], sizes: Sequence[int], fixed: int | None = None
 
 def _check_whole(placeholder: np.ndarray, real: np.ndarray, sizes: list[int]) -> None:
     """Raises InputError if a token that is no placeholder stands between two of one image. Pads are no tokens."""
+    at = placeholder.nonzero()[0]
+    if at[-1] - at[0] == len(at) - 1:  # nothing at all stands between them
+        return
     slot = real.cumsum()[placeholder]
     apart = slot[1:] != slot[:-1] + 1
     apart[np.cumsum(sizes)[:-1] - 1] = False
@@ -118,12 +128,11 @@ def _check_whole(placeholder: np.ndarray, real: np.ndarray, sizes: list[int]) ->
 
 class Places(NamedTuple):
     """The P placeholders of a sample. stays: bool [P], those that no selection is asked about; special: bool [P], protected
-    ones that are tokens of their own, None without; candidates: int64 [N], the others, or None if the first of each segment
-    can stand for those that are kept."""
+    ones that are tokens of their own; candidates: int64 [N], the others."""
 
     stays: Tensor
-    special: Tensor | None
-    candidates: Tensor | None
+    special: Tensor
+    candidates: Tensor
 
 
 @lru_cache(maxsize=256)
@@ -133,55 +142,84 @@ def places_of(schedule: Schedule, device: torch.device) -> Places:
     special: list[bool] = []
     candidates: list[int] = []
     lead = schedule.shape.lead
-    plain = all(len(segment.protected) == lead for segment in schedule.layout)
-    for segment, kept in zip(schedule.layout, schedule.segment_tokens, strict=True):
-        own = segment.offsets()
-        candidates += [len(stays) + offset for offset in own]
-        first = set(own[:kept]) if plain else set()
+    for segment in schedule.layout:
+        candidates += [len(stays) + offset for offset in segment.offsets()]
         protected = set(segment.protected)
-        stays += [offset in protected or offset in first for offset in range(segment.tokens)]
+        stays += [offset in protected for offset in range(segment.tokens)]
         special += [offset in protected and offset >= lead for offset in range(segment.tokens)]
-    return Places(
-        torch.tensor(stays, device=device),
-        torch.tensor(special, device=device) if any(special) else None,
-        None if plain else torch.tensor(candidates, device=device),
-    )
+    return Places(*(torch.tensor(values, device=device) for values in (stays, special, candidates)))
 
 
-def align(ids: Tensor, mask: Tensor, token_id: int, schedule: Schedule, kept: Tensor | None, rows: int) -> Prompt:
+@lru_cache(maxsize=256)
+def _standing(schedule: Schedule) -> np.ndarray | None:
+    """bool [P]: the placeholders of a sample whose rows those that stay can take, whichever stay; None if that cannot be
+    told, as protected tokens stand between candidates."""
+    stays: list[bool] = []
+    lead = schedule.shape.lead
+    for segment, kept in zip(schedule.layout, schedule.segment_tokens, strict=True):
+        if len(segment.protected) != lead:
+            return None
+        stays += [True] * (lead + kept) + [False] * (segment.tokens - lead - kept)
+    return np.array(stays, dtype=bool)
+
+
+def align(
+    reading: Reading,
+    samples: Sequence[int],
+    token_id: int,
+    schedule: Schedule,
+    kept: Tensor | None,
+    rows: int,
+    device: torch.device,
+) -> Prompt:
     """Drops pads and the placeholders of tokens that are not kept, and right-pads to `rows`.
 
-    ids: int64 [B, T]; mask: bool [B, T], of samples of one `schedule`; kept: int64 [B, n], the candidates that stay, counted
-    through all segments, None where all do. A protected token that the encoder does not know, such as a line break, becomes
-    the id behind the vocabulary. Tensor operations only, and no index leaves its tensor, whatever the ids are.
+    samples: those of `reading` to align, all of one `schedule`; kept: int64 [B, n], the candidates that stay, counted through
+    all segments, None where all do. Rows do not depend on which candidates stay, unless protected tokens stand between them:
+    the host tells them then, where a device would need some thirty small kernels.
+    """
+    stays = _standing(schedule)
+    if stays is None:
+        ids, mask = (torch.from_numpy(values[samples]).to(device) for values in (reading.words, reading.real))
+        return _align_among(ids, mask, token_id, schedule, kept, rows)
+    batch, spliced = len(samples), int(stays.sum())
+    ids = np.zeros((batch, rows), dtype=np.int64)
+    visual = np.empty((batch, spliced), dtype=np.int64)
+    last = np.empty(batch, dtype=np.int64)
+    for row, sample in enumerate(samples):
+        placeholder, stay = reading.placeholder[sample], reading.real[sample]
+        if spliced:
+            stay = stay.copy()
+            stay[placeholder] = stays
+            spots = placeholder[stay]
+            visual[row] = spots.nonzero()[0]
+        words = reading.words[sample][stay]
+        ids[row, : len(words)] = words
+        last[row] = len(words) - 1
+    np.put_along_axis(ids, visual, 0, axis=1)
+    return Prompt(*(torch.from_numpy(values).to(device, non_blocking=True) for values in (ids, last, visual)))
+
+
+def _align_among(ids: Tensor, mask: Tensor, token_id: int, schedule: Schedule, kept: Tensor | None, rows: int) -> Prompt:
+    """`align` where protected tokens stand among the candidates: on the device, as `kept` is.
+
+    A protected token that the encoder does not know, such as a line break, becomes the id behind the vocabulary. Tensor
+    operations only, and no index leaves its tensor, whatever the ids are.
     """
     vocab, spliced = schedule.shape.vocab, schedule.image_tokens + schedule.shape.lead * len(schedule.layout)
+    places = places_of(schedule, ids.device)
     placeholder = (ids == token_id) & mask
-    special = None
-    if schedule.layout:
-        places = places_of(schedule, ids.device)
-        stays = places.stays
-        rank = (placeholder.cumsum(1) - 1).clamp(0, stays.shape[0] - 1)
-        if places.candidates is None:
-            stays = stays[rank]
-        else:
-            batch = ids.shape[0]
-            chosen = places.candidates if kept is None else places.candidates[kept]
-            chosen = chosen.expand(batch, -1)
-            stays = stays.expand(batch, -1).scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool)).gather(1, rank)
-        mask = mask & (~placeholder | stays)
-        placeholder = placeholder & mask
-        ids = ids.masked_fill(placeholder, 0)
-        if places.special is not None:
-            special = placeholder & places.special[rank]
-            placeholder = placeholder & ~special
-    words = ids.clamp(0, vocab - 1)
-    if special is not None:
-        words = words.masked_fill(special, vocab)
+    rank = (placeholder.cumsum(1) - 1).clamp(0, places.stays.shape[0] - 1)
+    chosen = (places.candidates if kept is None else places.candidates[kept]).expand(ids.shape[0], -1)
+    stays = places.stays.expand(ids.shape[0], -1).scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool)).gather(1, rank)
+    mask = mask & (~placeholder | stays)
+    special = placeholder & mask & places.special[rank]
+    placeholder = placeholder & mask & ~special
+    words = ids.masked_fill(placeholder, 0).clamp(0, vocab - 1).masked_fill(special, vocab)
     slot = (mask.cumsum(1) - 1).clamp(0, rows - 1)
     out = ids.new_zeros(ids.shape[0], rows + 1)
     out = out.scatter(1, torch.where(mask, slot, rows), words)[:, :rows]
-    visual = slot.gather(1, compact(placeholder, spliced)[0]) if schedule.layout else slot[:, :0]
+    visual = slot.gather(1, compact(placeholder, spliced)[0])
     last = (mask.sum(1) - 1).clamp(0, rows - 1)
     return Prompt(out.contiguous(), last, visual)
 

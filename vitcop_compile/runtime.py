@@ -317,7 +317,6 @@ class CompiledModel(GenerationMixin):
         real = check_mask(_of_turn(mask, length, cache), ids)
         layouts = () if images is None else images.layouts
         reading = read(ids, real, host.token_id, self._vocab, layouts, self._fixed, beams)
-        ids, real = ids.to(self.device), real.to(self.device)
         if images is not None:
             self._check_pixels(images.pixels, cache)
         found = {layout: self.schedule_of(layout) for layout in set(reading.layouts)}
@@ -332,9 +331,9 @@ class CompiledModel(GenerationMixin):
         plan = provider.plan(ask)
         if not cache.filled or plan.rows != cache.rows:
             shapes = self.schedule.cache_shapes(batch, plan.rows)
-            like = ids.new_empty((), dtype=self.dtype)
+            like = torch.empty((), dtype=self.dtype, device=self.device)
             cache.take(self._pool.lend(cache, shapes, plan.rows, like), clear=() in reading.layouts)
-        turn = Turn(ids, real, images, reading, schedules, plan.text, filled=seen > 0, beams=beams)
+        turn = Turn(images, reading, schedules, plan.text, filled=seen > 0, beams=beams)
         with cache.unless_it_fails():
             logits = run_turn(provider, turn, cache)
         removed = [[tokens[0] - tokens[group] for tokens in visual] for group in range(len(plan.rows))]

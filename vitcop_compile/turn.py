@@ -18,12 +18,9 @@ from .vision import Seen, gather, see
 
 
 class Turn(NamedTuple):
-    """ids int64 [B, T] and mask bool [B, T], which say what is new; images: its images, None without; reading: what that is;
-    schedules: of every sample; text: text rows of the programs; filled: whether the caches hold an earlier turn; beams:
-    samples in a row that are one prompt."""
+    """images: those that are new, None without; reading: what is new; schedules: of every sample; text: text rows of the
+    programs; filled: whether the caches hold an earlier turn; beams: samples in a row that are one prompt."""
 
-    ids: Tensor
-    mask: Tensor
     images: Images | None
     reading: Reading
     schedules: tuple[Schedule, ...]
@@ -54,8 +51,7 @@ def run_turn(provider: Any, turn: Turn, cache: PrunedCache) -> Tensor:
     found: list[tuple[list[int], Tensor, Selection]] = []
     for at in alike.values():
         part = Part(buffers, at)
-        inputs = turn._replace(ids=turn.ids[at], mask=turn.mask[at])
-        logits, chosen = _run_alike(provider, turn.schedules[at[0]], inputs, part, seen, at)
+        logits, chosen = _run_alike(provider, turn.schedules[at[0]], turn, part, seen, at)
         part.put_back()
         found.append((at, logits.clone(), chosen))
     order = torch.tensor([sample for at, *_ in found for sample in at]).argsort().to(buffers.length.device)
@@ -68,11 +64,12 @@ def _run_alike(
     provider: Any, schedule: Schedule, turn: Turn, buffers: Buffers | Part, seen: Seen | None, samples: list[int]
 ) -> tuple[Tensor, Selection]:
     """(logits [B, 1, vocab], what stayed) of `samples` of one schedule, whose caches are `buffers`."""
-    batch = turn.ids.shape[0]
+    batch = len(samples)
     tokens = turn.text + schedule.image_tokens
     own = gather(seen, [sample // turn.beams for sample in samples]) if seen is not None and schedule.layout else None
     kept = None if own is None or own.kept is None else _through(own.kept, schedule)
-    prompt = align(turn.ids, turn.mask, provider.host.token_id, schedule, kept, tokens)
+    device = buffers.length.device
+    prompt = align(turn.reading, samples, provider.host.token_id, schedule, kept, tokens, device)
     length, position, removed = buffers.length, buffers.position, buffers.removed
     if not turn.filled:
         buffers.reset()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+
 import torch
 from torch import Tensor, nn
 
@@ -19,50 +22,64 @@ class Weights:
         self._model = model
         self._copied = copied
         self._contents = [
-            (contents, len(contents), path)
+            (contents, dict(contents), path)
             for path, module in model.named_modules()
             for contents in (module._parameters, module._buffers, module._modules)
         ]
-        self._children = [
-            (module._modules, name, child) for _, module in model.named_modules() for name, child in module._modules.items()
-        ]
-        self._tensors = [
-            (contents, name, tensor, _address(tensor), _dtype(tensor))
-            for module in model.modules()
-            for contents in (module._parameters, module._buffers)
-            for name, tensor in contents.items()
-        ]
+        held = [value for contents, _, _ in self._contents for value in contents.values()]
+        self._tensors = [value for value in held if isinstance(value, Tensor)]
+        self._dicts, self._held = [contents for contents, _, _ in self._contents], held
+        self._addresses, self._dtypes = self._places()
         self._versions = self._sum_of_versions()
 
     def check(self) -> None:
         """Raises UnsupportedError, naming what differs, for a model that programs no longer follow. Reads no value.
 
         Noticed are parameters, buffers and modules that were added, removed or replaced (`load_state_dict(assign=True)`, an
-        adapter), and those that were moved or converted. Some tens of microseconds for a model of 7B.
+        adapter), and those that were moved or converted. It runs before every prompt, so its loops are Python's own.
         """
-        for contents, size, path in self._contents:
-            if len(contents) != size:
-                self._refuse(f"{path or 'the model itself'} has gained or lost parameters, buffers or modules")
-        for children, name, child in self._children:
-            if children.get(name) is not child:
-                self._refuse(f"module {self._path(children, name)} was replaced")
-        for contents, name, tensor, address, dtype in self._tensors:
-            if contents.get(name) is not tensor:
-                self._refuse(f"{self._path(contents, name)} was replaced")
-            if _address(tensor) != address or _dtype(tensor) != dtype:
-                self._refuse(f"{self._path(contents, name)} was moved or converted")
+        now = itertools.chain.from_iterable(map(dict.values, self._dicts))
+        if sum(map(len, self._dicts)) != len(self._held) or not all(map(operator.is_, now, self._held)):
+            if self._places()[1] != self._dtypes:  # a conversion replaces buffers too
+                self._refuse_places()
+            self._refuse_contents()
+        elif self._places() != (self._addresses, self._dtypes):
+            self._refuse_places()
         if self._copied and self._sum_of_versions() != self._versions:
             self._refuse("weights were changed in place, and the programs of this backend hold copies")
 
-    def _sum_of_versions(self) -> int:
-        tensors = (tensor for _, _, tensor, *_ in self._tensors if tensor is not None)
-        return sum(tensor._version for tensor in tensors if not tensor.is_inference())
+    def _places(self) -> tuple[list[int], list[torch.dtype]]:
+        """Of every tensor, where its values are and what type they have."""
+        try:
+            addresses = list(map(Tensor.data_ptr, self._tensors))
+        except RuntimeError:  # some have no values, as fake tensors
+            addresses = list(map(_address, self._tensors))
+        return addresses, list(map(operator.attrgetter("dtype"), self._tensors))
 
-    def _path(self, contents: dict, name: str) -> str:
-        for path, module in self._model.named_modules():
-            if any(contents is held for held in (module._parameters, module._buffers, module._modules)):
-                return f"{path}.{name}".lstrip(".")
-        return name
+    def _refuse_contents(self) -> None:
+        for contents, before, path in self._contents:
+            if contents.keys() != before.keys():
+                self._refuse(f"{path or 'the model itself'} has gained or lost parameters, buffers or modules")
+            for name, value in before.items():
+                if contents[name] is not value:
+                    what = "module " if isinstance(value, nn.Module) else ""
+                    self._refuse(f"{what}{path}.{name} was replaced".replace(" .", " ").lstrip("."))
+
+    def _refuse_places(self) -> None:
+        addresses, dtypes = self._places()
+        for tensor, *pairs in zip(self._tensors, zip(addresses, self._addresses), zip(dtypes, self._dtypes)):
+            if any(now != before for now, before in pairs):
+                self._refuse(f"{self._path(tensor)} was moved or converted")
+
+    def _path(self, tensor: Tensor) -> str:
+        for contents, before, path in self._contents:
+            for name in before:
+                if before[name] is tensor:
+                    return f"{path}.{name}".lstrip(".")
+        return "a tensor"
+
+    def _sum_of_versions(self) -> int:
+        return sum(tensor._version for tensor in self._tensors if not tensor.is_inference())
 
     def _refuse(self, what: str) -> None:
         raise UnsupportedError(
@@ -70,13 +87,9 @@ class Weights:
         )
 
 
-def _dtype(tensor: Tensor | None) -> torch.dtype | None:
-    return None if tensor is None else tensor.dtype
-
-
-def _address(tensor: Tensor | None) -> int:
+def _address(tensor: Tensor) -> int:
     """Where the values are; 0 where there are none, as on meta and in fake tensors."""
     try:
-        return 0 if tensor is None else tensor.data_ptr()
+        return tensor.data_ptr()
     except RuntimeError:
         return 0
