@@ -88,7 +88,7 @@ def export(
             config=model.pruning_config,
             shape=schedule.shape,
             image=ImageInput(model.host.token_id, model.host.pixel_shape, schedule.shape.patches),
-            position_dims=model.programs.family.position_dims,
+            position_dims=model.programs.family.shape.position_dims,
             dtype=str(model.dtype).removeprefix("torch."),
             batch_size=batch_size,
             max_text_len=max_text_len,
@@ -109,7 +109,7 @@ def export(
 
 def check_images(host: Host, name: str) -> None:
     """Raises UnsupportedError for images that are packed from tiles."""
-    if not host.fixed:
+    if host.shape.packed:
         raise UnsupportedError(
             f"{name} packs its images from tiles, whose programs a folder does not hold yet: serve it with optimize(), of "
             "which backend='onnxruntime' needs no compiler either"

@@ -12,6 +12,7 @@ from ..errors import RewriteError
 from ..ops.indexing import compact, take_rows
 from ..policies import POLICIES, Site
 from ..schedule import Stage
+from .raw_key import raw_key
 from .token_axis import anchors, content_beside, finish, layer_exit, output_node, placeholder, reroute
 
 
@@ -90,8 +91,10 @@ def _by_segment(
             owner = torch.cat([torch.full((count,), i, device=at.device) for i, count in enumerate(incoming)])
             held = tuple(values * len(incoming) + owner for values in held)
         if chosen.tap is not None:
-            wired["score"], wired["features"] = chosen.tap(given["query"], given["key"], given["scale"], site.get("prefix", 0))
-        choice = chosen.choose(Site(at=at, state=held, blocks=blocks or 1, **wired, **site), kept, **options)
+            wired["score"] = chosen.tap(given["query"], given["key"], given["scale"], site.get("prefix", 0), None)
+            wired["features"] = given["key"].transpose(1, 2).flatten(2)
+        sizes = (size // blocks,) * blocks if blocks else incoming
+        choice = chosen.choose(Site(at=at, state=held, blocks=blocks or 1, sizes=sizes, **wired, **site), kept, **options)
         index, rows = choice.index, choice.rows
         kept_state = tuple(values.gather(1, index) for values in held) + choice.state
         batch = visual.shape[0]
@@ -171,8 +174,10 @@ def prune(
             "incoming": incoming,
             "tokens": stage.tokens,
             "options": {name: of_one(value) for name, value in stage.options},
-            "site": site or {},
+            "site": (site or {}) | ({"centered": True} if stage.keys == "centered" else {}),
         }
+        if stage.keys != "rotated" and wired[1] is not None:
+            wired[1] = raw_key(graph, anchors(graph)[_scored(stage)])
         with graph.inserting_after(cut):
             arguments = (cut, visual, state, *wired, scale if "scale" in policy.needs else None)
             pruned = graph.call_function(prune_tokens, arguments, settings)  # type: ignore[arg-type]

@@ -120,14 +120,14 @@ def test_images_that_cannot_be_are_refused(case: str) -> None:
     changed, words = REFUSED[case]
     given = tiled.images("next", (56, 56)) | changed
     with pytest.raises(InputError, match=None) as error:
-        host_of(tiled.model("next").config).read(given, torch.device("cpu"), torch.float32)
+        host_of(tiled.model("next").config).read(given, torch.zeros(1, 1).long(), torch.device("cpu"), torch.float32)
     assert words in str(error.value)
 
 
 def test_the_number_of_images_is_that_of_their_sizes() -> None:
     given = tiled.images("onevision", (56, 56)) | {"batch_num_images": torch.tensor([2])}
     with pytest.raises(InputError, match="counts 2 images, image_sizes 1"):
-        host_of(tiled.model("onevision").config).read(given, torch.device("cpu"), torch.float32)
+        host_of(tiled.model("onevision").config).read(given, torch.zeros(1, 1).long(), torch.device("cpu"), torch.float32)
 
 
 def test_variants_that_are_not_captured_are_refused() -> None:

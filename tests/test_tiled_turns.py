@@ -102,7 +102,7 @@ def test_beams_see_images_once_and_say_what_stock_beams_say(name: str) -> None:
     ours, theirs = (generate(model, ids, given, 6, num_beams=2) for model in (fast, stock))
     assert ours.sequences.tolist() == theirs.sequences.tolist()
     towers = [key for key in fast.compiled if key[0] == "tower"]
-    assert ("tower", given["pixel_values"].flatten(2).any(2).sum().item()) in towers
+    assert ("tower", given["pixel_values"].flatten(2).any(2).sum().item(), tiled.GRID**2) in towers
 
 
 @pytest.mark.parametrize("name, language", [("next", "mistral"), slow("next", "qwen2"), slow("onevision", "mistral")])
@@ -189,7 +189,9 @@ def test_no_program_has_an_operation_that_waits_or_a_symbol(name: str) -> None:
     schedule = programs.schedule_of(layout)
     assert schedule.vision is not None and schedule.vision.side == "merge"
     exported = [programs.export_tower(5), programs.export_prefill(2, 40, layout)]
-    exported += [programs.export_select(5, 2, 64, segment.taps, schedule.vision.of_segment(1)) for segment in layout]
+    exported += [
+        programs.export_select(5, tiled.GRID**2, 2, 64, segment.taps, schedule.vision.of_segment(1)) for segment in layout
+    ]
     for program in exported:
         assert not program.range_constraints
         targets = {str(node.target) for node in program.graph.nodes}

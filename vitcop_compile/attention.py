@@ -2,7 +2,8 @@
 
 `vitcop::attention` is registered with transformers' AttentionInterface, so a stock model traces to one such node per layer,
 whose arguments are the layer's rotated queries, keys and values. The name is absent from transformers' mask registry:
-no mask is built, and causality stays an attribute of the node instead of a [tokens, tokens] tensor.
+no mask is built, and causality stays an attribute of the node instead of a [tokens, tokens] tensor. It holds the word
+"flash", by which encoders of packed images decide to attend to all of them in one call.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from .errors import UnsupportedError
 
-ANCHOR_NAME = "vitcop"
+ANCHOR_NAME = "vitcop_flash"
 # The window that the model being traced states: an anchor has none, so no prompt may be longer.
 _WINDOW: ContextVar[int | None] = ContextVar("window", default=None)
 
 
 @torch.library.custom_op("vitcop::attention", mutates_args=())
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
-    """Scaled dot-product attention. query [B, heads, s, hd], key and value [B, kv_heads, s, hd] -> [B, heads, s, hd]."""
-    return sdpa(query, key, value, scale, causal).clone()
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, real: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention. query [B, heads, s, hd], key and value [B, kv_heads, s, hd] -> [B, heads, s, hd].
+
+    real: bool [B, s], the keys that are no padding; None is all.
+    """
+    return sdpa(query, key, value, scale, causal, real).clone()
 
 
 @attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, real: Tensor | None = None) -> Tensor:
     return torch.empty_like(query)
 
 
@@ -55,7 +59,17 @@ def _interface(
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     causal = bool(getattr(module, "is_causal", False))
-    return torch.ops.vitcop.attention(query, key, value, float(scale), causal).transpose(1, 2), None
+    segments = kwargs.get("cu_seq_lens_q")
+    if segments is None:
+        return torch.ops.vitcop.attention(query, key, value, float(scale), causal).transpose(1, 2), None
+    if segments.dtype != torch.bool or segments.dim() != 2:
+        raise UnsupportedError(
+            "the model packs sequences of its own into one: only those of encoders whose family declares them are captured"
+        )
+    # In place of boundaries a family hands bool [segments, rows]: which rows of equally long segments are no padding.
+    q, k, v = (tensor[0].unflatten(1, segments.shape).transpose(0, 1) for tensor in (query, key, value))
+    out = torch.ops.vitcop.attention(q, k, v, float(scale), causal, segments)
+    return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
 
 
 AttentionInterface.register(ANCHOR_NAME, _interface)
@@ -97,10 +111,12 @@ def anchored(*modules: torch.nn.Module, window: int | None = None) -> Iterator[N
             config._attn_implementation = name
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Tensor:
-    """Prefill or encoder attention through torch's fused kernels; causality is a flag, no mask exists."""
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, real: Tensor | None = None) -> Tensor:
+    """Prefill or encoder attention through torch's fused kernels; causality is a flag, and no mask exists but for the padding
+    of packed encoders, `real` bool [B, s]."""
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped)
+    mask = None if real is None else real[:, None, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def sdpa_cached(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:

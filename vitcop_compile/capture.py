@@ -20,11 +20,12 @@ _BATCH, _TOKENS = 2, 11
 @dataclass(frozen=True)
 class Capture:
     """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [dims, B, t]) -> [B, t, D], with B and t symbolic.
+    An encoder of images of any size is none: `capture_encoder` traces it at the sizes of a program.
 
     Parameters are the model's own. Graphs are copied before they are rewritten; a capture is never changed.
     """
 
-    encoder: fx.GraphModule
+    encoder: fx.GraphModule | None
     decoder: fx.GraphModule
 
 
@@ -33,9 +34,17 @@ def capture(family: Family, model: PreTrainedModel) -> Capture:
     parameter = next(model.parameters())
     pixels = parameter.new_zeros(_BATCH, _TOKENS, family.shape.vision_hidden)
     embeddings = parameter.new_zeros(_BATCH, _TOKENS, family.shape.hidden)
-    positions = torch.arange(_TOKENS, device=parameter.device).repeat(family.position_dims, _BATCH, 1)
+    positions = torch.arange(_TOKENS, device=parameter.device).repeat(family.shape.position_dims, _BATCH, 1)
     with tracing(family.encoder, family.decoder), anchored(family.encoder, family.decoder, window=family.shape.window):
-        return Capture(_trace(family.encoder, pixels), _trace(family.decoder, embeddings, positions))
+        encoder = None if family.host.tables else _trace(family.encoder, pixels)
+        return Capture(encoder, _trace(family.decoder, embeddings, positions))
+
+
+def capture_encoder(family: Family, patches: torch.Tensor, *tables: torch.Tensor) -> fx.GraphModule:
+    """The encoder at the sizes of patches [T, p, C], real bool [T, p] and what else its host's `tables` say of them."""
+    with tracing(family.encoder), anchored(family.encoder):
+        program = torch.export.export(family.encoder, (patches, *tables), strict=False)
+    return program.module(check_guards=False)
 
 
 def _trace(module: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:

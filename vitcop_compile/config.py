@@ -15,6 +15,7 @@ from .schedule import ModelShape, Schedule, Stage, resolve
 FORMAT_VERSION = 2
 REFERENCE_LAYERS = 32
 _REFERENCE_PAIR = (2, 22)
+_PUBLISHED_VISION_LAYER = -2
 _LARGEST = 2**53
 
 # ViTCoP, table of settings: name -> (vision_ratio, center_ratio, retention).
@@ -54,7 +55,10 @@ class ViTCoPConfig:
     scale_layers: True / False forces or forbids that scaling; None decides as described.
     deep_divisor: deep budget = round(shallow budget / deep_divisor).
     positions: "published": after the deep stage a token's position is its index in the sequence that enters that stage, as
-        in the published code; "original": every token keeps the position it entered the language model with.
+        in the published code; "original": every token keeps the position it entered the language model with. None is
+        "published" where a position is one number, and "original" elsewhere.
+    keys: whose norms score tokens in the decoder: "rotated", as attention meets them (the published code), "raw", before
+        rotation and norms of heads, "centered", raw without the mean of their segment. None is what suits the family.
     density_width, reach: kernel width and spatial reach (in units of the image side) of the density-peaks clustering.
     mean_tokens: overall target as mean visual tokens per layer, in place of `retention`.
     budgets: explicit token counts per stage, in place of any target; a tuple is read as Budgets(*tuple). They are those of a
@@ -69,11 +73,12 @@ class ViTCoPConfig:
     vision_ratio: float = 0.5
     center_ratio: float = 0.18
     retention: float | None = None
-    vision_layer: int = -2
+    vision_layer: int = _PUBLISHED_VISION_LAYER
     shallow_layer: int = 2
     deep_layer: int = 22
     deep_divisor: float = 5
-    positions: Literal["published", "original"] = "published"
+    positions: Literal["published", "original"] | None = None
+    keys: Literal["rotated", "raw", "centered"] | None = None
     density_width: float = 8.0
     reach: float = 0.6
     mean_tokens: float | None = None
@@ -108,7 +113,9 @@ class ViTCoPConfig:
             _integer(name, getattr(self, name))
         if self.deep_divisor < 1:
             raise ConfigError(f"deep_divisor={self.deep_divisor} is below 1: the deep stage cannot keep more tokens")
-        if self.positions not in ("published", "original"):
+        if self.keys not in (None, "rotated", "raw", "centered"):
+            raise ConfigError(f"keys={self.keys!r} is unknown: use 'rotated', 'raw' or 'centered'")
+        if self.positions not in (None, "published", "original"):
             raise ConfigError(f"positions={self.positions!r} is unknown: use 'published' or 'original'")
         if self.scope not in ("per_image", "pooled"):
             raise ConfigError(f"scope={self.scope!r} is unknown: use 'per_image' or 'pooled'")
@@ -191,11 +198,18 @@ class ViTCoPConfig:
             pairs = zip(layout, tokens, strict=True)
             kept = [self._decoder_tokens(shape, (segment,), count, shallow, deep) for segment, count in pairs]
         clustering = (("centers", centers), ("density_width", self.density_width), ("reach", self.reach))
-        positions = "index" if self.positions == "published" else "kept"
+        flat = shape.position_dims == 1
+        if self.positions == "published" and not flat:
+            raise ConfigError(
+                f"positions='published' counts tokens anew, and this model's positions have {shape.position_dims} coordinates: "
+                "use 'original'"
+            )
+        positions = "index" if self.positions == "published" or (self.positions is None and flat) else "kept"
+        keys = self.keys or shape.keys
         return (
             Stage("merge" if shape.packed else "encoder", self._vision_layer(shape), shape.saliency, tokens, clustering),
-            Stage("decoder", shallow, "merge_by_cluster", tuple(merged for merged, _ in kept)),
-            Stage("decoder", deep, "keep_lowest", tuple(last for _, last in kept), positions=positions),
+            Stage("decoder", shallow, "merge_by_cluster", tuple(merged for merged, _ in kept), keys=keys),
+            Stage("decoder", deep, "keep_lowest", tuple(last for _, last in kept), positions=positions, keys=keys),
         )
 
     def _vision_tokens(self, segment: Segment, multiple: int) -> int:
@@ -247,6 +261,14 @@ class ViTCoPConfig:
 
     def _vision_layer(self, shape: ModelShape) -> int:
         layer = self.vision_layer if self.vision_layer >= 0 else shape.vision_layers + self.vision_layer
+        scored = shape.scored_layers
+        if scored and layer not in scored:
+            if self.vision_layer != _PUBLISHED_VISION_LAYER:
+                raise ConfigError(
+                    f"vision_layer={self.vision_layer} is layer {layer}, in which patches attend within windows and cannot be "
+                    f"compared: choose one of {', '.join(map(str, scored))}, or leave it at its default"
+                )
+            layer = max((i for i in scored if i <= layer), default=scored[0])
         if not 0 <= layer <= shape.feature_layer:
             raise ConfigError(
                 f"vision_layer={self.vision_layer} is layer {layer} of {shape.vision_layers}, but the model reads its "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +19,8 @@ from .schedule import ModelShape
 @dataclass(frozen=True)
 class Pack:
     """Where the N candidates of a segment come from. index: int64 [N, taps], patches of its image counted through the image's
-    tiles; weight: fp32 [N, taps], None where there is one tap; places: fp32 [N, 2], (row, column) in units of the longer side
-    of the segment's grid."""
+    tiles; weight: fp32 [N, taps], None where nothing is blended; places: fp32 [N, 2], (row, column) in units of the longer
+    side of the segment's grid."""
 
     index: Tensor
     weight: Tensor | None
@@ -26,13 +28,33 @@ class Pack:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """How the patches of one input of an encoder of any size lie in it. order: int64 [slots], the row of its pixels that each
+    slot takes, -1 for padding; tables: what the encoder must know of each slot, [slots, ...]."""
+
+    order: Tensor
+    tables: tuple[Tensor, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of pixels."""
+        return int((self.order >= 0).sum())
+
+
+@dataclass(frozen=True)
 class Images:
-    """The images of a request, in order. pixels: [tiles, channels, height, width] of all of them; layouts: the segments of
-    each; packs: those of each segment, () where an image is one tile as it is."""
+    """The images and videos of a request, in the order of the prompt.
+
+    pixels: [tiles, channels, height, width] of all of them, or [patches, features] of tiles that `cut` describes; layouts: the
+    segments of each image; packs: those of each segment, () where an image is one tile as it is; cut: of every tile, () where
+    all are alike; about: of each image, whatever its family's positions depend on.
+    """
 
     pixels: Tensor
     layouts: tuple[Layout, ...]
     packs: tuple[tuple[Pack, ...], ...] = ()
+    cut: tuple[Tile, ...] = ()
+    about: tuple[Any, ...] = ()
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -48,15 +70,28 @@ class Images:
         """Some of the images."""
         if list(index) == list(range(len(self.layouts))):
             return self
-        parts = self.pixels.split(self.tiles)
-        packs = tuple(self.packs[i] for i in index) if self.packs else ()
-        return Images(torch.cat([parts[i] for i in index]), tuple(self.layouts[i] for i in index), packs)
+        own = _split(range(sum(self.tiles)), self.tiles)
+        rows = [sum(self.cut[tile].rows for tile in tiles) for tiles in own] if self.cut else self.tiles
+        parts = self.pixels.split(list(rows))
+
+        def chosen(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[i] for i in index) if values else ()
+
+        cut = tuple(self.cut[tile] for i in index for tile in own[i]) if self.cut else ()
+        pixels = torch.cat([parts[i] for i in index])
+        return Images(pixels, chosen(self.layouts), chosen(self.packs), cut, chosen(self.about))
+
+
+def _split(values: Sequence[int], counts: Sequence[int]) -> list[Sequence[int]]:
+    ends = list(itertools.accumulate(counts))
+    return [values[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 class Host(Protocol):
     """The images of one family.
 
-    shape: the model's numbers; token_id: that of an image's placeholders; pixel_shape: of one input of the encoder; inputs:
+    shape: the model's numbers; token_id: that of an image's placeholders; token_ids: of those of images and videos;
+    pixel_shape: of one input of the encoder, or of one row of it; tables: shape and type of each slot's `Tile.tables`; inputs:
     the names of what a processor gives for images, pixels first; fixed: whether all images have one layout.
     """
 
@@ -67,7 +102,13 @@ class Host(Protocol):
     def token_id(self) -> int: ...
 
     @property
+    def token_ids(self) -> tuple[int, ...]: ...
+
+    @property
     def pixel_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def tables(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]: ...
 
     @property
     def inputs(self) -> tuple[str, ...]: ...
@@ -84,20 +125,37 @@ class Host(Protocol):
         """That of an image of so many pixels, in a prompt of so many images. Raises InputError for sizes below 1."""
         ...
 
-    def read(self, given: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Images:
-        """The images of a request, checked. Raises InputError."""
+    def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
+        """The images of a request with `ids` int64 [B, T], checked. Raises InputError."""
+        ...
+
+    def blank(self, layouts: Sequence[Layout], device: torch.device, dtype: torch.dtype) -> Images:
+        """Black images of given layouts, one each: a request to warm programs up with."""
+        ...
+
+    def positions(self, words: np.ndarray, about: Sequence[Any]) -> np.ndarray:
+        """int64 [dims, T]: of the tokens `words` int64 [T] of one sample with images `about` which that is, from 0 on. Asked
+        where positions have several coordinates."""
         ...
 
 
 @dataclass(frozen=True)
 class FixedImages:
-    """Images of one size: each is one input of the encoder, and its tokens are the encoder's."""
+    """Images of one size: each is one input of the encoder, and its tokens are the encoder's, or made of these as `pack`
+    says."""
 
     shape: ModelShape
     token_id: int
     pixel_shape: tuple[int, ...]
     inputs: tuple[str, ...] = ("pixel_values",)
+    pack: Pack | None = field(default=None, compare=False)
     fixed = True
+    tables = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """One."""
+        return (self.token_id,)
 
     @property
     def layout(self) -> Layout:
@@ -109,24 +167,40 @@ class FixedImages:
         check_size(height, width)
         return self.layout
 
-    def read(self, given: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Images:
+    def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
         """The images of `pixel_values` [images, channels, height, width]."""
         pixels = check_pixels(given["pixel_values"], self.pixel_shape, device, dtype)
-        return Images(pixels, (self.layout,) * pixels.shape[0])
+        packs = () if self.pack is None else ((self.pack,),) * pixels.shape[0]
+        return Images(pixels, (self.layout,) * pixels.shape[0], packs)
+
+    def blank(self, layouts: Sequence[Layout], device: torch.device, dtype: torch.dtype) -> Images:
+        """As `Host.blank`."""
+        return blank(layouts, self, device, dtype)
+
+    def positions(self, words: np.ndarray, about: Sequence[Any]) -> np.ndarray:
+        """One after another."""
+        return np.arange(len(words))[None]
 
 
 def blank(layouts: Sequence[Layout], host: Host, device: torch.device, dtype: torch.dtype) -> Images:
-    """Black images of given layouts, one each: a request to warm programs up with."""
+    """Black images of whole tiles."""
     tiles = sum(segment.tiles for layout in layouts for segment in layout)
-    packs = () if host.fixed else tuple(tuple(_any_pack(segment) for segment in layout) for layout in layouts)
+    blended, packed = host.shape.group == 1, host.shape.packed
+    packs = tuple(tuple(_any_pack(segment, blended) for segment in layout) for layout in layouts) if packed else ()
     return Images(torch.zeros(tiles, *host.pixel_shape, device=device, dtype=dtype), tuple(layouts), packs)
 
 
-def _any_pack(segment: Segment) -> Pack:
+def _any_pack(segment: Segment, blended: bool) -> Pack:
     count = segment.candidates
     index = torch.zeros(count, segment.taps, dtype=torch.int64)
-    weight = torch.full((count, segment.taps), 1 / segment.taps) if segment.taps > 1 else None
+    weight = torch.full((count, segment.taps), 1 / segment.taps) if segment.taps > 1 and blended else None
     return Pack(index, weight, torch.zeros(count, 2))
+
+
+def grid_places(rows: int, columns: int) -> Tensor:
+    """fp32 [rows * columns, 2]: the places of a grid's candidates, as a `Pack` has them."""
+    order = torch.arange(rows * columns)
+    return torch.stack((order // columns, order % columns), 1).float() / max(rows, columns)
 
 
 def check_size(height: int, width: int) -> None:

@@ -15,7 +15,7 @@ from .backends import Program, backend_of, writing_rows
 from .cache import PrunedCache
 from .config import ViTCoPConfig
 from .errors import InputError
-from .host import Host, blank
+from .host import Host
 from .layout import Layout
 from .program_cache import ProgramCache, bytes_of
 from .programs import Programs
@@ -36,9 +36,9 @@ _ROWS = 256
 class CompiledOnDemand:
     """Provides programs through a backend, one for every batch size and bucket that comes up. `compiled` holds them by key.
 
-    Keys: ("vision", images), ("tower", tiles), ("select", tiles, segments, candidates, taps, stage), ("prefill", batch, text
-    rows, visual tokens, cache rows, filled), ("extend", batch, tokens, cache rows), with the rows of the caches by group of
-    layers and visual tokens as in `Schedule.key`.
+    Keys: ("vision", images), ("tower", tiles, slots), ("select", tiles, slots, segments, candidates, taps, stage), ("prefill",
+    batch, text rows, visual tokens, cache rows, filled), ("extend", batch, tokens, cache rows), with the rows of the caches by
+    group of layers and visual tokens as in `Schedule.key`.
     """
 
     def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int], program_bytes: int):
@@ -49,7 +49,7 @@ class CompiledOnDemand:
         self._worker: Worker | None = None
         family, parameter = programs.family, next(programs.family.head.parameters())
         self.host = family.host
-        self.position_dims = family.position_dims
+        self.position_dims = family.shape.position_dims
         self.device, self.dtype = parameter.device, parameter.dtype
 
     @property
@@ -95,13 +95,15 @@ class CompiledOnDemand:
         """The vision program for so many images."""
         return self._get(("vision", images), lambda: self.programs.export_vision(images, self.backend.exact))
 
-    def tower(self, tiles: int) -> Callable[..., Any]:
-        """The tower program for so many tiles."""
-        return self._get(("tower", tiles), lambda: self.programs.export_tower(tiles))
+    def tower(self, tiles: int, slots: int) -> Callable[..., Any]:
+        """The tower program for so many tiles of so many patches."""
+        return self._get(("tower", tiles, slots), lambda: self.programs.export_tower(tiles, slots))
 
-    def select(self, tiles: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Callable[..., Any]:
+    def select(
+        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None
+    ) -> Callable[..., Any]:
         """The program that selects from segments that are alike."""
-        key = (tiles, segments, candidates, taps, stage)
+        key = (tiles, slots, segments, candidates, taps, stage)
         return self._get(("select", *key), lambda: self.programs.export_select(*key, self.backend.exact))
 
     def prefill(
@@ -164,7 +166,7 @@ class OptimizedModel(CompiledModel):
 
     def __repr__(self) -> str:
         made = [key[0] for key in self.compiled]
-        seeing = ("vision",) if self._host.fixed else ("tower", "select")
+        seeing = ("vision",) if not self._host.shape.packed else ("tower", "select")
         kinds = ", ".join(f"{made.count(kind)} {kind}" for kind in (*seeing, "prefill", "extend"))
         tokens = f"{self.schedule.patches} to {self.schedule.mean_visual_tokens():.1f} visual tokens"
         return (
@@ -228,7 +230,7 @@ class OptimizedModel(CompiledModel):
             raise InputError("the weights are on the meta device, which holds no values: load the model to warm it up")
         host = self.host
         each = [host.layout] * images if layouts is None else list(layouts)
-        given = blank(each * batch_size, host, self.device, self.dtype) if each else None
+        given = host.blank(each * batch_size, self.device, self.dtype) if each else None
         counts = [sum(segment.tokens for segment in layout) for layout in each]
         protected = sum(len(segment.protected) for layout in each for segment in layout)
         ids = torch.ones(batch_size, max(1, text_tokens - protected), dtype=torch.int64, device=self.device)

@@ -19,11 +19,12 @@ class Site:
     for itself, n: candidates of one of them. Fields that the policy does not need are None.
 
     at: int64 [b, n], the candidates' rows among the t rows of their sample; hidden: [b, n, D], what leaves the layer before;
-    query, key, value: [B, heads, t, hd] of that layer, with `scale` on its logits; score, features: [b, n] and [b, prefix + n,
-    K], what the policy's `tap` made of these; state: what the policies before left behind, each [b, n]; blocks: the n
-    candidates are those of so many segments, equally many each, one after another; prefix: rows before the first candidate;
-    grid: (rows, columns) of the candidates of an unpruned segment; places: [b, n, 2], in units of its longer side, None where
-    they follow from the grid; exact: whether there is float64.
+    query, key, value: [B, heads, t, hd] of that layer, with `scale` on its logits; centered: whether norms of keys are those
+    of their distance from the mean of their segment; sizes: of the segments that the n candidates are of; score, features: [b,
+    n] and [b, prefix + n, K], what the policy's `tap` made of these, and the keys; state: what the policies before left
+    behind, each [b, n]; blocks: the n candidates are those of so many segments, equally many each, one after another; prefix:
+    rows before the first candidate; grid: (rows, columns) of the candidates of an unpruned segment; places: [b, n, 2], in
+    units of its longer side, None where they follow from the grid; exact: whether there is float64.
     """
 
     at: Tensor
@@ -32,6 +33,8 @@ class Site:
     key: Tensor | None = None
     value: Tensor | None = None
     scale: float | None = None
+    centered: bool = False
+    sizes: tuple[int, ...] = ()
     score: Tensor | None = None
     features: Tensor | None = None
     state: tuple[Tensor, ...] = ()
@@ -46,6 +49,15 @@ class Site:
         batch = values.shape[0]
         return values.gather(1, self.at.reshape(batch, -1)).reshape(self.at.shape)
 
+    def key_norms(self) -> Tensor:
+        """fp32 [b, n]: the norm of each candidate's key, by which small is important."""
+        assert self.key is not None
+        if not self.centered:
+            return self.candidates(key_norm(self.key))
+        keys = take_rows(self.key.float().mean(1), self.at.reshape(self.key.shape[0], -1))
+        parts = keys.reshape(*self.at.shape, -1).split(self.sizes or self.at.shape[1], dim=1)
+        return torch.linalg.vector_norm(torch.cat([part - part.mean(1, keepdim=True) for part in parts], 1), dim=-1)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -57,14 +69,15 @@ class Choice:
     state: tuple[Tensor, ...] = ()
 
 
-Tap = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+Tap = Callable[[Tensor, Tensor, float, int, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class Policy:
     """choose(site, budget, **options) -> Choice; needs: the fields of `Site` beside `at` and `state` that it looks at;
-    tap(query, key, scale, prefix) -> (score, features): all that it looks at of a layer, so that it can choose later, once the
-    candidates have been put together; merges: whether it returns `rows`; adds: how many tensors it adds to the state."""
+    tap(query, key, scale, prefix, real) -> score: all that it looks at of a layer beside the keys, so that it can choose
+    later, once the candidates have been put together; merges: whether it returns `rows`; adds: how many tensors it adds to the
+    state."""
 
     choose: Callable[..., Choice]
     needs: frozenset[str]
@@ -89,17 +102,13 @@ def register(
     return add
 
 
-def tap_cls(query: Tensor, key: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
-    """Attention of the CLS token, and keys [B, t, heads * hd]."""
-    return cls_saliency(query, key, scale, prefix), key.transpose(1, 2).flatten(2)
+def tap_cls(query: Tensor, key: Tensor, scale: float, prefix: int, real: Tensor | None) -> Tensor:
+    """Attention of the CLS token. No encoder that has one pads its rows."""
+    assert real is None
+    return cls_saliency(query, key, scale, prefix)
 
 
-def tap_received(query: Tensor, key: Tensor, scale: float, prefix: int) -> tuple[Tensor, Tensor]:
-    """Attention that each patch receives, and keys [B, t, heads * hd]."""
-    return attention_received(query, key, scale, prefix), key.transpose(1, 2).flatten(2)
-
-
-@register("attention_received", tap=tap_received, adds=1)
+@register("attention_received", tap=attention_received, adds=1)
 @register("cls_attention", tap=tap_cls, adds=1)
 def keep_salient(site: Site, budget: int, *, centers: int, density_width: float, reach: float) -> Choice:
     """Keeps the patches of most attention, and clusters them by their keys (ViTCoP, vision stage)."""
@@ -113,8 +122,8 @@ def keep_salient(site: Site, budget: int, *, centers: int, density_width: float,
 @register("merge_by_cluster", "hidden", "key", merges=True)
 def merge_clusters(site: Site, budget: int) -> Choice:
     """Keeps each cluster's most important tokens and merges its others (ViTCoP, shallow stage). State: the clusters."""
-    assert site.hidden is not None and site.key is not None
-    saliency, (labels, *_) = site.candidates(key_norm(site.key)), site.state
+    assert site.hidden is not None
+    saliency, (labels, *_) = site.key_norms(), site.state
     rows, index = merge_by_cluster(site.hidden, saliency, labels, budget, site.blocks)
     return Choice(index, rows)
 
@@ -122,8 +131,7 @@ def merge_clusters(site: Site, budget: int) -> Choice:
 @register("keep_lowest", "key")
 def keep_least_norm(site: Site, budget: int) -> Choice:
     """Keeps the tokens of least key norm (ViTCoP, deep stage)."""
-    assert site.key is not None
-    return Choice(keep_lowest(site.candidates(key_norm(site.key)), budget))
+    return Choice(keep_lowest(site.key_norms(), budget))
 
 
 def patch_positions(index: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -19,8 +19,8 @@ Program = Callable[..., Any]
 # What the numbers of a key are, by its kind.
 FIELDS = {
     "vision": ("images",),
-    "tower": ("tiles",),
-    "select": ("tiles", "segments", "candidates", "taps", "stage"),
+    "tower": ("tiles", "slots"),
+    "select": ("tiles", "slots", "segments", "candidates", "taps", "stage"),
     "prefill": ("batch", "text rows", "visual tokens", "cache rows", "filled"),
     "extend": ("batch", "tokens", "cache rows"),
 }

@@ -26,35 +26,37 @@ class Vision(nn.Module):
 
 
 class Tower(nn.Module):
-    """pixels [T, channels, height, width] -> (patches [T, p, C],), and with a vision stage score [T, p], features [T, p,
-    K]."""
+    """pixels [T, channels, height, width], or [T, p, features] with real bool [T, p] and tables [T, p, ...] -> (patches [T, p,
+    C],), and with a vision stage score [T, p], features [T, p, K]."""
 
     def __init__(self, family: Family, encoder: fx.GraphModule):
         super().__init__()
         self.patches, self.encoder = family.patches, encoder
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.encoder(self.patches(pixels)))
+    def forward(self, pixels: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.encoder(self.patches(pixels, *tables), *tables))
 
 
 class Select(nn.Module):
     """What a tower says, and where the candidates of S segments come from -> (features [S, n, D], kept int64 [S, n], state
     [S, n]...); without a stage, all features alone.
 
-    index: int64 [S, N, taps], patches of all tiles, -1 in rows of padding; weight: fp32 [S, N, taps], if there are several
-    taps; places: fp32 [S, N, 2], if there is a stage. Only what is kept goes through the projector. With several taps it does
-    so before it is blended, as in the stock models.
+    index: int64 [S, N, taps], patches of all tiles, -1 in rows of padding; weight: fp32 [S, N, taps], if taps are blended;
+    places: fp32 [S, N, 2], if there is a stage. Only what is kept goes through the projector: before it is blended, as in the
+    stock models, or as groups [.., taps, C] that the projector makes one token of each. A group's score and features are the
+    means of its patches'.
     """
 
     def __init__(self, family: Family, stage: Stage | None, taps: int, exact: bool):
         super().__init__()
-        self.projector, self.stage, self.taps, self.exact = family.projector, stage, taps, exact
+        self.projector, self.stage, self.exact = family.projector, stage, exact
+        self.blended = taps > 1 and family.shape.group == 1
 
     def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         if self.stage is None:
-            return (self._project(hidden, rest[0], rest[1] if self.taps > 1 else None),)
+            return (self._project(hidden, rest[0], rest[1] if self.blended else None),)
         score, features, index, *given = rest
-        weight, places = (given[0] if self.taps > 1 else None), given[-1]
+        weight, places = (given[0] if self.blended else None), given[-1]
         real = index[..., 0] >= 0
         index = index.clamp_min(0)
         scores = _blend(score.flatten(), index, weight)
@@ -71,20 +73,21 @@ class Select(nn.Module):
         return self._project(hidden, take_rows(index, kept), weight), kept, *choice.state
 
     def _project(self, hidden: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
-        rows = hidden.flatten(0, 1).index_select(0, index.flatten()).reshape(index.shape[0], -1, hidden.shape[-1])
-        projected = self.projector(rows)
+        rows = hidden.flatten(0, 1).index_select(0, index.flatten()).reshape(*index.shape, hidden.shape[-1])
         if weight is None:
-            return projected
-        parts = projected.reshape(*index.shape, -1)
+            return self.projector(rows.squeeze(2))
+        parts = self.projector(rows.flatten(1, 2)).reshape(*index.shape, -1)
         return (parts * weight.unsqueeze(-1).to(parts.dtype)).sum(2)
 
 
 def _blend(values: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
-    """values [R, ...] at index [S, N, taps], blended by weight: [S, N, ...], in fp32 where there is one. A tap at a time, so
-    that nothing has the taps as an axis."""
+    """values [R, ...] at index [S, N, taps], blended by weight or their mean: [S, N, ...], in fp32 where there are several. A
+    tap at a time, so that nothing has the taps as an axis."""
     taps = [values.index_select(0, index[..., tap].flatten()).unflatten(0, index.shape[:2]) for tap in range(index.shape[2])]
-    if weight is None:
+    if len(taps) == 1:
         return taps[0]
+    if weight is None:
+        return sum((part.float() for part in taps[1:]), taps[0].float()) / len(taps)
     shares = [weight[..., tap].reshape(*index.shape[:2], *(1,) * (values.dim() - 1)) for tap in range(index.shape[2])]
     return sum((part.float() * share for part, share in zip(taps, shares, strict=True)), torch.zeros((), device=values.device))
 
@@ -136,7 +139,7 @@ class Extend(nn.Module):
     def __init__(self, family: Family, decoder: fx.GraphModule):
         super().__init__()
         self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
-        self.dims = family.position_dims
+        self.dims = family.shape.position_dims
 
     def forward(
         self, ids: Tensor, last: Tensor, length: Tensor, position: Tensor, removed: Tensor, *caches: Tensor

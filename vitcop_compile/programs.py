@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .attention import evaluating
-from .capture import Capture
+from .capture import Capture, capture_encoder
 from .errors import RewriteError
 from .families import Family
 from .isolation import tracing
@@ -62,34 +62,45 @@ class Programs:
         """The vision program for so many images; `exact` as in `ops.density_peaks`."""
         schedule = self.schedule
         passes = encoder_passes(schedule, self.attn_implementation, exact)
+        assert self.captured.encoder is not None
         encoder = self._rewrite("encoder", self.captured.encoder, passes, [self._patches(images)])
         program = _export(Vision(self.family, encoder), (self._zeros(images, *self.family.pixel_shape),))
         _expect("vision features", _shapes(program)[0][:2], (images, schedule.image_tokens + schedule.shape.lead))
         return program
 
-    def export_tower(self, tiles: int) -> ExportedProgram:
-        """The tower program for so many tiles."""
+    def export_tower(self, tiles: int, slots: int | None = None) -> ExportedProgram:
+        """The tower program for so many tiles of so many patches, by default those of the one size there is."""
+        family, slots = self.family, slots or self.family.shape.patches
         passes = tower_passes(self.schedule, self.attn_implementation)
-        tower = self._rewrite("tower", self.captured.encoder, passes, [self._patches(tiles)])
-        program = _export(Tower(self.family, tower), (self._zeros(tiles, *self.family.pixel_shape),))
-        _expect("patches", _shapes(program)[0][:2], (tiles, self.family.shape.patches))
+        if self.captured.encoder is not None:
+            encoder, tables = self.captured.encoder, []
+            pixels, patches = self._zeros(tiles, *family.pixel_shape), self._patches(tiles)
+        else:
+            whole = (tiles, slots)
+            tables = [torch.ones(whole, dtype=torch.bool, device=self._device())]
+            tables += [torch.zeros(*whole, *size, dtype=dtype, device=self._device()) for size, dtype in family.host.tables]
+            pixels, patches = self._zeros(*whole, *family.pixel_shape), self._zeros(*whole, family.shape.vision_hidden)
+            encoder = capture_encoder(family, patches, *tables)
+        tower = self._rewrite("tower", encoder, passes, [patches, *tables])
+        program = _export(Tower(family, tower), (pixels, *tables))
+        _expect("patches", _shapes(program)[0][:2], (tiles, slots))
         return program
 
     def export_select(
-        self, tiles: int, segments: int, candidates: int, taps: int, stage: Stage | None, exact: bool = True
+        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None, exact: bool = True
     ) -> ExportedProgram:
-        """The program that selects, or without a `stage` takes all, from so many segments of at most `candidates` tokens each;
-        `exact` as in `ops.density_peaks`."""
+        """The program that selects, or without a `stage` takes all, from so many segments of at most `candidates` tokens each,
+        among tiles of `slots` patches; `exact` as in `ops.density_peaks`."""
         shape = self.family.shape
-        hidden = self._zeros(tiles, shape.patches, shape.vision_hidden)
+        hidden = self._zeros(tiles, slots, shape.vision_hidden)
         index = self._ints(segments, candidates, taps)
         wide = self._parameter().new_zeros
         inputs = [hidden]
         if stage is not None:
             score = wide(hidden.shape[:2], dtype=torch.float32)
-            inputs += [score, torch.zeros_like(hidden)]
+            inputs += [score, self._zeros(tiles, slots, shape.key_features or shape.vision_hidden)]
         inputs.append(index)
-        inputs += [wide(index.shape, dtype=torch.float32)] * (taps > 1)
+        inputs += [wide(index.shape, dtype=torch.float32)] * (taps > 1 and shape.group == 1)
         inputs += [wide((segments, candidates, 2), dtype=torch.float32)] * (stage is not None)
         program = _export(Select(self.family, stage, taps, exact), tuple(inputs))
         _expect("features", _shapes(program)[0][:2], (segments, candidates if stage is None else stage.total))
@@ -190,7 +201,7 @@ class Programs:
         n, lead = schedule.image_tokens, schedule.shape.lead * len(schedule.layout)
         tokens = text + n
         visual = torch.arange(n + lead, device=self._device()).repeat(batch, 1)
-        positions = torch.arange(tokens, device=self._device()).repeat(self.family.position_dims, batch, 1)
+        positions = torch.arange(tokens, device=self._device()).repeat(self.family.shape.position_dims, batch, 1)
         features = self._zeros(batch, n + lead, schedule.shape.hidden)
         state = [torch.zeros_like(visual[:, :n])] * (self.states if schedule.decoder_stages else 0)
         rows = rows or [text + kept for kept in schedule.group_tokens()]
@@ -217,7 +228,7 @@ class Programs:
         if self.dump is None or not inputs:
             return []
         batch, tokens = inputs[0].shape
-        positions = self._ints(self.family.position_dims, batch, tokens)
+        positions = self._ints(self.family.shape.position_dims, batch, tokens)
         embeddings = self._zeros(batch, tokens, self.family.shape.hidden)
         return [embeddings, positions, *(inputs[i] for i in own), *inputs[5:]]
 

@@ -19,11 +19,13 @@ from .schedule import Schedule
 
 class Prompt(NamedTuple):
     """Rows of equal samples: ids int64 [B, rows], right-padded, images at their pruned length; last int64 [B]: row of each
-    last token; visual int64 [B, n]: the rows of the images, empty without one."""
+    last token; visual int64 [B, n]: the rows of the images, empty without one; source int64 [B, rows]: the column that each
+    row comes from, 0 for pads, where positions have to be looked up."""
 
     ids: Tensor
     last: Tensor
     visual: Tensor
+    source: Tensor | None = None
 
 
 class Reading(NamedTuple):
@@ -43,18 +45,24 @@ class Reading(NamedTuple):
 
 
 def read(
-    ids: Tensor, mask: Tensor, token_id: int, vocab: int, images: Sequence[Layout], fixed: int | None = None, beams: int = 1
+    ids: Tensor,
+    mask: Tensor,
+    token_ids: Sequence[int],
+    vocab: int,
+    images: Sequence[Layout],
+    fixed: int | None = None,
+    beams: int = 1,
 ) -> Reading:
     """Reads ids int64 [B, T] with mask bool [B, T], which may be on a device: one copy to the host, before anything is
     launched.
 
-    images: the segments of every image that came with them, which samples take in order, by their placeholders `token_id`;
-    fixed: placeholders of an image, where all have as many; beams: samples in a row that are one prompt, and share its images.
-    Raises InputError for a sample without tokens, ids outside the vocabulary, placeholders that are not those of the images,
-    and text inside an image.
+    images: the segments of every image that came with them, which samples take in order, by their placeholders, which are
+    `token_ids`; fixed: placeholders of an image, where all have as many; beams: samples in a row that are one prompt, and
+    share its images. Raises InputError for a sample without tokens, ids outside the vocabulary, placeholders that are not
+    those of the images, and text inside an image.
     """
     words, real = ids.cpu().numpy(), mask.cpu().numpy()
-    placeholder = (words == token_id) & real
+    placeholder = np.logical_or.reduce([words == token for token in token_ids]) & real
     outside = int((((words < 0) | (words >= vocab)) & real & ~placeholder).sum())
     total, counts = real.sum(1).tolist(), placeholder.sum(1).tolist()
     if not min(total):
@@ -163,6 +171,16 @@ def _standing(schedule: Schedule) -> np.ndarray | None:
     return np.array(stays, dtype=bool)
 
 
+@lru_cache(maxsize=256)
+def _candidates(schedule: Schedule) -> np.ndarray:
+    """int64 [N]: which placeholders of a sample are candidates."""
+    first, found = 0, []
+    for segment in schedule.layout:
+        found += [first + offset for offset in segment.offsets()]
+        first += segment.tokens
+    return np.array(found, dtype=np.int64)
+
+
 def align(
     reading: Reading,
     samples: Sequence[int],
@@ -186,6 +204,7 @@ def align(
     ids = np.zeros((batch, rows), dtype=np.int64)
     visual = np.empty((batch, spliced), dtype=np.int64)
     last = np.empty(batch, dtype=np.int64)
+    source, candidates = np.zeros_like(ids), np.empty((batch, schedule.patches), dtype=np.int64)
     for row, sample in enumerate(samples):
         placeholder, stay = reading.placeholder[sample], reading.real[sample]
         if spliced:
@@ -193,11 +212,19 @@ def align(
             stay[placeholder] = stays
             spots = placeholder[stay]
             visual[row] = spots.nonzero()[0]
+            candidates[row] = placeholder.nonzero()[0][_candidates(schedule)]
         words = reading.words[sample][stay]
         ids[row, : len(words)] = words
+        source[row, : len(words)] = stay.nonzero()[0]
         last[row] = len(words) - 1
     np.put_along_axis(ids, visual, 0, axis=1)
-    return Prompt(*(torch.from_numpy(values).to(device, non_blocking=True) for values in (ids, last, visual)))
+    prompt = Prompt(*(torch.from_numpy(values).to(device, non_blocking=True) for values in (ids, last, visual)))
+    if schedule.shape.position_dims == 1:
+        return prompt
+    found, columns = (torch.from_numpy(values).to(device, non_blocking=True) for values in (source, candidates))
+    if kept is not None:
+        found = found.scatter(1, prompt.visual, columns.gather(1, kept))
+    return prompt._replace(source=found)
 
 
 def _align_among(ids: Tensor, mask: Tensor, token_id: int, schedule: Schedule, kept: Tensor | None, rows: int) -> Prompt:

@@ -41,10 +41,10 @@ class Plan(NamedTuple):
 class Provider(Protocol):
     """Where programs come from: compiled on demand, or loaded from a folder of engines.
 
-    vision(pixels) -> (features, kept, state...) or (features,). Where images are packed from tiles, in its place tower(pixels)
-    -> (patches, score, features) or (patches,), and select of these, index, [weight,] [places] -> as of vision. prefill(ids,
-    last, positions, features, visual, state..., [length, removed,] caches...) -> (logits, index per stage...); extend(ids,
-    last, length, position, removed, caches...) -> (logits,). Caches are updated in place.
+    vision(pixels) -> (features, kept, state...) or (features,). Where images are packed from tiles, in its place tower(pixels
+    [, real, tables...]) -> (patches, score, features) or (patches,), and select of these, index, [weight,] [places] -> as of
+    vision. prefill(ids, last, positions, features, visual, state..., [length, removed,] caches...) -> (logits, index per
+    stage...); extend(ids, last, length, position, removed, caches...) -> (logits,). Caches are updated in place.
     """
 
     position_dims: int
@@ -60,9 +60,11 @@ class Provider(Protocol):
 
     def vision(self, images: int) -> Callable[..., Any]: ...
 
-    def tower(self, tiles: int) -> Callable[..., Any]: ...
+    def tower(self, tiles: int, slots: int) -> Callable[..., Any]: ...
 
-    def select(self, tiles: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Callable[..., Any]: ...
+    def select(
+        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None
+    ) -> Callable[..., Any]: ...
 
     def prefill(
         self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool
@@ -84,6 +86,11 @@ def tile_bucket(tiles: int) -> int:
     asked for."""
     step = 1 << max(0, (tiles - 1).bit_length() - 4)
     return -(-tiles // step) * step
+
+
+def slot_bucket(slots: int, unit: int) -> int:
+    """Patches of a tile that a tower program takes, for one of so many, in steps of `unit` and as `tile_bucket`."""
+    return tile_bucket(-(-slots // unit)) * unit
 
 
 def candidate_bucket(candidates: int) -> int:

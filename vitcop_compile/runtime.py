@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -20,7 +21,7 @@ from .layout import Layout
 from .prompt import check_ids, check_mask, check_vocabulary, finite, read, refuse_pixels
 from .provider import Ask, Provider
 from .schedule import Schedule
-from .turn import Turn, run_turn
+from .turn import Turn, positions_of, run_turn
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
@@ -147,7 +148,7 @@ class CompiledModel(GenerationMixin):
             # What earlier calls returned has been copied out: CUDA graphs may write over it.
             torch.compiler.cudagraph_mark_step_begin()
         with plain():
-            images = self._images(pixel_values, about_images)
+            images = self._images(ids, pixel_values, about_images)
             if held is None or not held.filled:
                 # An empty Cache is falsy.
                 return self._turn(ids, images, attention_mask, PrunedCache() if held is None else held)
@@ -158,11 +159,14 @@ class CompiledModel(GenerationMixin):
                 return self._decode(ids, held)
             return self._turn(ids, images, attention_mask, held)
 
-    def _images(self, pixels: Tensor | Images | None, others: dict[str, Any]) -> Images | None:
+    def _images(self, ids: Tensor, pixels: Tensor | Images | None, others: dict[str, Any]) -> Images | None:
         """The images of a request, read and checked."""
-        if pixels is None or isinstance(pixels, Images):
+        if isinstance(pixels, Images):
             return pixels
-        return self._host.read({self._host.inputs[0]: pixels} | others, self.device, self.dtype)
+        given = {self._host.inputs[0]: pixels} | others
+        if all(value is None for name, value in given.items() if name.startswith("pixel_values")):
+            return None
+        return self._host.read(given, ids, self.device, self.dtype)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with the prompt checked before its loop starts. Raises InputError as `forward` does."""
@@ -205,7 +209,7 @@ class CompiledModel(GenerationMixin):
         rest = {name: kwargs[name] for name in ("use_cache",) if name in kwargs}
         others = {name: kwargs[name] for name in self._host.inputs[1:] if name in kwargs}
         with plain():
-            images = self._images(pixel_values, others)
+            images = self._images(input_ids[:: self._running.beams], pixel_values, others)
         if held is not None and held.filled:
             input_ids, images = self._unseen(input_ids, images, attention_mask, held)
         return {
@@ -231,7 +235,7 @@ class CompiledModel(GenerationMixin):
                     f"input_ids holds {ids.shape[1]} tokens and the cache has seen {seen}: pass the whole conversation with "
                     "something new at its end"
                 )
-            found = tuple((ids[:, :seen] == self._host.token_id).sum(1).tolist())
+            found = tuple(_among(ids[:, :seen], self._host.token_ids).sum(1).tolist())
             if found != cache.placeholders:
                 raise InputError(
                     f"the part of input_ids that the cache has seen holds {found} image tokens, it was told of "
@@ -242,7 +246,7 @@ class CompiledModel(GenerationMixin):
         if images is None:
             return ids, None
         beams = self._running.beams
-        counts, old = (ids[::beams] == self._host.token_id).sum(1).tolist(), cache.images[::beams]
+        counts, old = _among(ids[::beams], self._host.token_ids).sum(1).tolist(), cache.images[::beams]
         number = len(images.layouts)
         if not any(counts) and number == sum(old):
             return ids, None
@@ -316,7 +320,7 @@ class CompiledModel(GenerationMixin):
         beams = getattr(self._running, "beams", 1)
         real = check_mask(_of_turn(mask, length, cache), ids)
         layouts = () if images is None else images.layouts
-        reading = read(ids, real, host.token_id, self._vocab, layouts, self._fixed, beams)
+        reading = read(ids, real, host.token_ids, self._vocab, layouts, self._fixed, beams)
         if images is not None:
             self._check_pixels(images.pixels, cache)
         found = {layout: self.schedule_of(layout) for layout in set(reading.layouts)}
@@ -334,6 +338,9 @@ class CompiledModel(GenerationMixin):
             like = torch.empty((), dtype=self.dtype, device=self.device)
             cache.take(self._pool.lend(cache, shapes, plan.rows, like), clear=() in reading.layouts)
         turn = Turn(images, reading, schedules, plan.text, filled=seen > 0, beams=beams)
+        if host.shape.position_dims > 1 and images is not None:
+            positions, taken = positions_of(host, reading, images.about, beams)
+            turn = turn._replace(positions=positions, taken=taken)
         with cache.unless_it_fails():
             logits = run_turn(provider, turn, cache)
         removed = [[tokens[0] - tokens[group] for tokens in visual] for group in range(len(plan.rows))]
@@ -368,6 +375,11 @@ class CompiledModel(GenerationMixin):
                 f"a prompt of {prompt} rows and {new_tokens} new tokens need {prompt + new_tokens} positions, the model has "
                 f"{limit}: shorten the prompt or lower max_new_tokens"
             )
+
+
+def _among(ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """bool: which ids are one of `tokens`."""
+    return torch.stack([ids == token for token in tokens]).any(0)
 
 
 def _one_cache(past_key_values: Any, cache: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -15,10 +16,13 @@ class ModelShape:
 
     grid and prefix_tokens: of one input of the encoder, patches and what stands before them; lead: how many of the latter the
     language model gets as well; saliency: the policy that scores patches in this encoder; packed: whether the tokens of an
-    image are put together from several inputs of the encoder, so that they are selected behind it; multiple: what the tokens
-    of a segment are rounded up to when they leave the vision stage, so that images of many sizes share programs.
-    window: tokens that a decoder layer attends to, itself included, None for all. Programs attend to all, and a prompt with
-    its new tokens must fit into the window, within which that is the same.
+    image are put together behind the encoder, from several inputs of it or from several patches each, so that they are
+    selected there; group: patches that the projector makes one token of, side by side; key_features: elements of a patch's
+    keys, None if as many as of the patch; multiple: what the tokens of a segment are rounded up to when they leave the vision
+    stage, so that images of many sizes share programs. position_dims: coordinates of a token's position in the decoder; keys:
+    which of its keys norms are taken of by default, see `Stage`; scored_layers: encoder layers in which every patch attends to
+    its whole image, () for all. window: tokens that a decoder layer attends to, itself included, None for all. Programs attend
+    to all, and a prompt with its new tokens must fit into the window, within which that is the same.
     """
 
     layers: int = 32
@@ -39,8 +43,13 @@ class ModelShape:
     max_positions: int = 4096
     window: int | None = None
     lead: int = 0
+    position_dims: int = 1
+    keys: str = "rotated"
+    scored_layers: tuple[int, ...] = ()
     saliency: str = "cls_attention"
     packed: bool = False
+    group: int = 1
+    key_features: int | None = None
     multiple: int = 1
 
     @property
@@ -56,7 +65,8 @@ class ModelShape:
     @property
     def image(self) -> Segment:
         """An image that is one input of the encoder."""
-        return Segment("image", (1, *self.grid), self.patches + self.lead, tuple(range(self.lead)))
+        rows, columns = (side // math.isqrt(self.group) for side in self.grid)
+        return Segment("image", (1, rows, columns), rows * columns + self.lead, tuple(range(self.lead)), taps=self.group)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ class Stage:
     side: "encoder", after its layer `layer`; "merge", behind the encoder, by what that layer says; or "decoder", at the entry
     of that layer; policy: a name in `policies.POLICIES`, with `options` as (name, value) pairs; tokens: what each segment of
     the layout keeps, or one number for all of them together; positions: "kept" if tokens that stay keep their positions,
-    "index" if they take their index in the stage's input.
+    "index" if they take their index in the stage's input; keys: "rotated", as attention meets them, "raw", as their projection
+    leaves them, or "centered", raw without the mean of their segment.
     """
 
     side: str
@@ -75,6 +86,7 @@ class Stage:
     tokens: tuple[int, ...]
     options: tuple[tuple[str, Any], ...] = ()
     positions: str = "kept"
+    keys: str = "rotated"
 
     @property
     def total(self) -> int:

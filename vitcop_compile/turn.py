@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import vision
 from .cache import Buffers, PrunedCache, Selection
-from .host import Images
+from .host import Host, Images
 from .layout import Layout
 from .prompt import Reading, align
 from .schedule import Schedule
@@ -19,7 +20,9 @@ from .vision import Seen, gather, see
 
 class Turn(NamedTuple):
     """images: those that are new, None without; reading: what is new; schedules: of every sample; text: text rows of the
-    programs; filled: whether the caches hold an earlier turn; beams: samples in a row that are one prompt."""
+    programs; filled: whether the caches hold an earlier turn; beams: samples in a row that are one prompt;
+    positions: int64 [dims, B, T], of all tokens, from 0 on; taken: int64 [B], positions that the turn takes; both None where
+    a token's position is its row."""
 
     images: Images | None
     reading: Reading
@@ -27,6 +30,24 @@ class Turn(NamedTuple):
     text: int
     filled: bool
     beams: int = 1
+    positions: np.ndarray | None = None
+    taken: np.ndarray | None = None
+
+
+def positions_of(host: Host, reading: Reading, about: Sequence[Any], beams: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [dims, B, T]: positions of all tokens of a turn, from 0 on, 0 for pads; int64 [B]: how many they take).
+
+    As in the stock models, what follows a turn goes on behind the largest position of it."""
+    batch, columns = reading.words.shape
+    out = np.zeros((host.shape.position_dims, batch, columns), dtype=np.int64)
+    first = 0
+    for sample in range(0, batch, beams):
+        count = reading.images[sample]
+        for beam in range(sample, sample + beams):
+            real = reading.real[beam]
+            out[:, beam, real] = host.positions(reading.words[beam][real], about[first : first + count])
+        first += count
+    return out, out.max((0, 2)) + 1
 
 
 def run_turn(provider: Any, turn: Turn, cache: PrunedCache) -> Tensor:
@@ -77,7 +98,12 @@ def _run_alike(
         program = provider.extend(batch, turn.text, buffers.rows)
         logits, *stages = program(prompt.ids, prompt.last, length, position, removed, *buffers.layers)
     else:
-        positions = position.unsqueeze(1) + torch.arange(tokens, device=position.device)
+        if prompt.source is None:
+            positions = position.unsqueeze(1) + torch.arange(tokens, device=device)
+        else:
+            assert turn.positions is not None
+            dense = torch.from_numpy(turn.positions[:, samples]).to(device, non_blocking=True)
+            positions = position.unsqueeze(1) + dense.gather(2, prompt.source.expand(len(dense), -1, -1))
         positions = positions.expand(provider.position_dims, batch, tokens)
         state = own.state if schedule.decoder_stages else ()
         program = provider.prefill(batch, turn.text, schedule, buffers.rows, turn.filled)
@@ -94,7 +120,8 @@ def _run_alike(
         )
         logits, *stages = program(*given)
     rows = prompt.last + 1
-    torch._foreach_add_([length, position], [rows, rows])
+    taken = rows if turn.taken is None else torch.from_numpy(turn.taken[samples]).to(device, non_blocking=True)
+    torch._foreach_add_([length, position], [rows, taken])
     if schedule.decoder_stages and schedule.layout:
         removed.add_(_removed(schedule, removed))
     return logits, Selection() if own is None else _selection(own, kept, stages)

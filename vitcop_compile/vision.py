@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .host import Images, Pack
-from .provider import candidate_bucket, tile_bucket
+from .provider import candidate_bucket, slot_bucket, tile_bucket
 from .schedule import Schedule, Stage
 
 
@@ -38,17 +38,50 @@ def see(provider: Any, images: Images, counts: Sequence[int], schedules: Sequenc
         part = Part(features, selection[0] if selection else None, tuple(selection[1:]))
         ends = itertools.accumulate(counts)
         return Seen((part,), tuple(tuple((0, i) for i in range(e - n, e)) for e, n in zip(ends, counts, strict=True)))
-    tiles = images.pixels.shape[0]
-    padded = tile_bucket(tiles)
-    pixels = F.pad(images.pixels, (0, 0) * (images.pixels.dim() - 1) + (0, padded - tiles))
-    seen = provider.tower(padded)(pixels)
-    wanted, where = _wanted(images, counts, schedules, seen[0].shape[1])
+    towers, starts = _through_towers(provider, images)
+    wanted, where = _wanted(images, counts, schedules, starts)
     parts = []
-    for (candidates, taps, stage), entries in wanted.items():
-        program = provider.select(padded, len(entries), candidates, taps, stage)
-        features, *selection = program(*seen, *_tables(entries, candidates, stage is not None, pixels.device))
+    for (tower, candidates, taps, stage), entries in wanted.items():
+        seen = towers[tower]
+        tiles, slots = seen[0].shape[:2]
+        program = provider.select(tiles, slots, len(entries), candidates, taps, stage)
+        features, *selection = program(*seen, *_tables(entries, candidates, stage is not None, images.pixels.device))
         parts.append(Part(features, selection[0] if selection else None, tuple(selection[1:])))
     return Seen(tuple(parts), where)
+
+
+def _through_towers(provider: Any, images: Images) -> tuple[list[tuple[Tensor, ...]], list[tuple[int, int]]]:
+    """(what each tower program says, for every image which of them has its tiles, and its first patch among theirs)."""
+    if not images.cut:
+        tiles = images.pixels.shape[0]
+        pixels = F.pad(images.pixels, (0, 0) * (images.pixels.dim() - 1) + (0, tile_bucket(tiles) - tiles))
+        slots = provider.host.shape.patches
+        ends = itertools.accumulate(images.tiles)
+        starts = [(0, (end - count) * slots) for end, count in zip(ends, images.tiles, strict=True)]
+        return [provider.tower(len(pixels), slots)(pixels)], starts
+    sizes = [slot_bucket(len(tile.order), provider.host.unit) for tile in images.cut]
+    rows = list(itertools.accumulate((tile.rows for tile in images.cut), initial=0))
+    towers, at = [], {}
+    for size in dict.fromkeys(sizes):
+        own = [i for i, found in enumerate(sizes) if found == size]
+        at |= {tile: (len(towers), place * size) for place, tile in enumerate(own)}
+        tiles = tile_bucket(len(own))
+        order = [torch.where(images.cut[i].order < 0, -1, images.cut[i].order + rows[i]) for i in own]
+        given = [_stacked(order, tiles, size, -1)]
+        given += [_stacked(tables, tiles, size, 0) for tables in zip(*(images.cut[i].tables for i in own), strict=True)]
+        slot, *tables = (table.to(images.pixels.device) for table in given)
+        pixels = images.pixels.index_select(0, slot.clamp_min(0).flatten()).unflatten(0, slot.shape)
+        towers.append(provider.tower(tiles, size)(pixels, slot >= 0, *tables))
+    firsts = itertools.accumulate(images.tiles, initial=0)
+    return towers, [at[first] for first, _ in zip(firsts, images.layouts)]
+
+
+def _stacked(rows: Sequence[Tensor], tiles: int, slots: int, fill: int) -> Tensor:
+    """Tensors [n, ...] as one [tiles, slots, ...], what is missing filled."""
+    out = rows[0].new_full((tiles, slots, *rows[0].shape[1:]), fill)
+    for place, values in enumerate(rows):
+        out[place, : len(values)] = values
+    return out
 
 
 def gather(seen: Seen, samples: Sequence[int]) -> Part:
@@ -79,18 +112,20 @@ def _rows(values: Tensor, at: list[int]) -> Tensor:
 
 
 def _wanted(
-    images: Images, counts: Sequence[int], schedules: Sequence[Schedule], patches: int
-) -> tuple[dict[tuple[int, int, Stage | None], list[tuple[int, Pack]]], tuple[tuple[tuple[int, int], ...], ...]]:
-    """Segments by the program that selects from them, each with its first patch among all tiles; and where each sample finds
-    its own."""
-    wanted: dict[tuple[int, int, Stage | None], list[tuple[int, Pack]]] = {}
-    where, image, first = [], 0, 0
+    images: Images, counts: Sequence[int], schedules: Sequence[Schedule], starts: list[tuple[int, int]]
+) -> tuple[dict[tuple[int, int, int, Stage | None], list[tuple[int, Pack]]], tuple[tuple[tuple[int, int], ...], ...]]:
+    """Segments by the tower that saw them and the program that selects from them, each with the first patch of its image among
+    all of the tower; and where each sample finds its own."""
+    wanted: dict[tuple[int, int, int, Stage | None], list[tuple[int, Pack]]] = {}
+    where, image = [], 0
     for count, schedule in zip(counts, schedules, strict=True):
         own: list[tuple[int, int]] = []
         stage = schedule.vision
         for _ in range(count):
+            tower, first = starts[image]
             for segment, pack in zip(images.layouts[image], images.packs[image], strict=True):
                 key = (
+                    tower,
                     candidate_bucket(segment.candidates) if stage else segment.candidates,
                     segment.taps,
                     stage.of_segment(len(own)) if stage else None,
@@ -98,7 +133,6 @@ def _wanted(
                 entries = wanted.setdefault(key, [])
                 own.append((list(wanted).index(key), len(entries)))
                 entries.append((first, pack))
-            first += images.tiles[image] * patches
             image += 1
         where.append(tuple(own))
     return wanted, tuple(where)

@@ -72,7 +72,7 @@ class Weights:
                 self._refuse(f"{self._path(tensor)} was moved or converted")
 
     def _path(self, tensor: Tensor) -> str:
-        for contents, before, path in self._contents:
+        for _, before, path in self._contents:
             for name in before:
                 if before[name] is tensor:
                     return f"{path}.{name}".lstrip(".")

@@ -79,7 +79,7 @@ def inputs(model: Any, request: Request, seed: int = 0) -> dict[str, Any]:
     from ..families import family_of
 
     family = family_of(model)
-    if not family.host.fixed:
+    if family.shape.packed:
         raise UnsupportedError(f"{type(model).__name__} has images of many sizes, and is not measured here: use a LLaVA-1.5")
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(3, min(200, family.shape.vocab), (request.batch, request.text_tokens), generator=generator)

@@ -32,7 +32,7 @@ def demo_command(
     with errors_as_lines():
         if model is not None:
             host = model_host(model)  # before gigabytes of weights are loaded for nothing
-            if not host.fixed:
+            if host.shape.packed:
                 raise UnsupportedError(
                     f"--model {model} cuts its images into tiles, which the demo cannot draw: use a LLaVA-1.5"
                 )

@@ -21,10 +21,11 @@ class Family:
     """The stock parts of one model, as callables over its own parameters. C: encoder width, D: decoder width.
 
     host: what the runtime knows of its images. patches(pixels [B, channels, height, width]) -> [B, prefix + patches, C]: the
-    encoder's input tokens. encoder([B, t, C]) -> [B, t, C]: all encoder layers; the passes cut it at `shape.feature_layer`.
-    projector([B, n, C]) -> [B, n, D]. embedding(ids [B, t]) -> [B, t, D], which also knows the id behind the vocabulary where
-    images have protected tokens, such as line breaks, that no encoder makes; decoder(embeddings [B, t, D], positions [dims, B,
-    t]) -> [B, t, D]; head([B, t, D]) -> [B, t, vocab]. position_dims: coordinates of a position.
+    encoder's input tokens. encoder([B, t, C]) -> [B, t, C]: all encoder layers; the passes cut it at `shape.feature_layer`. Of
+    images of any size patches and encoder also take real bool [B, t] and the host's `tables` [B, t, ...] of every slot.
+    projector([B, n, C]), or of groups [B, n, group, C], -> [B, n, D]. embedding(ids [B, t]) -> [B, t, D], which also knows the
+    id behind the vocabulary where images have protected tokens, such as line breaks, that no encoder makes; decoder(embeddings
+    [B, t, D], positions [dims, B, t]) -> [B, t, D]; head([B, t, D]) -> [B, t, vocab].
     """
 
     host: Host
@@ -34,7 +35,6 @@ class Family:
     embedding: nn.Module
     decoder: nn.Module
     head: nn.Module
-    position_dims: int = 1
 
     @property
     def shape(self) -> ModelShape:

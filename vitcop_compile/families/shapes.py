@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..host import Pack, grid_places
 from ..schedule import ModelShape
 
 
@@ -16,18 +20,34 @@ def shape_of(config: Any, encoder: str, element_bytes: int | None = None, **more
     encoder: the model type that its vision config must have. Raises UnsupportedError for another, and for features that are
     not those of one of its layers.
     """
-    vision, text = config.vision_config, config.text_config
+    vision = config.vision_config
     name = type(config).__name__.removesuffix("Config")
     if vision.model_type != encoder:
         raise UnsupportedError(f"{name} with a {vision.model_type} encoder is not supported: {encoder} is")
-    feature = config.vision_feature_layer
+    feature = getattr(config, "vision_feature_layer", -1)
     if not isinstance(feature, int):
         raise UnsupportedError(f"vision_feature_layer={feature!r} is not supported: a single layer is")
     # hidden_states[i] is the output of layer i - 1, hidden_states[0] the input of layer 0.
     feature_layer = feature - 1 if feature >= 0 else vision.num_hidden_layers + feature
     if not 0 <= feature_layer < vision.num_hidden_layers:
         raise UnsupportedError(f"vision_feature_layer={feature} reads no layer of {vision.num_hidden_layers}")
-    side = vision.image_size // vision.patch_size
+    sides = tuple(size // patch for size, patch in zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True))
+    return decoder_numbers(
+        config,
+        element_bytes,
+        grid=sides,
+        vision_layers=vision.num_hidden_layers,
+        feature_layer=feature_layer,
+        vision_hidden=vision.hidden_size,
+        vision_intermediate=vision.intermediate_size,
+        patch_features=vision.num_channels * math.prod(_pair(vision.patch_size)),
+        **more,
+    )
+
+
+def decoder_numbers(config: Any, element_bytes: int | None = None, **more: Any) -> ModelShape:
+    """The numbers of the decoder that `config` describes, with `more` of the fields of `ModelShape`."""
+    text = config.text_config
     heads = text.num_attention_heads
     return ModelShape(
         layers=text.num_hidden_layers,
@@ -37,12 +57,6 @@ def shape_of(config: Any, encoder: str, element_bytes: int | None = None, **more
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab=text.vocab_size,
-        grid=(side, side),
-        vision_layers=vision.num_hidden_layers,
-        feature_layer=feature_layer,
-        vision_hidden=vision.hidden_size,
-        vision_intermediate=vision.intermediate_size,
-        patch_features=vision.num_channels * vision.patch_size**2,
         element_bytes=element_bytes or torch.empty((), dtype=getattr(config, "dtype", None) or torch.float32).element_size(),
         max_positions=text.max_position_embeddings,
         window=getattr(text, "sliding_window", None),
@@ -53,4 +67,20 @@ def shape_of(config: Any, encoder: str, element_bytes: int | None = None, **more
 def pixels_of(config: Any) -> tuple[int, int, int]:
     """The shape of one input of the encoder."""
     vision = config.vision_config
-    return vision.num_channels, vision.image_size, vision.image_size
+    return vision.num_channels, *_pair(vision.image_size)
+
+
+def grouped(shape: ModelShape, merge: Callable[[Tensor], Tensor]) -> Pack:
+    """Which patches each token of an image is made of.
+
+    merge: the model's own, from patches [1, rows, columns, 1] to groups [1, tokens, group], which is asked with patches that
+    say their numbers.
+    """
+    rows, columns = shape.grid
+    numbers = torch.arange(rows * columns, dtype=torch.float64).reshape(1, rows, columns, 1)
+    return Pack(merge(numbers)[0].long(), None, grid_places(*shape.image.grid[1:]))
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return height, width

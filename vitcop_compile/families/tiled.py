@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..host import Images, Pack, check_pixels, check_size
+from ..host import Images, Pack, blank, check_pixels, check_size, grid_places
 from ..layout import Layout, Segment
 from ..schedule import ModelShape
 from .registry import Call
@@ -40,6 +41,12 @@ class TiledImages:
     packing: Packing
     alone: bool = False
     fixed = False
+    tables = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """One."""
+        return (self.token_id,)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -60,7 +67,7 @@ class TiledImages:
         check_size(height, width)
         return _laid(self, height, width, images == 1 or not self.alone)
 
-    def read(self, given: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Images:
+    def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
         """The images of `pixel_values` [images, most tiles, channels, height, width], the tiles of each followed by padding,
         or [tiles, channels, height, width] without it, and `image_sizes` [images, 2], height and width before
         preprocessing."""
@@ -88,6 +95,14 @@ class TiledImages:
             )
         pixels = check_pixels(pixels, self.pixel_shape, device, dtype)
         return Images(pixels, layouts, tuple(packs for _, packs in found))
+
+    def blank(self, layouts: Sequence[Layout], device: torch.device, dtype: torch.dtype) -> Images:
+        """As `Host.blank`."""
+        return blank(layouts, self, device, dtype)
+
+    def positions(self, words: np.ndarray, about: Sequence[Any]) -> np.ndarray:
+        """One after another."""
+        return np.arange(len(words))[None]
 
     def _tiled(self, counts: Any, images: int) -> list[bool]:
         """Whether each image is cut into tiles."""
@@ -150,7 +165,7 @@ def _packed(host: TiledImages, height: int, width: int, cut: bool) -> tuple[Layo
     patches = rows * columns
     tiles = sum(segment.tiles for segment in layout)
     told = _numbers(host, height, width, tiles, as_it_is=True)
-    overview = Pack(told[:patches].long().unsqueeze(1), None, _places(rows, columns))
+    overview = Pack(told[:patches].long().unsqueeze(1), None, grid_places(rows, columns))
     if tiles == 1:
         return layout, (overview,)
     grid = _grid(told[patches:])[:, :-1].long()
@@ -158,7 +173,7 @@ def _packed(host: TiledImages, height: int, width: int, cut: bool) -> tuple[Layo
     if layout[1].taps > 1:
         at = host.packing(_coordinates(grid, tiles * patches).reshape(tiles, patches, 2), (height, width), _breaks(2), False)
         index, weight = _blend(_grid(at[patches:])[:, :-1], grid)
-    return layout, (overview, Pack(index, weight, _places(*layout[1].grid[1:])))
+    return layout, (overview, Pack(index, weight, grid_places(*layout[1].grid[1:])))
 
 
 def _numbers(host: TiledImages, height: int, width: int, tiles: int, as_it_is: bool) -> Tensor:
@@ -200,8 +215,3 @@ def _blend(where: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
             corners.append(grid[at[:, 0], at[:, 1]])
             shares.append((part[:, 0] if down else 1 - part[:, 0]) * (part[:, 1] if right else 1 - part[:, 1]))
     return torch.stack(corners, 1), torch.stack(shares, 1).float()
-
-
-def _places(rows: int, columns: int) -> Tensor:
-    order = torch.arange(rows * columns)
-    return torch.stack((order // columns, order % columns), 1).float() / max(rows, columns)

@@ -18,18 +18,26 @@ def cls_saliency(query: Tensor, key: Tensor, scale: float, prefix: int = 1) -> T
     return row.softmax(1)[:, prefix:].sum(-1)
 
 
-def attention_received(query: Tensor, key: Tensor, scale: float, prefix: int = 0, chunk: int = 128) -> Tensor:
+def attention_received(
+    query: Tensor, key: Tensor, scale: float, prefix: int = 0, real: Tensor | None = None, chunk: int = 128
+) -> Tensor:
     """Attention that every patch receives, mean over heads and queries: the score of encoders without a CLS token.
 
-    query, key: [B, heads, prefix + patches, head_dim]; scale: factor on the logits. Returns fp32 [B, patches]. The attention
-    matrix is never whole: `chunk` queries are looked at together.
+    query, key: [B, heads, prefix + patches, head_dim]; scale: factor on the logits; real: bool [B, prefix + patches], what is
+    no padding, None for all. Returns fp32 [B, patches]. The attention matrix is never whole: `chunk` queries are looked at
+    together.
     """
     keys = key.float().transpose(-1, -2)
     total = torch.zeros(query.shape[0], query.shape[2], device=query.device)
     for start in range(0, query.shape[2], chunk):
         logits = (query[:, :, start : start + chunk].float() @ keys) * scale
-        total = total + logits.softmax(-1).sum((1, 2))
-    return total[:, prefix:] / (query.shape[1] * query.shape[2])
+        if real is None:
+            total = total + logits.softmax(-1).sum((1, 2))
+            continue
+        weights = logits.masked_fill(~real[:, None, None], -torch.inf).softmax(-1)
+        total = total + (weights * real[:, None, start : start + chunk, None]).sum((1, 2))
+    queries = query.shape[2] if real is None else real.sum(1, keepdim=True)
+    return total[:, prefix:] / (query.shape[1] * queries)
 
 
 def key_norm(key: Tensor) -> Tensor:

@@ -1,0 +1,185 @@
+"""Images and videos of any size, as rows of patches with a grid beside: those of Qwen2-VL, and of the models that follow
+it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..host import Images, Pack, Tile, check_device, check_size, grid_places
+from ..layout import Layout, Segment
+from ..schedule import ModelShape
+
+# What is kept of a segment is rounded up to a multiple of this, so that images of many sizes share programs.
+MULTIPLE = 16
+# Patches of an encoder's input come in steps of at least this.
+_UNIT = 64
+_KINDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+# (rows, columns) of patches -> (order of a frame's patches in the encoder, -1 for padding; [slots, ...] for each of `tables`).
+Cut = Callable[[int, int], tuple[Tensor, tuple[Tensor, ...]]]
+# (words [T], kind of each, grids of images, grids of videos, seconds of each step of a video) -> [dims, T].
+Positions = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class PatchedImages:
+    """Images and videos as `pixel_values` [patches, features], every `group` rows one token of the language model, and
+    `image_grid_thw`. A frame, which is one step of time, is one input of the encoder and one segment.
+
+    video_token_id: that of a video's placeholders; resize(height, width) -> what the processor makes of a size, in pixels;
+    patch: side of a patch in pixels; cut, positions: the model's own; tables: what `cut` tells of every slot.
+    """
+
+    shape: ModelShape
+    token_id: int
+    video_token_id: int
+    pixel_shape: tuple[int, ...]
+    tables: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    patch: int
+    resize: Callable[[int, int], tuple[int, int]] = field(compare=False)
+    cut: Cut = field(compare=False)
+    stock_positions: Positions = field(compare=False)
+    fixed = False
+    inputs = (
+        "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids",
+    )  # fmt: skip
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of images, and of videos."""
+        return (self.token_id, self.video_token_id)
+
+    @property
+    def unit(self) -> int:
+        """Patches of an encoder's input come in multiples of this."""
+        return _UNIT
+
+    @property
+    def layout(self) -> Layout:
+        """That of an image of `shape.grid`."""
+        return self.laid("image", 1, *self.shape.grid)
+
+    def layout_of(self, height: int, width: int, images: int = 1) -> Layout:
+        """That of an image as the processor resizes it by default."""
+        check_size(height, width)
+        height, width = self.resize(height, width)
+        return self.laid("image", 1, height // self.patch, width // self.patch)
+
+    def laid(self, kind: str, time: int, rows: int, columns: int) -> Layout:
+        """A segment for every step of time, of a grid of patches."""
+        side = math.isqrt(self.shape.group)
+        tokens = rows * columns // self.shape.group
+        return (Segment(kind, (1, rows // side, columns // side), tokens, taps=self.shape.group),) * time
+
+    def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
+        """The images and videos in the order in which `ids` name them."""
+        kinds = {kind: self._of_kind(kind, given, device, dtype) for kind in _KINDS}
+        seconds = given.get("second_per_grid_ts")
+        steps = iter([1.0] * len(kinds["video"]) if seconds is None else [float(value) for value in seconds])
+        left = {kind: iter(found) for kind, found in kinds.items()}
+        order = list(self._order(ids, {kind: [math.prod(grid) for _, grid in found] for kind, found in kinds.items()}))
+        items = [(kind, *next(left[kind])) for kind in order]
+        items += [(kind, *item) for kind, rest in left.items() for item in rest]  # too many: refused with their tokens
+        about = tuple((kind, grid, next(steps) if kind == "video" else None) for kind, _, grid in items)
+        return self._images([(kind, grid) for kind, _, grid in items], torch.cat([pixels for _, pixels, _ in items]), about)
+
+    def blank(self, layouts: Sequence[Layout], device: torch.device, dtype: torch.dtype) -> Images:
+        """As `Host.blank`."""
+        side = math.isqrt(self.shape.group)
+        items = [(layout[0].kind, (len(layout), *(side * n for n in layout[0].grid[1:]))) for layout in layouts]
+        rows = sum(math.prod(grid) for _, grid in items)
+        about = tuple((kind, grid, 1.0 if kind == "video" else None) for kind, grid in items)
+        return self._images(items, torch.zeros(rows, *self.pixel_shape, device=device, dtype=dtype), about)
+
+    def positions(self, words: np.ndarray, about: Sequence[Any]) -> np.ndarray:
+        """As the stock model counts them."""
+        if not about:
+            return np.broadcast_to(np.arange(len(words)), (self.shape.position_dims, len(words)))
+        kinds = np.select([words == self.token_id, words == self.video_token_id], [1, 2], 0)
+        grids = {kind: [grid for found, grid, _ in about if found == kind] for kind in _KINDS}
+        seconds = [step for *_, step in about if step is not None]
+        tables = [torch.tensor(grids[kind]) if grids[kind] else None for kind in _KINDS]
+        steps = torch.tensor(seconds) if seconds else None
+        return self.stock_positions(torch.from_numpy(words), torch.from_numpy(kinds), *tables, steps).numpy()
+
+    def _images(self, items: Sequence[tuple[str, Sequence[int]]], pixels: Tensor, about: tuple[Any, ...]) -> Images:
+        layouts, packs, cut = [], [], []
+        for kind, (time, rows, columns) in items:
+            layouts.append(self.laid(kind, time, rows, columns))
+            tile, pack = _cut(self, rows, columns)
+            # Steps of time follow one another, each in its own slots of one program.
+            packs.append(tuple(_behind(pack, step, len(tile.order), self.unit) for step in range(time)))
+            cut += [tile] * time
+        return Images(pixels, tuple(layouts), tuple(packs), tuple(cut), about)
+
+    def _of_kind(
+        self, kind: str, given: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+    ) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """(pixels, (time, rows, columns)) of all images, or all videos."""
+        name, beside = _KINDS[kind]
+        pixels, grids = given.get(name), given.get(beside)
+        if pixels is None:
+            return []
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.dim() != 2:
+            what = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise InputError(f"{name} is {what}: pass the processor's floating-point [patches, {self.pixel_shape[0]}]")
+        if pixels.shape[1:] != self.pixel_shape:
+            raise InputError(f"{name} has patches of {pixels.shape[1]} values: this model takes {self.pixel_shape[0]}")
+        check_device(device, name, pixels)
+        if grids is None:
+            raise InputError(f"{beside} is missing: pass the processor's, the grid (time, rows, columns) of every {kind}")
+        found = [tuple(int(n) for n in grid) for grid in grids.tolist()]
+        side = math.isqrt(self.shape.group)
+        for grid in found:
+            if len(grid) != 3 or min(grid) < 1 or grid[1] % side or grid[2] % side:
+                raise InputError(f"{beside} holds {grid}: pass (time, rows, columns), the last two multiples of {side}")
+        rows = [math.prod(grid) for grid in found]
+        if sum(rows) != len(pixels):
+            raise InputError(
+                f"{name} has {len(pixels)} patches, {beside} counts {sum(rows)}: pass both of one processor's call"
+            )
+        plain = pixels.detach().to(dtype).contiguous()
+        plain = plain.clone() if plain.is_inference() else plain
+        return list(zip(plain.split(rows), found, strict=True))
+
+    def _order(self, ids: Tensor, rows: dict[str, list[int]]) -> Iterator[str]:
+        """Kinds of images and videos as their placeholders come, as long as there are any."""
+        kinds = dict(zip(self.token_ids, _KINDS, strict=True))
+        left = {kind: iter(found) for kind, found in rows.items()}
+        for row in ids.cpu().tolist():
+            for token, run in itertools.groupby(row):
+                count = len(list(run)) if token in kinds else 0
+                while count > 0 and (patches := next(left[kinds[token]], None)):
+                    count -= patches // self.shape.group
+                    yield kinds[token]
+
+
+def _behind(pack: Pack, step: int, slots: int, unit: int) -> Pack:
+    """`pack` of the step-th of tiles that stand one behind another."""
+    if not step:
+        return pack
+    from ..provider import slot_bucket
+
+    return Pack(pack.index + step * slot_bucket(slots, unit), pack.weight, pack.places)
+
+
+@lru_cache(maxsize=1024)
+def _cut(host: PatchedImages, rows: int, columns: int) -> tuple[Tile, Pack]:
+    """How a frame of so many patches lies in the encoder, and where its tokens come from."""
+    order, tables = host.cut(rows, columns)
+    slot_of = torch.empty(rows * columns, dtype=torch.int64)
+    real = order >= 0
+    slot_of[order[real]] = real.nonzero()[:, 0]
+    side = math.isqrt(host.shape.group)
+    places = grid_places(rows // side, columns // side)
+    return Tile(order, tables), Pack(slot_of.reshape(-1, host.shape.group), None, places)
