@@ -30,17 +30,23 @@ class Conversation:
         The last of `said` is not fed: it belongs to the next turn, as in transformers.
         """
         hidden, spans, labels = self._embed(ids, pixels)
-        logits, length = [], hidden.shape[1]
-        hidden = self._prefill(hidden, spans, labels)
+        logits, (positions, after) = [], self._positions(ids, hidden.shape[1])
+        hidden = self._prefill(hidden, spans, labels, positions)
         for step in range(len(said)):
             logits.append(self._head(hidden))
             if step + 1 < len(said):
                 hidden = self.model.get_input_embeddings()(torch.tensor([[said[step]]]))
-                at = torch.tensor([[self.start + length + step]])
                 for index in range(len(self.model.model.language_model.layers)):
-                    hidden = book._layer(self.model, index, hidden, at, self.cache)
-        self.start += length + len(said) - 1
+                    hidden = self._layer(index, hidden, [after + step])
+        self.start = after + len(said) - 1
         return torch.stack(logits)
+
+    def _positions(self, ids: list[int], rows: int) -> tuple[list[Any], int]:
+        """(of every row of the turn, of the token after it)."""
+        return list(range(self.start, self.start + rows)), self.start + rows
+
+    def _layer(self, index: int, hidden: Tensor, positions: list[Any]) -> Tensor:
+        return book._layer(self.model, index, hidden, torch.tensor([positions]), self.cache)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(self.model.model.language_model.norm(hidden[:, -1]))[0]
@@ -67,9 +73,8 @@ class Conversation:
         self.own = [self.settings] * len(spans)
         return torch.cat(parts, 1), spans, labels
 
-    def _prefill(self, hidden: Tensor, spans: list[list[int]], labels: list[list[int]]) -> Tensor:
+    def _prefill(self, hidden: Tensor, spans: list[list[int]], labels: list[list[int]], positions: list[Any]) -> Tensor:
         settings = self.settings
-        positions = [self.start + i for i in range(hidden.shape[1])]
         patches, self.stages = [list(kept) for kept in self.kept], []
         for index in range(len(self.model.model.language_model.layers)):
             if spans and index in (settings.shallow, settings.deep):
@@ -92,22 +97,27 @@ class Conversation:
                 labels = [[of[i] for i in where] for of, where in zip(labels, chosen, strict=True)]
                 spans = new_spans
                 self.stages.append(patches)
-            hidden = book._layer(self.model, index, hidden, torch.tensor([positions]), self.cache)
+            hidden = self._layer(index, hidden, positions)
         return hidden
+
+    def _norms(self, index: int, spans: list[list[int]], rows: int) -> list[list[float]]:
+        """By image, the norms of its tokens' keys in the layer before `index`."""
+        keys = self.cache.layers[index - 1].keys[0]
+        new = keys[:, keys.shape[1] - rows :]
+        return [new[:, span].mean(0).norm(dim=-1).tolist() for span in spans]
 
     def _choose(
         self, hidden: Tensor, spans: list[list[int]], labels: list[list[int]], index: int
     ) -> tuple[list[list[int]], list[list[Tensor]]]:
         """By image: which of its tokens stay, and their hidden states."""
-        keys = self.cache.layers[index - 1].keys[0]
-        new = keys[:, keys.shape[1] - hidden.shape[1] :]
+        norms = self._norms(index, spans, hidden.shape[1])
         groups = [list(range(len(spans)))] if self.pooled else [[i] for i in range(len(spans))]
         chosen: list[list[int]] = [[] for _ in spans]
         rows: list[list[Tensor]] = [[] for _ in spans]
         for group in groups:
             at = [row for i in group for row in spans[i]]
             owner = [(i, offset) for i in group for offset in range(len(spans[i]))]
-            values = new[:, at].mean(0).norm(dim=-1).tolist()
+            values = [value for i in group for value in norms[i]]
             if index == self.settings.shallow:
                 # Clusters of different images are different clusters.
                 of = [100_000 * i + label for i in group for label in labels[i]]

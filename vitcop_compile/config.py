@@ -265,7 +265,7 @@ class ViTCoPConfig:
         if scored and layer not in scored:
             if self.vision_layer != _PUBLISHED_VISION_LAYER:
                 raise ConfigError(
-                    f"vision_layer={self.vision_layer} is layer {layer}, in which patches attend within windows and cannot be "
+                    f"vision_layer={self.vision_layer} is layer {layer}, where patches attend within windows and cannot be "
                     f"compared: choose one of {', '.join(map(str, scored))}, or leave it at its default"
                 )
             layer = max((i for i in scored if i <= layer), default=scored[0])

@@ -45,6 +45,11 @@ def shape_of(config: Any, encoder: str, element_bytes: int | None = None, **more
     )
 
 
+# Which keys score tokens, by the type of a decoder. A bias on keys dwarfs what tokens differ in, and a norm of each head's key
+# makes all of one length: neither says anything of a token.
+KEYS = {"qwen2": "centered", "qwen3": "raw"}
+
+
 def decoder_numbers(config: Any, element_bytes: int | None = None, **more: Any) -> ModelShape:
     """The numbers of the decoder that `config` describes, with `more` of the fields of `ModelShape`."""
     text = config.text_config
