@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,32 +21,15 @@ from vitcop_compile import ViTCoPConfig
 from vitcop_compile.bench.arms import Arm, Request, inputs, register
 from vitcop_compile.bench.kernels import recorded
 from vitcop_compile.bench.stock import check_stock
+from vitcop_compile.bench.timing import Call
 from vitcop_compile.cache import CACHE_NAME
 from vitcop_compile.errors import ConfigError
 from vitcop_compile.families import family_of
 from vitcop_compile.schedule import Schedule
 
 
-@dataclass
-class Seen:
-    """What the vision stage hands on: features [1, n, D], kept patches int64 [n] in raster order, their labels int64 [n]."""
-
-    features: Tensor
-    kept: Tensor
-    labels: Tensor
-
-
-@dataclass
-class Prefilled:
-    """logits [1, 1, vocab]; the cache, of its own length in every layer; length: tokens of the prompt in layer 0."""
-
-    logits: Tensor
-    cache: DynamicCache
-    length: int
-
-
 class ByTheBook:
-    """A pruned model for one prompt at a time.
+    """A pruned model for one prompt at a time. noted: what selects, to be called again, while it is a list.
 
     Raises UnsupportedError for a model of no known family; ConfigError for a model in training mode or not on "sdpa", for a
     dense config, and for an encoder pruned elsewhere than at its feature layer.
@@ -62,25 +44,32 @@ class ByTheBook:
         self.schedule: Schedule = config.schedule(shape)
         assert self.schedule.vision is not None
         self.vision = self.schedule.vision
-        if self.vision.layer != self.schedule.shape.feature_layer:
+        if self.vision.layer != shape.feature_layer:
             raise ConfigError(
                 f"vision_layer={config.vision_layer} is layer {self.vision.layer}, the published code prunes after layer "
-                f"{self.schedule.shape.feature_layer} only, which the features are read from: choose that"
+                f"{shape.feature_layer} only, which the features are read from: choose that"
             )
+        self.noted: list[Call] | None = None
+
+    def _selecting(self, function: Callable[..., Any], *given: Any) -> Any:
+        if self.noted is not None:
+            self.noted.append(functools.partial(function, *given))
+        return function(*given)
 
     @torch.no_grad()
-    def see(self, pixels: Tensor) -> Seen:
-        """Projected features of the patches that stay, from pixels [1, channels, height, width]."""
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(features [1, n, D], labels int64 [n]) of the patches that stay, from pixels [1, channels, height, width]."""
         tower = self.model.model.vision_tower
         hidden = tower.pre_layrnorm(tower.embeddings(pixels))
         for layer in tower.encoder.layers[: self.vision.layer]:
             hidden = layer(hidden, None)
         hidden, weights, keys = attend(tower.encoder.layers[self.vision.layer], hidden)
-        kept, labels = self.choose(weights, keys)
-        return Seen(self.model.model.multi_modal_projector(hidden[:, 1:][:, kept]), kept, labels)
+        kept, labels = self._selecting(self.choose, weights, keys)
+        return self.model.model.multi_modal_projector(hidden[:, 1:][:, kept]), labels
 
     def choose(self, weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(kept int64 [n], labels int64 [n]) from attention [1, heads, t, t] and raw keys [1, t, C] of the scoring layer."""
+        """(kept int64 [n] in raster order, labels int64 [n]), from the scoring layer's attention [1, heads, t, t] and raw keys
+        [1, t, C]."""
         stage, side = self.vision, self.schedule.shape.grid[0]
         score = weights[0, :, 0, 1:].sum(0)
         kept = score.topk(stage.total).indices.sort().values
@@ -89,31 +78,30 @@ class ByTheBook:
         return kept, cluster(keys[0, 1:][kept], places, centers[0], width, reach)
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, seen: Seen) -> Prefilled:
-        """The first logits and the cache, from ids int64 [1, T] with the image's expanded placeholder."""
+    def prefill(self, ids: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, DynamicCache]:
+        """The first logits [1, 1, vocab] and the cache, of its own length in every layer, from ids int64 [1, T] with the
+        image's expanded placeholder, and what was seen of it."""
         language = self.model.model.language_model
         image = (ids[0] == self.model.config.image_token_id).int()
         start = image.argmax().item()
         patches = image.sum().item()
         before, after = language.embed_tokens(ids[:, :start]), language.embed_tokens(ids[:, start + patches :])
-        hidden = torch.cat((before, seen.features, after), 1)
-        length = hidden.shape[1]
+        hidden = torch.cat((before, features, after), 1)
         cache: Any = DynamicCache()
-        positions = torch.arange(length, device=ids.device)
-        labels, first = seen.labels, 0
+        positions, first = torch.arange(hidden.shape[1], device=ids.device), 0
         for stage in self.schedule.decoder_stages:
             hidden = self._layers(hidden, positions, cache, first, stage.layer)
             first = stage.layer
             rows = slice(start, start + len(labels))
             keys = cache.layers[first - 1].keys[:, :, rows]
-            visual, index = self.reduce(stage.policy, hidden[0, rows], keys, labels, stage.total)
+            visual, index = self._selecting(self.reduce, stage.policy, hidden[0, rows], keys, labels, stage.total)
             if stage.positions == "index":
                 positions = torch.arange(len(positions), device=ids.device)
             hidden = torch.cat((hidden[:, :start], visual.unsqueeze(0), hidden[:, rows.stop :]), 1)
             positions = torch.cat((positions[:start], positions[rows][index], positions[rows.stop :]))
             labels = labels[index]
         hidden = self._layers(hidden, positions, cache, first, len(language.layers))
-        return Prefilled(self.model.lm_head(language.norm(hidden[:, -1:])), cache, length)
+        return self.model.lm_head(language.norm(hidden[:, -1:])), cache
 
     def reduce(self, policy: str, hidden: Tensor, keys: Tensor, labels: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """(hidden [budget, D], index int64 [budget]): the visual rows that go on, and where they were.
@@ -127,11 +115,12 @@ class ByTheBook:
         return hidden[index], index
 
     @torch.no_grad()
-    def decode(self, token: Tensor, done: Prefilled, step: int = 0) -> Tensor:
-        """Logits [1, 1, vocab] of generated token number `step`, int64 [1, 1], which the cache takes in."""
+    def decode(self, token: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits [1, 1, vocab] of one token, int64 [1, 1], which the cache takes in."""
         language = self.model.model.language_model
-        position = torch.tensor([done.length + step], device=token.device)
-        hidden = self._layers(language.embed_tokens(token), position, done.cache, 0, len(language.layers))
+        # Its first layer holds whatever the vision stage has left.
+        position = torch.tensor([cache.layers[0].keys.shape[2]], device=token.device)
+        hidden = self._layers(language.embed_tokens(token), position, cache, 0, len(language.layers))
         return self.model.lm_head(language.norm(hidden))
 
     def _layers(self, hidden: Tensor, positions: Tensor, cache: DynamicCache, first: int, end: int) -> Tensor:
@@ -242,58 +231,25 @@ def by_the_book(model: PreTrainedModel, config: ViTCoPConfig, request: Request) 
     """
     if request.batch != 1:
         raise ConfigError(f"batch={request.batch}: the published code takes one prompt at a time; use batch=1")
-    book, given = ByTheBook(model, config), inputs(model, request)
-    ids, pixels = given["input_ids"], given["pixel_values"]
-    token, seen = ids[:, :1], book.see(pixels)
-    done = book.prefill(ids, seen)
-
-    def vision() -> Tensor:
-        return book.see(pixels).features
-
-    def prefill() -> tuple[Tensor, DynamicCache]:
-        found = book.prefill(ids, seen)
-        return found.logits, found.cache
+    book = ByTheBook(model, config)
+    ids, pixels = inputs(model, request).values()
+    book.noted = selecting = []
+    seen = book.see(pixels)
+    _, cache = book.prefill(ids, *seen)
+    book.noted = None
 
     def decode() -> tuple[Tensor, ...]:
-        logits = book.decode(token, done)
-        done.cache.crop(-1)  # a view per layer; the step's own concatenation has copied the cache
+        logits = book.decode(ids[:, :1], cache)
+        cache.crop(-1)  # a view per layer; the step's own concatenation has copied the cache
         return (logits,)
 
-    def ttft() -> tuple[Tensor, DynamicCache]:
-        found = book.prefill(ids, book.see(pixels))
-        return found.logits, found.cache
-
-    stages: dict[str, Callable[[], Any]] = {"vision": vision, "prefill": prefill, "decode": decode, "ttft": ttft}
+    stages: dict[str, Call] = {
+        "vision": lambda: book.see(pixels),
+        "prefill": lambda: book.prefill(ids, *seen),
+        "decode": decode,
+        "ttft": lambda: book.prefill(ids, *book.see(pixels)),
+    }
     attention = {name: recorded(call) for name, call in stages.items()}
     for name in ("vision", "ttft"):
         attention[name] += "; matrices in the scoring layer"
-    return Arm("by_the_book", stages, attention, _Selection(_Noting(model, config), ids, pixels))
-
-
-class _Noting(ByTheBook):
-    """Remembers every choice and reduction it makes, in `calls`."""
-
-    def __init__(self, model: PreTrainedModel, config: ViTCoPConfig):
-        super().__init__(model, config)
-        self.calls: list[Callable[[], Any]] = []
-
-    def choose(self, *given: Any) -> Any:
-        self.calls.append(functools.partial(super().choose, *given))
-        return super().choose(*given)
-
-    def reduce(self, *given: Any) -> Any:
-        self.calls.append(functools.partial(super().reduce, *given))
-        return super().reduce(*given)
-
-
-class _Selection:
-    """All choices and reductions that one prompt gives rise to, over and over; the prompt itself runs at the first call."""
-
-    def __init__(self, book: _Noting, ids: Tensor, pixels: Tensor):
-        self._book, self._ids, self._pixels = book, ids, pixels
-
-    @torch.no_grad()
-    def __call__(self) -> list[Any]:
-        if not self._book.calls:
-            self._book.prefill(self._ids, self._book.see(self._pixels))
-        return [call() for call in self._book.calls]
+    return Arm(stages, attention, torch.no_grad()(lambda: [call() for call in selecting]))

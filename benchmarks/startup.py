@@ -7,73 +7,122 @@ whatever ran before: torch keeps them outside of the cache folder.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch._dynamo.utils import counters
 
-from vitcop_compile import ViTCoPConfig, bench
+from vitcop_compile import ViTCoPConfig, bench, optimize
 from vitcop_compile.backends import backend_of
-from vitcop_compile.bench.table import printed
+from vitcop_compile.bench.bind import Served, compiled_by, with_programs
+from vitcop_compile.bench.cases import MODELS, Shape
+from vitcop_compile.bench.report import printed
 from vitcop_compile.cli.shared import errors_as_lines
 
-MODEL = {
-    "hidden": 1024, "layers": 12, "heads": 16, "intermediate": 2752,
-    "vision_hidden": 1024, "vision_layers": 8, "vision_heads": 16,
-}  # fmt: skip
-LLAVA_7B = {
-    "hidden": 4096, "layers": 32, "heads": 32, "intermediate": 11008, "vocab": 32064,
-    "vision_hidden": 1024, "vision_layers": 24, "vision_heads": 16,
-}  # fmt: skip
+LLAVA_7B = Shape(hidden=4096, layers=32, mlp=11008, head=128, vocab=32064, vision_layers=24, dtype="bfloat16")
+# Counters of torch.compile's two caches, and what of them is reported.
+CACHES = {"fxgraph": ("inductor", "fxgraph_cache_"), "autograd": ("aot_autograd", "autograd_cache_")}
+EVENTS = ("hit", "miss", "bypass")
 _STEPS = {"rewrite + export": "export_s", "compile": "compile_s", "first call": "first_call_s"}
-_PROCESS = Path(__file__).with_name("startup_process.py")
+# The fresh process times the imports that every user of the package makes before this file makes any.
+_PROCESS = """import json, sys, time
+start = time.perf_counter()
+import torch, vitcop_compile
+imported = time.perf_counter() - start
+import startup
+print(json.dumps({"import_s": imported} | startup.steps(**json.loads(sys.argv[1]))))"""
 
 
-def process(cache: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """What a fresh process reports of `asked` (see startup_process.py), with its compile cache in the folder `cache`."""
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-    command = [sys.executable, str(_PROCESS), json.dumps(asked)]
+def process(cache: str, **asked: Any) -> dict[str, Any]:
+    """What `steps` reports of `asked` in a fresh process, with its compile cache in the folder `cache`."""
+    folders = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": folders.rstrip(os.pathsep)}
+    command = [sys.executable, "-c", _PROCESS, json.dumps(asked)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the measured process ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def steps(shape: dict[str, Any], meta: bool, backend: str, preset: str, text_tokens: int) -> dict[str, Any]:
+    """Seconds of every step of a first request, on a model of `shape`; meta: built on the meta device, and only exported."""
+    with torch.device("meta" if meta else "cpu"):
+        model = MODELS["llava"](Shape(**shape), 0)
+    processor = time.process_time()
+    captured, fast = timed(lambda: optimize(model, ViTCoPConfig.preset(preset), backend=backend))
+    result = {"optimize_s": captured, "optimize_cpu_s": time.process_time() - processor, "programs": []}
+    row: dict[str, Any] = {}
+
+    def compiled(program: Any) -> Callable[..., Any]:
+        row["nodes"] = len(program.graph.nodes)
+        if meta:
+            return program.module(check_guards=False)
+        counters.clear()
+        row["compile_s"], call = timed(lambda: backend_of(backend)(program))
+        return call
+
+    def made(name: str, make: Callable[[], Any]) -> Callable[..., Any]:
+        row.clear()
+        took, program = timed(make)
+        row.update(program=name, export_s=took - row.get("compile_s", 0.0))
+
+        def first(*given: Any) -> Any:
+            seconds, found = timed(lambda: program(*given))
+            if not meta:
+                row["first_call_s"] = seconds
+                for cache, (group, prefix) in CACHES.items():
+                    row.update({f"{cache}_{event}": counters[group][prefix + event] for event in EVENTS})
+            result["programs"].append(dict(row))
+            return found
+
+        return first
+
+    Served(fast, bench.Request(1, text_tokens)).decode(with_programs(compiled_by(fast, compiled), made))
+    return result
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that `call` takes, and what it returns."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
 def measure(
-    model: dict[str, Any], backend: str, preset: str, console: Console, text_tokens: int = 64, planned: bool = True
-) -> dict[str, Any]:
-    """{"rows": one per process, by "process": "first", "second" and, where `planned`, "7B on meta"}."""
-    asked = {
-        "model": model, "dtype": "float32", "meta": False, "backend": backend, "preset": preset,
-        "text_tokens": text_tokens, "new_tokens": 64,
-    }  # fmt: skip
-    steps = {"first": asked, "second": asked}
-    if planned:
-        steps["7B on meta"] = asked | {"model": LLAVA_7B, "dtype": "bfloat16", "meta": True}
+    shape: Shape, backend: str, preset: str, console: Console, text_tokens: int = 64, planned: bool = True
+) -> list[dict[str, Any]]:
+    """A row per process, by "process": "first", "second" and, where `planned`, "7B on meta"."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="vitcop-") as cache:
-        for name, step in steps.items():
+        for name in ("first", "second", "7B on meta")[: 3 if planned else 2]:
+            meta = name == "7B on meta"
+            asked = dataclasses.asdict(LLAVA_7B if meta else shape)
             with console.status(f"{name} process"):
-                rows.append({"process": name} | process(cache, step))
-    return {"rows": rows}
+                found = process(cache, shape=asked, meta=meta, backend=backend, preset=preset, text_tokens=text_tokens)
+            rows.append({"process": name} | found)
+    return rows
 
 
-def table(results: dict[str, Any]) -> Table:
+def table(rows: list[dict[str, Any]]) -> Table:
     """Seconds of every step, and what both caches counted together, a line per program."""
     lines = []
-    for row in results["rows"]:
+    for row in rows:
         head = [row["process"], *(f"{row[name]:.1f}" for name in ("import_s", "optimize_s", "optimize_cpu_s"))]
         for program in row["programs"]:
             seconds = [f"{program[name]:.1f}" if name in program else "-" for name in _STEPS.values()]
-            counts = [_sum(program, "_hit"), _sum(program, "_miss", "_bypass")]
-            lines.append([*head, program["program"], *seconds, *counts])
+            lines.append([*head, program["program"], *seconds, _sum(program, "_hit"), _sum(program, "_miss", "_bypass")])
             head = [""] * len(head)
     names = ("process", "import", "optimize", "optimize, CPU", "program", *_STEPS, "hits", "misses, bypasses")
     return printed(names, lines, "start-up, seconds")
@@ -95,11 +144,11 @@ def main(
         ViTCoPConfig.preset(preset)
         if output is not None:
             bench.check_target(output)
-        results = {"environment": bench.environment() | {"model": MODEL, "backend": backend, "preset": preset}}
-        results |= measure(MODEL, backend, preset, Console(stderr=True))
+        conditions = bench.environment() | {"model": dataclasses.asdict(Shape()), "backend": backend, "preset": preset}
+        rows = measure(Shape(), backend, preset, Console(stderr=True))
         if output is not None:
-            bench.write(results, output)
-        Console(width=140).print(table(results))
+            bench.write({"environment": conditions, "rows": rows}, output)
+        Console(width=140).print(table(rows))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def measured_rows(batch: int = 1, **case) -> dict[str, dict]:
         "selection": {"eager 1/9": [1.0, 2.0, 3.0], "by_the_book 1/9": [9.0, 10.0, 11.0]},
     }
     attention = {"eager 1/9": {"prefill": "flash"}}
-    found = rows(given, LLAVA, times, attention, {"eager 1/9": (1000, 600)})
+    found = rows(given, LLAVA, times, attention)
     return {f"{row['arm']} {row['preset']}": row for row in found}
 
 
@@ -70,7 +70,6 @@ def test_times_are_medians_with_quartiles():
     assert row["prefill_ms"] == 5.0 and row["prefill_ms_quartiles"] == [4.5, 7.5]
     assert row["selection_ms"] == 2.0 and row["selection_share"] == 2.0 / 5.0
     assert row["ttft_ms"] is None and row["ttft_ms_quartiles"] is None
-    assert row["peak_memory_bytes"] == 1000 and row["resident_memory_bytes"] == 600
     assert row["attention"] == {"prefill": "flash"}
 
 
@@ -166,10 +165,12 @@ def test_a_shape_is_the_model_it_describes():
         ({"stages": ("training",)}, ConfigError, "stage 'training' is unknown: use one of vision, prefill, decode, ttft"),
         ({"configs": {"dense": ViTCoPConfig.preset("1/9")}}, ConfigError, "'dense' already names a setting"),
         ({"configs": {"x": ViTCoPConfig(retention=0.3, vision_layer=2)}}, ConfigError, "vision_layer=2 is layer 2 of 3"),
+        ({"family": "bert"}, ConfigError, "family 'bert' is unknown: use one of llava"),
         ({"dtype": "int8"}, ConfigError, "dtype 'int8' is unknown: use one of float32, float16, bfloat16"),
         ({"device": "tpu"}, ConfigError, "device 'tpu' is unknown: use one of cpu, cuda"),
         ({"hidden": 0}, ConfigError, "hidden=0 is below 1"),
         ({"hidden": 200}, ConfigError, "hidden=200 does not split into heads of 64: choose a multiple of 64"),
+        ({"hidden": 448, "head": 128}, ConfigError, "hidden=448 does not split into heads of 128"),
         ({"layers": 2}, ConfigError, "a decoder of 2 layers has no room for two stages"),
         ({"vision_layers": 0}, ConfigError, "vision_layers=0 is below 1"),
         ({"vocab": 100}, ConfigError, "vocab=100 cannot hold"),
@@ -224,7 +225,7 @@ class Clock:
                 return step
 
             calls = {stage: call(stage, cost) for stage, cost in milliseconds.items()}
-            return Arm(name, calls, {"prefill": "flash"}, call("selection", selection) if config.prune else None)
+            return Arm(calls, {"prefill": "flash"}, call("selection", selection) if config.prune else None)
 
         return build
 
@@ -295,7 +296,7 @@ def test_only_the_stages_asked_for_are_called(clock):
 
 def test_a_model_is_built_once_per_shape_and_rows_keep_their_order(clock, monkeypatch):
     built, other = [], dataclasses.replace(TINY, layers=5, name="other")
-    monkeypatch.setattr(Shape, "model", lambda shape, seed: built.append((shape.name, seed)))
+    monkeypatch.setattr(Shape, "model", lambda shape, seed: built.append((shape.name, seed)) or "a model")
     cases = [Case(shape, "eager", ("1/9",), against=()) for shape in (TINY, other, TINY)]
     results = run(cases, rounds=1, seed=7, console=Console(file=io.StringIO()))
     assert built == [("tiny", 7), ("other", 7)]
@@ -303,6 +304,26 @@ def test_a_model_is_built_once_per_shape_and_rows_keep_their_order(clock, monkey
     environment = results["environment"]
     assert environment["shapes"]["other"]["layers"] == 5
     assert (environment["dtype"], environment["device"], environment["rounds"]) == ("float32", "cpu", 1)
+
+
+def test_a_row_has_the_memory_and_whatever_else_is_asked_of_its_arm(clock, monkeypatch):
+    def inspect(model, case, entrant, arm):
+        assert clock.log[-1][1] == "selection" or not entrant.config.prune  # its last stage, so that all are compiled
+        return {"weights": model, "name": entrant.key}
+
+    monkeypatch.setattr(Shape, "model", lambda shape, seed: "a model")
+    monkeypatch.setattr(runner, "peak", lambda case, entrant, seed: (seed, 600) if entrant.config.prune else None)
+    asked = {"memory": True, "seed": 7, "inspect": inspect, "console": Console(file=io.StringIO())}
+    dense, pruned = run([Case(TINY, "eager", ("1/9",), against=())], rounds=1, **asked)["rows"]
+    assert (pruned["peak_memory_bytes"], pruned["resident_memory_bytes"], dense["peak_memory_bytes"]) == (7, 600, None)
+    assert pruned["weights"] == "a model" and [row["name"] for row in (dense, pruned)] == ["eager dense", "eager 1/9"]
+
+
+def test_a_case_that_would_begin_too_late_is_listed(clock, monkeypatch):
+    monkeypatch.setattr(Shape, "model", lambda *_: pytest.fail("a model was built"))
+    found = run([Case(TINY, "eager", text_tokens=text) for text in (8, 64)], rounds=1, minutes=0.0)
+    assert not found["rows"]
+    assert found["left_out"] == [f"tiny eager batch 1, {text} text tokens" for text in (8, 64)]
 
 
 def test_an_arm_that_recompiles_too_often_fails_instead_of_running_eager():

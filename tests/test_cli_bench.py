@@ -13,9 +13,11 @@ import typer
 from typer.testing import CliRunner
 
 from vitcop_compile import ViTCoPConfig, bench
+from vitcop_compile.bench.selection import SelectionOnly, selection_inputs
 from vitcop_compile.cli import app
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY_SHAPE = bench.Shape(hidden=32, layers=4, vision_hidden=32, vision_layers=3, vocab=300, image_size=112)
 TINY = ["--hidden", 32, "--layers", 4, "--vision-hidden", 32, "--vision-layers", 3, "--backend", "eager"]
 
 
@@ -183,42 +185,35 @@ def test_every_table_of_the_suite_can_be_measured_as_it_stands(suite):
 
 
 def test_selection_of_pooled_images_has_their_shapes():
-    shape = bench.Shape(hidden=32, layers=4, vision_hidden=32, vision_layers=3, vocab=300, image_size=112).model_shape()
+    shape = TINY_SHAPE.model_shape()
     schedule = ViTCoPConfig.preset("1/3", scope="pooled").schedule(shape, (shape.image,) * 3)
-    given = bench.selection_inputs(schedule, bench.Request(1, 8), torch.float32, torch.device("cpu"))
-    kept, hidden = bench.SelectionOnly(schedule)(*given)
+    given = selection_inputs(schedule, bench.Request(1, 8), torch.float32, torch.device("cpu"))
+    kept, hidden = SelectionOnly(schedule)(*given)
     assert kept.shape == (3, 1 + schedule.segment_tokens[0], 32)
     assert hidden.shape == (1, 8 + schedule.decoder_stages[1].total, 32)
 
 
 def test_matmul_rates_are_of_the_rows_a_schedule_leaves(suite):
-    import matmul_rate
-
     shape = bench.Shape(hidden=64, layers=4, vision_hidden=64, vision_layers=3, vocab=300, image_size=112)
     visual = set(ViTCoPConfig.preset("1/9").schedule(shape.model_shape()).visual_tokens())
-    rows = matmul_rate.measure(shape, rounds=2, text_tokens=8)["rows"]
+    rows = suite.parts.matmul_rate(shape, rounds=2, text_tokens=8)
     counts = {8 + 64, 16, 1} | {8 + tokens for tokens in visual}
     assert [row["rows"] for row in rows] == 3 * sorted(counts, reverse=True)
     assert [row["to_dense"] for row in rows if row["rows"] == 72] == [1, 1, 1] and all(row["gflops"] > 0 for row in rows)
 
 
 def test_selection_cost_has_a_row_per_number_of_images(suite):
-    import selection_cost
-
-    shape = bench.Shape(hidden=32, layers=4, vision_hidden=32, vision_layers=3, vocab=300, image_size=112)
-    found = selection_cost.measure(shape, ("eager",), (1, 2), rounds=1, text_tokens=8)
-    assert [(row["images"], row["prompts"]) for row in found["rows"]] == [(1, 1), (2, 2), (2, 1)]
-    assert all(row.keys() >= set(selection_cost.FIELDS) for row in found["rows"])
-    assert found["rows"][0]["per_image_to_one"]["median"] == 1 and found["rows"][0]["linear"]
-    table = bench.markdown(found, suite.SELECTION_COLUMNS)
+    rows = suite.parts.selection(TINY_SHAPE, ("eager",), (1, 2), rounds=1, text_tokens=8)
+    assert [(row["images"], row["prompts"]) for row in rows] == [(1, 1), (2, 2), (2, 1)]
+    assert rows[0]["per_image_to_one"]["median"] == 1 and rows[0]["linear"]
+    columns, environment = suite.TABLES["selection"].columns, bench.environment() | {"device": "cpu", "dtype": "float32"}
+    table = bench.markdown({"environment": environment | {"rounds": 1}, "rows": rows}, columns)
     assert table.count("\n| eager |") == 3 and "interleaved rounds in ms" in table
 
 
 def test_cost_per_image_is_stated_beside_that_of_one(suite):
-    import selection_cost
-
-    times = {"1 1": [1.0, 2.0, 4.0], "8 8": [8.0, 16.0, 16.0], "8 1": [24.0, 24.0, 24.0]}
-    rows = {key: selection_cost._row("eager", "1/9", key, times) for key in times}
-    assert rows["8 8"]["per_image_to_one"]["median"] == 1.0 and rows["8 8"]["linear"]
-    assert rows["8 1"]["per_image_to_one"]["median"] == 1.5 and not rows["8 1"]["linear"]
-    assert (rows["8 1"]["images"], rows["8 1"]["prompts"], rows["8 1"]["ms_per_image"]) == (8, 1, 3.0)
+    times = {(1, 1): [1.0, 2.0, 4.0], (8, 8): [8.0, 16.0, 16.0], (8, 1): [24.0, 24.0, 24.0]}
+    batch, pooled = (suite.parts.selection_row((8, prompts), times) for prompts in (8, 1))
+    assert batch["per_image_to_one"]["median"] == 1.0 and batch["linear"]
+    assert pooled["per_image_to_one"]["median"] == 1.5 and not pooled["linear"]
+    assert (pooled["images"], pooled["prompts"], pooled["ms_per_image"]) == (8, 1, 3.0)

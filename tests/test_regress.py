@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from vitcop_compile import ConfigError, UnsupportedError, ViTCoPConfig, regress
 from vitcop_compile.cli import app
-from vitcop_compile.regress import compare, facts, gate, subject
+from vitcop_compile.regress import baseline, compare, facts, gate
 from vitcop_compile.regress.compare import Timing
 
 
@@ -283,7 +283,7 @@ BROKEN = {
     "fact": (change("subjects", PRESET, "facts", "kv_bytes", value=1.5), "the fact kv_bytes is 1.5, not an integer"),
     "measure": (
         change("subjects", PRESET, "timed", "tpot", value={}),
-        "tpot.[key]: String should match pattern '^(prefill|decode|ttft)$'",
+        "tpot.[key]: Input should be 'prefill', 'decode' or 'ttft'",
     ),
     "nan": (change(*TIMED, "ratio", value=float("nan")), "timed.decode.ratio: Input should be a finite number, found nan"),
     "negative": (change(*TIMED, "ratio", value=-1.0), "timed.decode.ratio: Input should be greater than 0, found -1.0"),
@@ -344,12 +344,12 @@ def test_check_and_update_take_a_builder(tmp_path: Path) -> None:
 
 def test_a_model_given_is_optimized(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple] = []
-    monkeypatch.setattr(subject, "optimize", lambda model, config, backend: made.append((model, config, backend)))
+    monkeypatch.setattr(baseline, "optimize", lambda model, config, backend: made.append((model, config, backend)))
     model, config = shared(LAYERS, KV_HEADS), ViTCoPConfig.preset(PRESET)
-    subject.builder(model, regress.Settings())(config, "eager")
+    baseline.builder(model, regress.Settings())(config, "eager")
     assert made == [(model, config, "eager")]
-    subject.builder(None, regress.Settings(hidden=64, layers=3, vision_hidden=64, vision_layers=2))(config, "inductor")
+    baseline.builder(None, regress.Settings(hidden=64, layers=3, vision_hidden=64, vision_layers=2))(config, "inductor")
     toy_config = made[1][0].config
     assert (toy_config.text_config.hidden_size, toy_config.vision_config.num_hidden_layers) == (64, 2)
     with pytest.raises(UnsupportedError, match=r"--model \./nowhere cannot be loaded"):
-        subject.builder(None, regress.Settings(model="./nowhere"))
+        baseline.builder(None, regress.Settings(model="./nowhere"))

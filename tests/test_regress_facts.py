@@ -37,7 +37,7 @@ from torch import nn
 
 from vitcop_compile import ConfigError, UnsupportedError, programs, turn
 from vitcop_compile.bench import bind
-from vitcop_compile.regress import compare, counters, facts, flops, stream
+from vitcop_compile.regress import compare, facts, flops, stream
 from vitcop_compile.regress.reads import reads
 
 
@@ -92,14 +92,14 @@ def test_the_stream_makes_a_program_per_batch_and_bucket() -> None:
     """vision of 1 and 2 images; prefill at 1 and 2 prompts and at a second length; a text prompt, and a step for three."""
     expected = {"programs": 2 + 3 + 1 + 3, "graphs": 0, "graph_breaks": 0, "recompiles": 0}
     optimized = build()
-    assert stream.stream(optimized, TEXT, counters.counts()) == expected == measured()[1]["stream"]
+    assert stream.stream(optimized, TEXT, stream.counts()) == expected == measured()[1]["stream"]
     kinds = [key[0] for key in optimized.compiled]
     assert [kinds.count(kind) for kind in ("vision", "prefill", "extend")] == [2, 3, 4]
 
 
 @pytest.mark.slow
 def test_the_inductor_backend_traces_one_graph_a_program() -> None:
-    with counters.traced_only():  # no code is generated, so that this takes a second and not a minute
+    with stream.traced_only():  # no code is generated, so that this takes a second and not a minute
         found, _ = facts.measure(build(backend="inductor"), REQUEST)
     assert found["stream"] == {"programs": 9, "graphs": 9, "graph_breaks": 0, "recompiles": 0}
     assert not compare.broken_promises("", found, "inductor")
@@ -117,10 +117,10 @@ def test_kernels_are_counted_afresh() -> None:
     """Compiles one kernel twice; some seconds of C++."""
     for _ in range(2):
         torch._dynamo.reset()
-        before = counters.counts()
-        with counters.generating(), torch.no_grad():
+        before = stream.counts()
+        with stream.generating(), torch.no_grad():
             torch.compile(Small(), fullgraph=True)(torch.ones(8, 8), torch.ones(8, 8))
-        assert counters.counts().since(before) == (1, 0, 1, 1)
+        assert stream.counts().since(before) == (1, 0, 1, 1)
 
 
 def test_a_model_with_compiled_programs_is_refused() -> None:
@@ -268,7 +268,7 @@ def test_programs_beyond_the_buckets_count_as_recompilations() -> None:
         return extend(*key)
 
     provider.extend = stray
-    found = stream.stream(optimized, TEXT, counters.counts())
+    found = stream.stream(optimized, TEXT, stream.counts())
     assert found["recompiles"] == len(made) > 0 and found["programs"] == 9 + len(made) // 2
     wrong = {failure.what for failure in compare.broken_promises("", {"stream": found, "reads": {"program": 0}}, "eager")}
     assert wrong == {"stream.recompiles"}
@@ -285,7 +285,7 @@ def test_graph_breaks_and_graphs_beyond_the_programs_are_seen() -> None:
         return half * 2
 
     provider.vision = lambda batch: lambda pixels: vision(batch)(broken(pixels))
-    found = stream.stream(optimized, TEXT, counters.counts())
+    found = stream.stream(optimized, TEXT, stream.counts())
     # A batch of 1 and one of 2, two halves each.
     assert found["graphs"] == 4 and found["graph_breaks"] >= 1
     wrong = {failure.what for failure in compare.broken_promises("", {"stream": found, "reads": {"program": 0}}, "inductor")}

@@ -15,10 +15,7 @@ from typer.testing import CliRunner
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import startup
 
-TINY = {
-    "hidden": 32, "layers": 3, "heads": 2, "intermediate": 64, "vocab": 260,
-    "vision_hidden": 32, "vision_layers": 2, "vision_heads": 2, "image_size": 112,
-}  # fmt: skip
+TINY = startup.Shape(hidden=32, layers=3, mlp=64, vocab=260, vision_hidden=32, vision_layers=2, image_size=112)
 PROGRAMS = ["vision", "prefill", "decode"]
 CACHES, EVENTS = ("fxgraph", "autograd"), ("hit", "miss", "bypass")
 
@@ -33,7 +30,7 @@ def results():
 
 @pytest.mark.slow
 def test_a_second_process_finds_every_program_compiled(results):
-    first, second = results["rows"]
+    first, second = results
     for row, happened in ((first, "miss"), (second, "hit")):
         assert [program["program"] for program in row["programs"]] == PROGRAMS
         for program in row["programs"]:
@@ -44,7 +41,7 @@ def test_a_second_process_finds_every_program_compiled(results):
 
 @pytest.mark.slow
 def test_every_step_is_reported(results):
-    for row in results["rows"]:
+    for row in results:
         assert min(row["import_s"], row["optimize_s"], row["optimize_cpu_s"]) > 0
         for program in row["programs"]:
             assert min(program[name] for name in ("export_s", "compile_s", "first_call_s")) > 0 and program["nodes"] > 100
@@ -54,9 +51,9 @@ def test_every_step_is_reported(results):
 
 
 def test_a_process_that_fails_says_why(tmp_path):
-    asked = {"model": {"layers": 3}, "dtype": "float32", "meta": True, "backend": "eager", "preset": "7/9"}
+    asked = {"shape": vars(TINY), "meta": True, "backend": "eager", "preset": "7/9", "text_tokens": 8}
     with pytest.raises(RuntimeError, match=r"(?s)ended with 1:.*preset '7/9' is unknown"):
-        startup.process(str(tmp_path), asked | {"text_tokens": 8, "new_tokens": 8})
+        startup.process(str(tmp_path), **asked)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +75,7 @@ def test_bad_options_are_refused_before_anything_runs(monkeypatch, options, word
 def test_what_was_measured_is_written_and_printed(monkeypatch, tmp_path):
     program = {"program": "vision", "nodes": 7, "export_s": 0.5}
     rows = [{"process": "7B on meta", "import_s": 3.0, "optimize_s": 8.5, "optimize_cpu_s": 6.25, "programs": [program]}]
-    monkeypatch.setattr(startup, "measure", lambda *args, **kwargs: {"rows": rows})
+    monkeypatch.setattr(startup, "measure", lambda *args, **kwargs: rows)
     app = typer.Typer()
     app.command()(startup.main)
     result = CliRunner().invoke(app, ["--output", str(tmp_path / "startup.json")])

@@ -25,19 +25,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to serve a request, bound to its inputs and ready to run.
+    """One way to serve a request, bound to its inputs.
 
     stages: calls by name, of "vision" (pixels to projected features), "prefill" (prompt and features to the first logits and
-    the KV cache), "decode" (one token on a filled cache), "ttft" (ids and pixels to the first logits, everything included);
+    the KV cache), "decode" (one token on a filled cache), "ttft" (ids and pixels to the first logits, everything included).
+    A call changes no state, and may compile when it is first made. "vision" returns the features, alone or first of a
+    sequence; the others a sequence that starts with logits [B, 1, vocab]; on CUDA the next call may write over them.
     attention: the kernel of each stage's attention, in words; selection: what the arm's selection alone takes, None where
     nothing is selected or it cannot be taken apart.
-
-    A call changes no state: the next one computes the same. "vision" returns the features, alone or first of a sequence; the
-    others a sequence that starts with logits [B, 1, vocab]. On CUDA the next call of an arm may write over what was returned.
-    Arms that compile do so when a stage is first called.
     """
 
-    name: str
     stages: dict[str, Call]
     attention: dict[str, str] = field(default_factory=dict)
     selection: Call | None = None
@@ -71,7 +68,7 @@ def begin_step(device: torch.device) -> None:
         torch.compiler.cudagraph_mark_step_begin()
 
 
-def inputs(model: Any, request: Request, seed: int = 0) -> dict[str, Any]:
+def inputs(model: Any, request: Request) -> dict[str, Any]:
     """`input_ids` int64 [B, T] with one image behind the first token, and random `pixel_values`, on the model's device.
 
     Raises UnsupportedError for a model whose images differ in their tokens: what is compared would depend on the image.
@@ -81,12 +78,10 @@ def inputs(model: Any, request: Request, seed: int = 0) -> dict[str, Any]:
     family = family_of(model)
     if family.shape.packed:
         raise UnsupportedError(f"{type(model).__name__} has images of many sizes, and is not measured here: use a LLaVA-1.5")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, min(200, family.shape.vocab), (request.batch, request.text_tokens), generator=generator)
     text[text == family.image_token_id] = 3
     image = torch.full((request.batch, family.shape.image.tokens), family.image_token_id)
     pixels = torch.randn(request.batch, *family.pixel_shape, generator=generator)
-    return {
-        "input_ids": torch.cat((text[:, :1], image, text[:, 1:]), 1).to(model.device),
-        "pixel_values": pixels.to(model.device, model.dtype),
-    }
+    ids = torch.cat((text[:, :1], image, text[:, 1:]), 1)
+    return {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, model.dtype)}

@@ -1,13 +1,13 @@
-"""What is measured, as data: a toy model's size, a backend, settings, a request, and the arms to compare with."""
+"""What is measured, as data: a random model's size, a backend, settings, a request, and the arms to compare with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from ..backends import BACKENDS, backend_of
 from ..config import PRESETS, ViTCoPConfig
@@ -23,15 +23,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 DEVICES = ("cpu", "cuda")
 # Arms that never prune. Any other that is no backend prunes by itself, and is built with every setting.
 STOCK_ARMS = ("stock_eager", "stock_compile")
-_HEAD = 64
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a toy LLaVA: widths in elements, `image_size` in pixels (patches are 14 x 14), layers as counts.
+    """The size of a random model: widths in elements, `image_size` in pixels (patches are 14 x 14), layers as counts.
 
-    Heads are 64 wide, the decoder's MLP 8/3 of `hidden`, the encoder's 4 times `vision_hidden`. dtype: a name in DTYPES;
-    device: "cpu" or "cuda"; name: for tables, "<hidden>x<layers>" by default.
+    Heads of the encoder are 64 wide, those of the decoder `head`. MLPs: in the encoder 4 times `vision_hidden`, in the decoder
+    `mlp`, by default 8/3 of `hidden` in steps of 64, as in LLaMA. dtype, device, family: names in DTYPES, DEVICES and
+    MODELS; name: for tables, "<hidden>x<layers>" by default.
     """
 
     hidden: int = 1024
@@ -43,54 +43,53 @@ class Shape:
     dtype: str = "float32"
     device: str = "cpu"
     name: str = ""
+    family: str = "llava"
+    head: int = 64
+    mlp: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.name:
-            object.__setattr__(self, "name", f"{self.hidden}x{self.layers}")
+        object.__setattr__(self, "name", self.name or f"{self.hidden}x{self.layers}")
 
     @property
     def intermediate(self) -> int:
-        """LLaMA's MLP width: 8/3 of the hidden size, in steps of 64."""
-        return -(-self.hidden * 8 // 3 // 64) * 64
+        """The width of the decoder's MLP."""
+        return self.mlp or -(-self.hidden * 8 // 3 // 64) * 64
 
     def check(self) -> None:
-        """Raises ConfigError or UnsupportedError for a size, dtype or device that no model can be built with."""
-        for what in ("hidden", "layers", "vision_hidden", "vision_layers", "image_size"):
+        """Raises ConfigError or UnsupportedError for a size, family, dtype or device that no model can be built with."""
+        for what in ("hidden", "layers", "vision_hidden", "vision_layers", "image_size", "head"):
             _positive(what, getattr(self, what))
-        for what in ("hidden", "vision_hidden"):
+        for what, head in (("hidden", self.head), ("vision_hidden", 64)):
             width = getattr(self, what)
-            if width % (2 * _heads(width)):
-                raise ConfigError(f"{what}={width} does not split into heads of {_HEAD}: choose a multiple of {_HEAD}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-        if self.device not in DEVICES:
-            raise ConfigError(f"device {self.device!r} is unknown: use one of {', '.join(DEVICES)}")
+            if width % (2 * heads(width, head)):
+                raise ConfigError(f"{what}={width} does not split into heads of {head}: choose a multiple of {head}")
+        for what, known in (("family", MODELS), ("dtype", DTYPES), ("device", DEVICES)):
+            _known(what, getattr(self, what), known)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UnsupportedError("device 'cuda' needs a CUDA GPU, and there is none: use 'cpu'")
 
-    def model(self, seed: int = 0) -> LlavaForConditionalGeneration:
-        """The model with random weights drawn from `seed`, on its device."""
-        return self._llava(seed).to(self.device)  # type: ignore[arg-type]
+    def model(self, seed: int = 0) -> PreTrainedModel:
+        """The stock model with random weights drawn from `seed`, on its device."""
+        with torch.device(self.device):
+            return MODELS[self.family](self, seed)
 
     def model_shape(self) -> ModelShape:
         """What a schedule depends on, without weights."""
         with torch.device("meta"):
-            return shape_of(self._llava(0).config)
+            return shape_of(MODELS[self.family](self, 0).config)
 
-    def _llava(self, seed: int) -> LlavaForConditionalGeneration:
-        return small_llava(
-            vision_hidden=self.vision_hidden,
-            vision_layers=self.vision_layers,
-            vision_heads=_heads(self.vision_hidden),
-            hidden=self.hidden,
-            layers=self.layers,
-            heads=_heads(self.hidden),
-            intermediate=self.intermediate,
-            vocab=self.vocab,
-            image_size=self.image_size,
-            seed=seed,
-            dtype=DTYPES[self.dtype],
-        )
+
+def llava(shape: Shape, seed: int) -> PreTrainedModel:
+    """A LLaVA-1.5."""
+    return small_llava(
+        vision_hidden=shape.vision_hidden, vision_layers=shape.vision_layers, vision_heads=heads(shape.vision_hidden),
+        hidden=shape.hidden, layers=shape.layers, heads=heads(shape.hidden, shape.head), intermediate=shape.intermediate,
+        vocab=shape.vocab, image_size=shape.image_size, seed=seed, dtype=DTYPES[shape.dtype],
+    )  # fmt: skip
+
+
+# By family: build(shape, seed) -> a stock model in eval mode, on torch's current device, which may be "meta".
+MODELS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {"llava": llava}
 
 
 class Entrant(NamedTuple):
@@ -112,8 +111,7 @@ class Case:
 
     backend: an arm named as a backend; presets: published settings; configs: further settings by label; against: arms to
     compare with, those that prune by themselves with every setting, all others dense; stages: what is timed, of STAGES,
-    the selection along with prefill.
-    batch, text_tokens, new_tokens: the request, as in `Request`.
+    the selection along with prefill. batch, text_tokens, new_tokens: the request, as in `Request`.
     """
 
     shape: Shape
@@ -126,6 +124,9 @@ class Case:
     configs: Mapping[str, ViTCoPConfig] = field(default_factory=dict)
     stages: tuple[str, ...] = STAGES
 
+    def __str__(self) -> str:
+        return f"{self.shape.name} {self.backend} batch {self.batch}, {self.text_tokens} text tokens"
+
     @property
     def request(self) -> Request:
         """What every arm serves."""
@@ -137,20 +138,17 @@ class Case:
 
     def entrants(self) -> list[Entrant]:
         """The arms of the run, in the order they are built."""
-        dense, settings = ViTCoPConfig.dense(), self.settings()
-        found = []
-        for arm in self.against:
-            labels = {DENSE: dense} if is_dense_arm(arm) else settings
-            found += [Entrant(arm, label, config) for label, config in labels.items()]
-        return found + [Entrant(self.backend, label, config) for label, config in ({DENSE: dense} | settings).items()]
+        dense, settings = {DENSE: ViTCoPConfig.dense()}, self.settings()
+        arms = {arm: dense if arm in BACKENDS or arm in STOCK_ARMS else settings for arm in self.against}
+        arms[self.backend] = dense | settings
+        return [Entrant(arm, label, config) for arm, labels in arms.items() for label, config in labels.items()]
 
     def check(self) -> None:
         """Raises ConfigError or UnsupportedError for anything unknown, not positive or not possible, before work starts."""
         self.shape.check()
         backend_of(self.backend)
         for arm in (self.backend, *self.against):
-            if arm not in ARMS:
-                raise ConfigError(f"arm {arm!r} is unknown: use one of {', '.join(ARMS)}")
+            _known("arm", arm, ARMS)
         if self.backend in self.against or len(set(self.against)) < len(self.against):
             raise ConfigError(
                 f"against={', '.join(self.against)} with backend {self.backend!r} names an arm twice: name each once"
@@ -158,19 +156,13 @@ class Case:
         for what in ("batch", "text_tokens", "new_tokens"):
             _positive(what, getattr(self, what))
         for stage in self.stages:
-            if stage not in STAGES:
-                raise ConfigError(f"stage {stage!r} is unknown: use one of {', '.join(STAGES)}")
+            _known("stage", stage, STAGES)
         for label in self.configs:
             if label == DENSE or label in PRESETS:
                 raise ConfigError(f"configs: {label!r} already names a setting: choose another label")
         shape = self.shape.model_shape()
         for config in self.settings().values():
             config.schedule(shape)
-
-
-def is_dense_arm(name: str) -> bool:
-    """Whether the arm, as something to compare with, serves the unpruned model."""
-    return name in BACKENDS or name in STOCK_ARMS
 
 
 def check_cases(cases: Iterable[Case], rounds: int) -> None:
@@ -183,10 +175,16 @@ def check_cases(cases: Iterable[Case], rounds: int) -> None:
             raise ConfigError(f"two shapes are named {case.shape.name!r}: give one another name")
 
 
-def _heads(width: int) -> int:
-    return max(1, width // _HEAD)
+def heads(width: int, head: int = 64) -> int:
+    """How many heads a layer of `width` has, one where it is narrower than they are."""
+    return max(1, width // head)
 
 
 def _positive(what: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{what}={value} is below 1")
+
+
+def _known(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ConfigError(f"{what} {name!r} is unknown: use one of {', '.join(known)}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 import platform
+import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,17 @@ import transformers
 
 def environment() -> dict[str, Any]:
     """Commit, date (UTC), versions, processor, cores, threads, GPU and its power limit in watts (None without one)."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu, processors = torch.cuda.is_available(), Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.*)$", processors.read_text() if processors.exists() else "", re.MULTILINE)
     return {
         "commit": commit(Path(__file__).parent.parent / "__init__.py"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "onnxruntime": _version("onnxruntime"),
+        "onnxruntime": version("onnxruntime") if importlib.util.find_spec("onnxruntime") else None,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -49,42 +53,23 @@ def commit(file: Path) -> str | None:
     Files that are no code do not count: results written by one benchmark would mark those of the next.
     """
     # An installed package may lie inside a checkout of something else, which says nothing about it.
-    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+    git = ["git", "-C", str(file.parent)]
+    if _said([*git, "ls-files", "--error-unmatch", file.name]) is None:
         return None
-    found = _git(file.parent, "rev-parse", "HEAD")
-    changes = _git(file.parent, "status", "--porcelain", "--", ":(top)*.py")
-    return found if not found or not changes else f"{found}-dirty"
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    found = _said([*git, "rev-parse", "HEAD"])
+    return f"{found}-dirty" if found and _said([*git, "status", "--porcelain", "--", ":(top)*.py"]) else found
 
 
 def _power_limit() -> float | None:
     """Of the GPU that torch uses, which need not be the driver's first. None where nvidia-smi cannot say."""
     gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    query = ["nvidia-smi", "-i", gpu, "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    found = _said(["nvidia-smi", "-i", gpu, "--query-gpu=power.limit", "--format=csv,noheader,nounits"])
+    return float(found) if found and found.replace(".", "").isdigit() else None
+
+
+def _said(command: Sequence[str]) -> str | None:
+    """What a program prints, None where it is missing or fails."""
     try:
-        return float(subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -20,42 +20,31 @@ from .timing import Call
 
 
 def ours(backend: str, model: PreTrainedModel, config: ViTCoPConfig, request: Request) -> Arm:
-    """`optimize(model, config, backend=backend)`, prompts not padded to a bucket; stages as `bind` has them.
-
-    Raises as `optimize` does.
-    """
+    """`optimize(model, config, backend=backend)`, prompts not padded to a bucket; stages as `bind` has them, the selection
+    alone compiled when it is first called. Raises as `optimize` does."""
     with torch.no_grad():
         optimized = optimize(model, config, backend=backend, prompt_buckets=(request.text_tokens,))
-        selection = _selection(optimized, backend, request) if config.prune else None
-        return Arm(backend, bind(optimized, request), _attention(optimized, backend, request), selection)
-
-
-def _selection(optimized: OptimizedModel, backend: str, request: Request) -> Call:
-    """The selection alone, compiled when first called."""
 
     @functools.cache
-    def made() -> Call:
+    def selection() -> Call:
         return selection_arm(optimized.schedule, request, backend, optimized.dtype, optimized.device)
 
-    return lambda: made()()
+    attention = _attention(optimized, backend, request)
+    return Arm(bind(optimized, request), attention, (lambda: selection()()) if config.prune else None)
 
 
 def _attention(optimized: OptimizedModel, backend: str, request: Request) -> dict[str, str]:
     """The attention kernel of every stage, at the lengths of its first layer."""
     schedule, shape, batch = optimized.schedule, optimized.schedule.shape, request.batch
-    kind = (optimized.dtype, optimized.device)
-    query = anchors(optimized.programs.captured.encoder.graph)[0].args[0]
-    heads, width = query.meta["val"].shape[1], query.meta["val"].shape[3]  # type: ignore[union-attr]
-    encoder = (batch, heads, shape.prefix_tokens + shape.patches, width)
+    kernel = functools.partial(backend_kernel, backend, dtype=optimized.dtype, device=optimized.device)
+    query = anchors(optimized.programs.captured.encoder.graph)[0].args[0].meta["val"]  # type: ignore[union-attr]
+    encoder = (batch, query.shape[1], shape.prefix_tokens + shape.patches, query.shape[3])
     rows = schedule.image_tokens + request.text_tokens
-    prompt, cached = (batch, shape.heads, rows, shape.head_dim), rows + request.new_tokens
-    vision = backend_kernel(backend, encoder, encoder, *kind)
-    prefill = backend_kernel(backend, prompt, (batch, shape.kv_heads, rows, shape.head_dim), *kind, causal=True)
-    decode = backend_kernel(
-        backend, (batch, shape.heads, 1, shape.head_dim), (batch, shape.kv_heads, cached, shape.head_dim), *kind, decode=True
-    )
-    whole = ", ".join(dict.fromkeys((vision, prefill)))
-    return {"vision": vision, "prefill": prefill, "decode": decode, "ttft": whole}
+    cache = (batch, shape.kv_heads, rows + request.new_tokens, shape.head_dim)
+    vision = kernel(encoder, encoder)
+    prefill = kernel((batch, shape.heads, rows, shape.head_dim), (*cache[:2], rows, shape.head_dim), causal=True)
+    decode = kernel((batch, shape.heads, 1, shape.head_dim), cache, decode=True)
+    return {"vision": vision, "prefill": prefill, "decode": decode, "ttft": ", ".join(dict.fromkeys((vision, prefill)))}
 
 
 for _name in BACKENDS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..config import PRESETS, ViTCoPConfig
 from ..errors import ConfigError, InputError
 from ..picture import require_matplotlib
-from ..schedule import ModelShape
 from .cases import DENSE
 from .environment import hardware
+from .stored import save as save_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,17 +42,22 @@ Results = Mapping[str, Any]
 def draw_all(results: Results, folder: Path, format: str = "png") -> list[Path]:
     """Writes latency, stages and kv_memory into `folder`, which is made if need be; returns the files.
 
-    Results of several requests or shapes make one latency and one stages picture each, named by them.
-    Raises UnsupportedError without matplotlib, ConfigError for an unknown format, InputError where there is nothing to draw
-    or a file cannot be written.
+    Results of several requests or shapes, which no picture may mix, make one latency and one stages picture each, named by
+    them. Raises UnsupportedError without matplotlib, ConfigError for an unknown format, InputError where there is nothing to
+    draw or a file cannot be written.
     """
     require_matplotlib()
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is unknown: use one of {', '.join(FORMATS)}")
+    groups: dict[str, list[Row]] = {}
+    for row in results["rows"]:
+        name = f"_{row['shape']}_batch{row['batch']}_text{row['text_tokens']}_new{row['new_tokens']}"
+        groups.setdefault(name, []).append(row)
+    if not groups:
+        raise InputError("the results have no rows: there is nothing to draw")
     drawings: dict[str, Figure] = {}
-    parts = groups(results)
-    for name, part in parts.items():
-        suffix = f"_{name}" if len(parts) > 1 else ""
+    for name, rows in groups.items():
+        suffix, part = name * (len(groups) > 1), {**results, "rows": rows}
         drawings |= {f"latency{suffix}": latency(part), f"stages{suffix}": stages(part)}
     drawings["kv_memory"] = kv_memory()
     try:
@@ -61,17 +65,6 @@ def draw_all(results: Results, folder: Path, format: str = "png") -> list[Path]:
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror or error}") from None
     return [save(drawing, folder / f"{name}.{format}") for name, drawing in drawings.items()]
-
-
-def groups(results: Results) -> dict[str, Results]:
-    """The results apart by shape and request, which no picture may mix. Raises InputError if there are no rows."""
-    found: dict[str, list[Row]] = {}
-    for row in results["rows"]:
-        name = f"{row['shape']}_batch{row['batch']}_text{row['text_tokens']}_new{row['new_tokens']}"
-        found.setdefault(name, []).append(row)
-    if not found:
-        raise InputError("the results have no rows: there is nothing to draw")
-    return {name: {**results, "rows": rows} for name, rows in found.items()}
 
 
 def latency(results: Results) -> Figure:
@@ -84,16 +77,21 @@ def latency(results: Results) -> Figure:
     if not measured:
         raise InputError("the results have neither TTFT nor prefill times: there is no latency to draw")
     out, axes = _figure(1, len(measured), 4.6)
-    names = {"ttft": "TTFT: vision, prefill and between", "prefill": "prefill"}
     for panel, stage in zip(axes, measured):
-        for index, backend in enumerate(backends):
-            own = [row for row in _arm(results["rows"], backend, backend) if row[f"{stage}_ms"] is not None]
-            own.sort(key=lambda row: row["retention"])
-            _spread_line(panel, own, stage, _COLORS[index % 6], _MARKERS[index % 6], backend)
-        _baseline(panel, results["rows"], stage)
-        panel.set_title(names[stage])
-        panel.set_xlabel("visual tokens kept, mean over layers (%)")
-        panel.set_ylabel("time (ms)")
+        rows = [row for row in results["rows"] if row[f"{stage}_ms"] is not None]
+        for backend, color, marker in zip(backends, _COLORS * 2, _MARKERS * 2):
+            own = sorted(_arm(rows, backend, backend), key=lambda row: row["retention"])
+            share = [100 * row["retention"] for row in own]
+            panel.plot(share, [row[f"{stage}_ms"] for row in own], color=color, marker=marker, label=backend)
+            low, high = ([row[f"{stage}_ms_quartiles"][end] for row in own] for end in (0, 1))
+            panel.fill_between(share, low, high, color=color, alpha=0.2, linewidth=0)
+        # One line for the stock model, and a band over what it took beside each of the backends.
+        stock = [row[f"{stage}_ms"] for row in rows if row["arm"] == BASELINE]
+        if stock:
+            panel.axhline(statistics.median(stock), color=_GRAY, linestyle="--", label="stock model, torch.compile, dense")
+            panel.axhspan(min(stock), max(stock), color=_GRAY, alpha=0.15, linewidth=0)
+        title = "TTFT: vision, prefill and between" if stage == "ttft" else stage
+        panel.set(title=title, xlabel="visual tokens kept, mean over layers (%)", ylabel="time (ms)")
         panel.set_ylim(bottom=0)
     _legend(out, axes[0])
     return _titled(out, results, "Latency against retention")
@@ -124,11 +122,8 @@ def stages(results: Results) -> Figure:
         bottom = [low + value for low, value in zip(bottom, values)]
     new = rows[0]["new_tokens"]
     second.bar(at, [row["decode_ms"] * new for row in rows], 0.8, color=_COLORS[3])
-    first.set_title("until the first token")
-    first.set_ylabel("time (ms)")
-    second.set_title(f"the {new} tokens after it: decode")
-    second.set_ylabel("time (ms)")
-    for panel in (first, second):
+    for panel, title in ((first, "until the first token"), (second, f"the {new} tokens after it: decode")):
+        panel.set(title=title, ylabel="time (ms)")
         panel.grid(axis="x", visible=False)
         panel.set_xticks(at, [row["preset"] for row in rows])
     for backend in _backends(rows):
@@ -141,43 +136,32 @@ def stages(results: Results) -> Figure:
     return _titled(out, results, "Where the time of a request goes")
 
 
-def kv_memory(
-    shape: ModelShape | None = None, name: str = "LLaVA-1.5-7B, 16 bit", text_tokens: int = 64, longest: int = 1024
-) -> Figure:
-    """KV cache of one prompt in MiB against generated tokens, per preset, as the schedule counts it; nothing is measured."""
+def kv_memory(text_tokens: int = 64, longest: int = 1024) -> Figure:
+    """KV cache of one prompt of LLaVA-1.5-7B in MiB against generated tokens, per preset, as the schedule counts it; nothing
+    is measured."""
     out, (panel,) = _figure(1, 1, 4.6)
     settings = {DENSE: ViTCoPConfig.dense()} | {preset: ViTCoPConfig.preset(preset) for preset in PRESETS}
     tokens = range(0, longest + 1, max(1, longest // 64))
-    for index, (label, config) in enumerate(settings.items()):
-        schedule = config.schedule(shape)
+    for (label, config), color, marker in zip(settings.items(), _COLORS, _MARKERS):
+        schedule = config.schedule()
         memory = [schedule.kv_bytes(text_tokens, count) / 2**20 for count in tokens]
-        panel.plot(list(tokens), memory, color=_COLORS[index], marker=_MARKERS[index], markevery=8, label=label)
-    panel.set_xlabel("generated tokens")
-    panel.set_ylabel("KV cache of one prompt (MiB)")
+        panel.plot(list(tokens), memory, color=color, marker=marker, markevery=8, label=label)
+    panel.set(xlabel="generated tokens", ylabel="KV cache of one prompt (MiB)", xlim=(0, longest))
     panel.set_ylim(bottom=0)
-    panel.set_xlim(0, longest)
     _legend(out, panel)
-    patches = (shape or ModelShape()).patches
-    return _headed(
-        out, "KV memory against generated tokens", f"{name}, {patches} image and {text_tokens} text tokens, computed"
-    )
+    below = f"LLaVA-1.5-7B, 16 bit, {schedule.image_tokens} image and {text_tokens} text tokens, computed"
+    out.suptitle(f"KV memory against generated tokens\n{below}", fontsize=11)
+    return out
 
 
 def save(drawing: Figure, path: Path) -> Path:
-    """Writes `drawing` in the format of the suffix, aside first and then moved into place. Raises ConfigError, InputError."""
+    """Writes `drawing` in the format of the suffix, aside first and then moved into place. Raises InputError."""
     import matplotlib
 
     format = path.suffix.removeprefix(".")
-    if format not in FORMATS:
-        raise ConfigError(f"{path} is neither of {', '.join(FORMATS)}: choose such a suffix")
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with matplotlib.rc_context(_STYLE):
-            drawing.savefig(aside, format=format, dpi=_DPI, metadata={"Date": None} if format == "svg" else None)
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    settings: Any = {"format": format, "dpi": _DPI, "metadata": {"Date": None} if format == "svg" else None}
+    with matplotlib.rc_context(_STYLE):
+        save_file(path, lambda aside: drawing.savefig(aside, **settings), InputError)
     return path
 
 
@@ -190,21 +174,6 @@ def _figure(rows: int, columns: int, height: float) -> tuple[Figure, Sequence[Ax
         return out, list(out.subplots(rows, columns, squeeze=False).flat)
 
 
-def _spread_line(panel: Axes, rows: list[Row], stage: str, color: str, marker: str, label: str) -> None:
-    share = [100 * row["retention"] for row in rows]
-    panel.plot(share, [row[f"{stage}_ms"] for row in rows], color=color, marker=marker, label=label)
-    low, high = ([row[f"{stage}_ms_quartiles"][end] for row in rows] for end in (0, 1))
-    panel.fill_between(share, low, high, color=color, alpha=0.2, linewidth=0)
-
-
-def _baseline(panel: Axes, rows: Sequence[Row], stage: str) -> None:
-    """One line for the stock model, and a band over what it took beside each of the backends."""
-    found = [row[f"{stage}_ms"] for row in rows if row["arm"] == BASELINE and row[f"{stage}_ms"] is not None]
-    if found:
-        panel.axhline(statistics.median(found), color=_GRAY, linestyle="--", label="stock model, torch.compile, dense")
-        panel.axhspan(min(found), max(found), color=_GRAY, alpha=0.15, linewidth=0)
-
-
 def _legend(out: Figure, panel: Axes) -> None:
     handles, labels = panel.get_legend_handles_labels()
     out.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
@@ -212,14 +181,9 @@ def _legend(out: Figure, panel: Axes) -> None:
 
 def _titled(out: Figure, results: Results, title: str) -> Figure:
     row, given = results["rows"][0], results["environment"]
-    request = (
-        f"{row['shape']} {row['dtype']}, batch {row['batch']}, {row['text_tokens']} text tokens, medians of {given['rounds']}"
-    )
-    return _headed(out, title, f"{hardware(given)}; {request}")
-
-
-def _headed(out: Figure, title: str, below: str) -> Figure:
-    out.suptitle(f"{title}\n{below}", fontsize=11)  # one text: matplotlib lays out a single title per figure
+    request = f"{row['shape']} {row['dtype']}, batch {row['batch']}, {row['text_tokens']} text tokens"
+    # One text: matplotlib lays out a single title per figure.
+    out.suptitle(f"{title}\n{hardware(given)}; {request}, medians of {given['rounds']}", fontsize=11)
     return out
 
 

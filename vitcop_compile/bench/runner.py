@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +18,7 @@ from ..progress import Steps
 from .arms import Arm, build
 from .cases import Case, Entrant, check_cases
 from .environment import environment
+from .memory import peak
 from .rows import rows
 from .timing import Call, interleave
 
@@ -23,6 +26,8 @@ _WARMUP = 3
 _LEAST_MS = 40.0
 # What compiling one stage of an arm takes, in calls of it: a guess, for the estimate of what is left.
 _COMPILE = 8.0
+# inspect(model, case, entrant, arm) -> more fields for the arm's row, asked for once its stages are compiled.
+Inspect = Callable[[Any, Case, Entrant, Arm], dict[str, Any]]
 
 
 def run(
@@ -31,116 +36,105 @@ def run(
     rounds: int = 15,
     seed: int = 0,
     memory: bool = False,
+    minutes: float = math.inf,
+    inspect: Inspect = lambda *_: {},
     console: Console | None = None,
     save: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
-    """Measures every case: {"environment": ..., "rows": [...]}, the rows as `rows.rows` describes them.
+    """Measures every case: {"environment": ..., "rows": [...], "left_out": [...]}, the rows as `rows.rows` describes them.
 
-    Weights are random, drawn from `seed`, one model per shape. memory: also run each arm alone in a process of its own,
-    for its peak memory. console: where progress is shown, standard error by default. save: given the results so far after
-    every case, so that a run that is cut short loses one.
+    Weights are random, drawn from `seed`, one model per shape. memory: also run each arm alone in a process of its own, for
+    its peak memory. minutes: once they have passed no further case is begun, but listed as left out. console: where progress
+    is shown, standard error by default. save: given the results so far after every case, so that a run that is cut short
+    loses one.
 
     Raises ConfigError or UnsupportedError for a case that cannot be measured, before anything is built.
     """
-    cases = list(cases)
     check_cases(cases, rounds)
-    console = console or Console(stderr=True)
+    begun, left_out = time.monotonic(), list[str]()
+    found: dict[int, list[dict[str, Any]]] = {}
     conditions = environment() | {
-        "device": _listed(case.shape.device for case in cases),
-        "dtype": _listed(case.shape.dtype for case in cases),
+        "device": ", ".join(dict.fromkeys(case.shape.device for case in cases)),
+        "dtype": ", ".join(dict.fromkeys(case.shape.dtype for case in cases)),
         "rounds": rounds,
         "seed": seed,
         "memory": memory,
         "shapes": {case.shape.name: dataclasses.asdict(case.shape) for case in cases},
     }
-    found: dict[int, list[dict[str, Any]]] = {}
-    steps = Steps(console, sum(_weight(case, rounds) for case in cases))
+    # Stages that an arm lacks are counted as if it had them.
+    weight = sum(len(case.entrants()) * len(case.stages) for case in cases) * (_COMPILE + rounds + _WARMUP)
+    steps = Steps(console or Console(stderr=True), weight)
 
     def results() -> dict[str, Any]:
-        return {"environment": conditions, "rows": [row for place in sorted(found) for row in found[place]]}
+        ordered = [row for place in sorted(found) for row in found[place]]
+        return {"environment": conditions, "rows": ordered, "left_out": left_out}
 
     for shape in dict.fromkeys(case.shape for case in cases):
-        with steps.step(f"building {shape.name}"):
-            model = shape.model(seed)
+        model = None
         for place, case in enumerate(cases):
-            if case.shape == shape:
-                found[place] = measure(model, case, rounds, steps, seed=seed, memory=memory)
-                save(results())
-        del model
+            if case.shape != shape:
+                continue
+            if time.monotonic() - begun >= 60 * minutes:
+                left_out.append(str(case))
+                continue
+            if model is None:
+                with steps.step(f"building {shape.name}"):
+                    model = shape.model(seed)
+            found[place] = _measure(model, case, rounds, steps, inspect)
+            _forget()
+            for row, entrant in zip(found[place] if memory else (), case.entrants()):
+                with steps.step(f"{case}: memory of {entrant.key}"):
+                    row["peak_memory_bytes"], row["resident_memory_bytes"] = peak(case, entrant, seed) or (None, None)
+            save(results())
     return results()
 
 
-def measure(
-    model: PreTrainedModel, case: Case, rounds: int, steps: Steps, *, seed: int = 0, memory: bool = False
-) -> list[dict[str, Any]]:
-    """The rows of one case on `model`, which is of the case's shape and was made from `seed`."""
+def _measure(model: PreTrainedModel, case: Case, rounds: int, steps: Steps, inspect: Inspect) -> list[dict[str, Any]]:
+    """The rows of one case on `model`, which is of its shape."""
+    stages = (*case.stages, *(["selection"] if "prefill" in case.stages else []))  # which it is stated as a share of
+    calls: dict[str, dict[str, Call]] = {stage: {} for stage in stages}
+    attention, more = {}, []
     with torch.no_grad(), _measured_as_compiled():
-        arms = {entrant.key: _built(model, case, entrant, steps) for entrant in case.entrants()}
-        times = _times(arms, case, rounds, steps)
-    attention = {key: arm.attention for key, arm in arms.items()}
-    del arms
-    gc.collect()
-    peaks = {}
-    if memory:
-        from .memory import peak  # not above: `python -m` runs that file as a module that nothing has imported yet
-
         for entrant in case.entrants():
-            with steps.step(f"{_title(case)}: memory of {entrant.key}"):
-                peaks[entrant.key] = peak(case, entrant, seed)
-    return rows(case, case.shape.model_shape(), times, attention, peaks)
+            arm = _built(model, case, entrant, calls, steps)
+            attention[entrant.key] = arm.attention
+            more.append(inspect(model, case, entrant, arm))
+        times = {at: timed(group, rounds, steps, f"{case}: timing {at}") for at, group in calls.items() if group}
+    found = rows(case, case.shape.model_shape(), times, attention)
+    return [row | fields for row, fields in zip(found, more, strict=True)]
 
 
-def _built(model: PreTrainedModel, case: Case, entrant: Entrant, steps: Steps) -> Arm:
-    """The arm, with every measured stage run once: programs compile at their first call."""
+def _built(model: Any, case: Case, entrant: Entrant, calls: dict[str, dict[str, Call]], steps: Steps) -> Arm:
+    """The arm, and its `calls` by stage, each called once: programs compile at their first call."""
     at = "capturing"
-    with steps.step(f"{_title(case)}: compiling {entrant.key}", lambda: f"[{at}]", _COMPILE * len(case.stages)):
+    with steps.step(f"{case}: compiling {entrant.key}", lambda: f"[{at}]", _COMPILE * len(case.stages)):
         arm = build(entrant.arm, model, entrant.config, case.request)
-        for at, call in _calls(arm, case).items():  # noqa: B007  (shown while the step runs)
-            call()
+        own = arm.stages | ({"selection": arm.selection} if arm.selection else {})
+        for at in [stage for stage in calls if stage in own]:  # shown while the step runs
+            own[at]()
+            calls[at][entrant.key] = own[at]
     return arm
 
 
-def _calls(arm: Arm, case: Case) -> dict[str, Call]:
-    calls = {stage: arm.stages[stage] for stage in case.stages if stage in arm.stages}
-    if arm.selection is not None and "prefill" in case.stages:  # which it is stated as a share of
-        calls["selection"] = arm.selection
-    return calls
-
-
-def timed(calls: dict[str, Call], rounds: int, steps: Steps, title: str) -> dict[str, list[float]]:
+def timed(calls: Mapping[Any, Call], rounds: int, steps: Steps, title: str) -> dict[Any, list[float]]:
     """`interleave` with a bar, which is drawn between rounds only: a thread that draws would disturb what is timed."""
     with steps.bar(title, rounds + _WARMUP, len(calls) * (rounds + _WARMUP)) as advance:
         return interleave(calls, rounds, _WARMUP, tick=advance, least_ms=_LEAST_MS)
 
 
-def _times(arms: dict[str, Arm], case: Case, rounds: int, steps: Steps) -> dict[str, dict[str, list[float]]]:
-    calls = {key: _calls(arm, case) for key, arm in arms.items()}
-    times = {}
-    for stage in (*case.stages, "selection"):
-        group = {key: of_arm[stage] for key, of_arm in calls.items() if stage in of_arm}
-        if group:
-            times[stage] = timed(group, rounds, steps, f"{_title(case)}: timing {stage}")
-    return times
-
-
-def _weight(case: Case, rounds: int) -> float:
-    """Of all steps of a case together; stages that an arm lacks are counted as if it had them."""
-    return len(case.entrants()) * len(case.stages) * (_COMPILE + rounds + _WARMUP)
+def _forget() -> None:
+    """Whatever earlier cases have left behind, CUDA graphs and their memory included."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
 def _measured_as_compiled() -> Iterator[None]:
-    """No arm may fall back to eager because a function was compiled too often: that fails, and every case starts anew."""
+    """No arm may fall back to eager because a function was compiled too often: that fails; every case starts anew."""
     import torch._dynamo.config as config
 
-    torch.compiler.reset()
+    _forget()
     with config.patch(fail_on_recompile_limit_hit=True):
         yield
-
-
-def _title(case: Case) -> str:
-    return f"{case.shape.name} {case.backend} batch {case.batch}"
-
-
-def _listed(values: Any) -> str:
-    return ", ".join(dict.fromkeys(values))

@@ -56,23 +56,13 @@ def selection_inputs(schedule: Schedule, request: Request, dtype: torch.dtype, d
     shape, batch = schedule.shape, request.batch
     images, tokens = batch * len(schedule.layout), shape.prefix_tokens + shape.patches
     heads = max(1, shape.vision_hidden // 64)
+    query = (images, tokens, heads, shape.vision_hidden // heads)
     rows = schedule.prompt_tokens(request.text_tokens)
     reduced = request.text_tokens + schedule.decoder_stages[0].total
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, dtype=dtype, device=device)
-
-    head = shape.vision_hidden // heads
+    first, second = ((batch, shape.kv_heads, count, shape.head_dim) for count in (rows, reduced))
+    sizes = (query, query, (images, tokens, shape.vision_hidden), (batch, rows, shape.hidden), first, second)
     visual = torch.arange(schedule.image_tokens, device=device).repeat(batch, 1)
-    return (
-        random(images, tokens, heads, head),
-        random(images, tokens, heads, head),
-        random(images, tokens, shape.vision_hidden),
-        random(batch, rows, shape.hidden),
-        random(batch, shape.kv_heads, rows, shape.head_dim),
-        random(batch, shape.kv_heads, reduced, shape.head_dim),
-        visual,
-    )
+    return (*(torch.randn(size, dtype=dtype, device=device) for size in sizes), visual)
 
 
 def selection_arm(schedule: Schedule, request: Request, backend: str, dtype: torch.dtype, device: torch.device) -> Call:

@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..families import family_of
 from .arms import Arm, Request, begin_step, inputs, register
 from .kernels import recorded
+from .timing import Call
 
 
 @register("stock_eager")
@@ -25,28 +26,10 @@ def stock_eager(model: PreTrainedModel, config: ViTCoPConfig, request: Request) 
 
     Raises ConfigError for a config that prunes, and as `check_stock` does.
     """
-    _check(model, config)
-    given = inputs(model, request)
-    ids, pixels = given["input_ids"], given["pixel_values"]
-    token = ids[:, :1].contiguous()
-    with torch.no_grad():
-        features = _vision(model, pixels)
-        # What generate() decodes on by default. It grows by concatenation, which copies it in every step: that is a cost of
-        # the step. Cropping it back takes a view per layer, next to nothing.
-        cache = _prefill(model, ids, features)[1]
-
-    def decode() -> tuple[Tensor, ...]:
-        logits = _decode(model, token, cache)
-        cache.crop(-1)
-        return (logits,)
-
-    stages = {
-        "vision": torch.no_grad()(lambda: _vision(model, pixels)),
-        "prefill": torch.no_grad()(lambda: _prefill(model, ids, features)),
-        "decode": torch.no_grad()(decode),
-        "ttft": torch.no_grad()(lambda: _whole(model, ids, pixels)),
-    }
-    return Arm("stock_eager", stages, {name: recorded(call) for name, call in stages.items()})
+    # What generate() decodes on by default. It grows by concatenation, which copies it in every step: that is a cost of the
+    # step. Cropping it back takes a view per layer, next to nothing.
+    made, back = lambda rows: DynamicCache(config=model.config), lambda cache, prompt: cache.crop(-1)
+    return _arm(model, config, request, made, back, lambda function, args: functools.partial(function, *args))
 
 
 @register("stock_compile")
@@ -57,50 +40,21 @@ def stock_compile(model: PreTrainedModel, config: ViTCoPConfig, request: Request
     cache: better than `generate(cache_implementation="static")`, which runs its prefill in eager mode. Decoding is what that
     call compiles: a StaticCache of prompt and new tokens. Raises as `stock_eager` does.
     """
-    _check(model, config)
-    given = inputs(model, request)
-    ids, pixels = given["input_ids"], given["pixel_values"]
-    token = ids[:, :1].contiguous()
-    prompt = ids.shape[1]
-    cache: Any = StaticCache(config=model.config, max_cache_len=prompt + request.new_tokens)
-    with torch.no_grad():
-        # transformers installs its hooks for hidden states in the first call, which dynamo cannot trace: it is this one.
-        features = _vision(model, pixels)
-        # Filled in eager mode, as generate() does: this allocates the cache, at addresses that CUDA graphs may rely on.
-        model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
-    lengths = [layer.cumulative_length for layer in cache.layers]
 
-    def vision(pixels: Tensor) -> Tensor:
-        return _vision(model, pixels)
+    def rewind(cache: Any, prompt: int) -> None:
+        # Inside the graph this is one assignment per layer, in place of the step's own.
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(prompt)
 
-    def prefill(ids: Tensor, features: Tensor) -> tuple[Tensor, ...]:
-        return _flat(*_prefill(model, ids, features))
+    def made(rows: int) -> StaticCache:
+        return StaticCache(config=model.config, max_cache_len=rows)
 
-    def decode(token: Tensor) -> tuple[Tensor, ...]:
-        logits = _decode(model, token, cache)
-        # Back to the prompt's end: every call writes the same row. Inside the graph this is one assignment per layer, in
-        # place of the step's own.
-        for length in lengths:
-            length.fill_(prompt)
-        return (logits,)
-
-    def whole(ids: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
-        return _flat(*_whole(model, ids, pixels))
-
-    bound: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
-        "vision": (vision, (pixels,)),
-        "prefill": (prefill, (ids, features)),
-        "decode": (decode, (token,)),
-        "ttft": (whole, (ids, pixels)),
-    }
-    # Compiled or not, torch chooses by types, head sizes and masks.
-    attention = {name: recorded(functools.partial(function, *args)) for name, (function, args) in bound.items()}
-    stages = {name: _compiled(function, args) for name, (function, args) in bound.items()}
-    return Arm("stock_compile", stages, attention)
+    return _arm(model, config, request, made, rewind, _compiled)
 
 
-def check_stock(model: Any) -> None:
-    """Raises UnsupportedError for a model of no known family, ConfigError if it is in training mode or not on "sdpa"."""
+def check_stock(model: Any, config: ViTCoPConfig | None = None) -> None:
+    """Raises UnsupportedError for a model of no known family, ConfigError if it is in training mode or not on "sdpa", and
+    for a config that prunes."""
     family_of(model)
     if model.training:
         raise ConfigError("the model is in training mode: call model.eval() first")
@@ -110,37 +64,60 @@ def check_stock(model: Any) -> None:
                 f"the {part.model_type} part has attn_implementation={part._attn_implementation!r}, the baselines are stated "
                 "for 'sdpa': load the model with attn_implementation='sdpa'"
             )
-
-
-def _check(model: PreTrainedModel, config: ViTCoPConfig) -> None:
-    check_stock(model)
-    if config.prune:
+    if config is not None and config.prune:
         raise ConfigError("a stock model cannot prune: pass ViTCoPConfig.dense(), or choose an arm that prunes")
 
 
-def _vision(model: Any, pixels: Tensor) -> Tensor:
-    """Projected features [B, patches, D]. transformers hands them out image by image, and joins them as is done here."""
-    return torch.cat(tuple(model.get_image_features(pixel_values=pixels).pooler_output)).unflatten(0, (pixels.shape[0], -1))
+def _arm(
+    model: Any,
+    config: ViTCoPConfig,
+    request: Request,
+    make_cache: Callable[[int], Any],
+    rewind: Callable[[Any, int], None],
+    served: Callable[[Callable[..., Any], tuple[Tensor, ...]], Call],
+) -> Arm:
+    """make_cache(rows) -> what decoding runs on; rewind(cache, prompt) takes a step back: every step writes the same row;
+    served(function, arguments) -> a call."""
+    check_stock(model, config)
+    ids, pixels = inputs(model, request).values()
 
+    def vision(pixels: Tensor) -> Tensor:
+        # transformers hands features out image by image, and joins them as is done here.
+        found = model.get_image_features(pixel_values=pixels).pooler_output
+        return torch.cat(tuple(found)).unflatten(0, (pixels.shape[0], -1))
 
-def _prefill(model: Any, ids: Tensor, features: Tensor) -> tuple[Tensor, DynamicCache]:
-    """(logits [B, 1, vocab], cache) from ids and features, spliced as `LlavaModel.forward` splices them."""
-    embeddings = model.get_input_embeddings()(ids)
-    image = model.model.get_placeholder_mask(ids, inputs_embeds=embeddings, image_features=features)
-    embeddings = embeddings.masked_scatter(image, features)
-    outputs = model.model.language_model(inputs_embeds=embeddings, use_cache=True)
-    return model.lm_head(outputs.last_hidden_state[:, -1:]), outputs[CACHE_NAME]
+    def prefill(ids: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        # Spliced as the model's own `forward` does.
+        embeddings = model.get_input_embeddings()(ids)
+        image = model.model.get_placeholder_mask(ids, inputs_embeds=embeddings, image_features=features)
+        outputs = model.model.language_model(inputs_embeds=embeddings.masked_scatter(image, features), use_cache=True)
+        return _flat(model.lm_head(outputs.last_hidden_state[:, -1:]), outputs[CACHE_NAME])
 
+    def decode(token: Tensor) -> tuple[Tensor, ...]:
+        logits = model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits
+        rewind(cache, prompt)
+        return (logits,)
 
-def _decode(model: Any, token: Tensor, cache: DynamicCache | StaticCache) -> Tensor:
-    """Logits [B, 1, vocab] of one token on a filled cache."""
-    return model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits
+    def ttft(ids: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+        outputs = model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
+        return _flat(outputs.logits, outputs[CACHE_NAME])
 
-
-def _whole(model: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, DynamicCache]:
-    """(logits [B, 1, vocab], cache) from ids and pixels."""
-    outputs = model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
-    return outputs.logits, outputs[CACHE_NAME]
+    prompt = ids.shape[1]
+    cache = make_cache(prompt + request.new_tokens)
+    with torch.no_grad():
+        # transformers installs its hooks for hidden states in the first call, which dynamo cannot trace: it is this one.
+        features = vision(pixels)
+        # Filled in eager mode, as generate() does: this allocates the cache, at addresses that CUDA graphs may rely on.
+        model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+    bound: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+        "vision": (vision, (pixels,)),
+        "prefill": (prefill, (ids, features)),
+        "decode": (decode, (ids[:, :1].contiguous(),)),
+        "ttft": (ttft, (ids, pixels)),
+    }
+    # Compiled or not, torch chooses by types, head sizes and masks.
+    attention = {name: recorded(functools.partial(function, *args)) for name, (function, args) in bound.items()}
+    return Arm({name: torch.no_grad()(served(function, args)) for name, (function, args) in bound.items()}, attention)
 
 
 def _flat(logits: Tensor, cache: Any) -> tuple[Tensor, ...]:
@@ -148,17 +125,14 @@ def _flat(logits: Tensor, cache: Any) -> tuple[Tensor, ...]:
     return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
 
-def _compiled(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Callable[[], Any]:
+def _compiled(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Call:
     # dynamo counts recompilations by code object and gives up at the eighth: every request gets an object of its own.
     assert isinstance(function, FunctionType)
-    own = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
     # What mode="reduce-overhead" stands for, as in `backends.inductor`. No input is the output of a graph.
     options: Any = {"triton.cudagraphs": True} if args[0].is_cuda else None
     program = torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
-    @torch.no_grad()
     def call() -> Any:
         begin_step(args[0].device)
         return program(*args)

@@ -1,7 +1,8 @@
-"""JSON files of measured numbers: written aside and moved into place, read as the types they are meant to be."""
+"""Files of measured numbers: written aside and moved into place; JSON is read as the types it is meant to be."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from ..errors import VitcopError
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def save(text: str, path: Path, error: type[VitcopError]) -> None:
-    """Writes `text` at `path`, aside first and then moved into place. Raises `error`."""
+def save(path: Path, write: Callable[[Path], Any], error: type[VitcopError]) -> None:
+    """Calls `write` with a path beside `path`, and moves what it wrote into place. Raises `error`."""
     aside = path.with_name(path.name + ".partial")
     try:
-        aside.write_text(text)
+        write(aside)
         aside.replace(path)
     except OSError as reason:
         aside.unlink(missing_ok=True)

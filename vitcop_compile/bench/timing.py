@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,23 +18,22 @@ SETTLE = 0.02
 
 
 def interleave(
-    arms: dict[str, Call],
+    arms: Mapping[Any, Call],
     rounds: int,
     warmup: int = 3,
     tick: Callable[[], None] = lambda: None,
     least_ms: float = 0.0,
     settle: float = SETTLE,
-) -> dict[str, list[float]]:
+) -> dict[Any, list[float]]:
     """Milliseconds of every arm in every round.
 
     The order is drawn anew for every other round and turned around for the one after it, so that no arm always follows the
     same one. least_ms: an arm that was faster than this in a warm-up round runs several times in every round that counts,
     and its mean is taken: on a shared machine a short call is either interrupted or not, and the median of such rounds jumps
-    between the two; and waking a thread is a cost of the pause, not of the call. Needs a warm-up round. settle: seconds of
-    pause before every timed call.
+    between the two; and waking a thread is a cost of the pause, not of the call. settle: seconds of that pause.
     """
     shortest = dict.fromkeys(arms, math.inf)
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    times: dict[Any, list[float]] = {name: [] for name in arms}
     draw = random.Random(0)
     order = list(arms)
     for turn in range(warmup + rounds):
@@ -65,15 +64,18 @@ def _milliseconds(call: Call, number: int, settle: float) -> float:
 
 def median_ratio(over: list[float], under: list[float]) -> float:
     """Median of the ratios of two arms of the same rounds."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+    return summary(ratios(over, under))["median"]
 
 
-def spread(times: list[float]) -> tuple[float, float]:
-    """First and third quartile."""
-    if len(times) < 2:
-        return times[0], times[0]
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return low, high
+def ratios(over: list[float], under: list[float]) -> list[float]:
+    """The ratio of two arms in every round."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Median, and first and third quartile."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": statistics.median(values), "quartiles": [low, high]}
 
 
 def synchronize() -> None:

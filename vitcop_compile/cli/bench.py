@@ -56,29 +56,13 @@ def bench_command(
 
         given = {"presets": tuple(preset or ()) or None, "layers": layers, "vision_layers": vision_layers, "rounds": rounds}
         chosen: dict[str, Any] = (_FULL if full else _QUICK) | {k: value for k, value in given.items() if value is not None}
-        shape = bench.Shape(
-            hidden=hidden,
-            layers=chosen["layers"],
-            vision_hidden=vision_hidden,
-            vision_layers=chosen["vision_layers"],
-            dtype=dtype,
-            device=device,
-        )
-        cases = [
-            bench.Case(
-                shape,
-                backend=name,
-                presets=chosen["presets"],
-                batch=batch,
-                text_tokens=text_tokens,
-                new_tokens=new_tokens,
-                against=_against(against),
-            )
-            for name in backend or ["inductor"]
-        ]
+        presets, rounds = chosen.pop("presets"), chosen.pop("rounds")
+        shape = bench.Shape(hidden=hidden, vision_hidden=vision_hidden, dtype=dtype, device=device, **chosen)
+        names = backend or ["inductor"]
+        cases = [bench.Case(shape, name, presets, batch, text_tokens, new_tokens, _against(against)) for name in names]
         if json is not None:
             bench.check_target(json)
-        results = bench.run(cases, rounds=chosen["rounds"], memory=memory)
+        results = bench.run(cases, rounds=rounds, memory=memory)
         out = console(WIDE_TABLE_WIDTH)
         out.print(bench.table(results))
         if not full:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..config import DEFAULT_PRESET
 from ..errors import ConfigError
@@ -49,71 +48,58 @@ def regress_command(
     """Fail where compiled models have become slower or larger than their baseline. Exit codes: 0 pass, 1 regression, 2 not
     comparable. A check takes its settings from the file; --update keeps those that are not given."""
     options = {
-        "model": model,
-        "presets": tuple(preset) if preset else None,
-        "backend": backend,
-        "hidden": hidden,
-        "layers": layers,
-        "vision_hidden": vision_hidden,
-        "vision_layers": vision_layers,
-        "batch": batch,
-        "text_tokens": text_tokens,
-        "new_tokens": new_tokens,
-        "rounds": rounds,
-    }
+        "model": model, "presets": tuple(preset) if preset else None, "backend": backend, "hidden": hidden, "layers": layers,
+        "vision_hidden": vision_hidden, "vision_layers": vision_layers, "batch": batch, "text_tokens": text_tokens,
+        "new_tokens": new_tokens, "rounds": rounds,
+    }  # fmt: skip
     with _not_comparable(), without_future_warnings():
-        run = _update if update else _check
         if elsewhere not in _ELSEWHERE:
             raise ConfigError(f"--elsewhere {elsewhere!r} is unknown: use one of {', '.join(_ELSEWHERE)}")
-        passed = run(baseline, options, counts_only, elsewhere, repeats, console())
+        if update:
+            passed = _update(baseline, options, counts_only, repeats)
+        elif repeats is not None:
+            raise ConfigError(f"--repeats {repeats} belongs to --update: a check takes the tolerances of its baseline")
+        else:
+            passed = _check(baseline, options, counts_only, elsewhere)
     if not passed:
         raise typer.Exit(1)
 
 
-def _check(path: Path, options: dict[str, Any], counts_only: bool, elsewhere: str, repeats: int | None, out: Console) -> bool:
+def _check(path: Path, options: dict[str, Any], counts_only: bool, elsewhere: str) -> bool:
     from .. import regress  # not above: other commands start sooner without it
     from ..regress.tables import print_report
 
-    if repeats is not None:
-        raise ConfigError(f"--repeats {repeats} belongs to --update: a check takes the tolerances of its baseline")
     stored = vars(regress.load(path).settings)
-    other = {name: value for name, value in options.items() if value is not None and value != stored[name]}
+    other = "; ".join(
+        f"--{'preset' if name == 'presets' else name.replace('_', '-')} {_text(value)}, there {_text(stored[name])}"
+        for name, value in options.items()
+        if value is not None and value != stored[name]
+    )
     if other:
-        differences = "; ".join(
-            f"{_option(name)} {_text(value)}, there {_text(stored[name])}" for name, value in other.items()
-        )
-        raise ConfigError(f"{path} was measured otherwise ({differences}): leave the options out, or pass --update")
-    with _progress() as say:
-        report = regress.check(None, path, counts_only=counts_only, elsewhere=elsewhere, say=say)
-    print_report(report, out)
+        raise ConfigError(f"{path} was measured otherwise ({other}): leave the options out, or pass --update")
+    with Console(stderr=True).status("") as status:
+        report = regress.check(None, path, counts_only=counts_only, elsewhere=elsewhere, say=status.update)
+    print_report(report, console())
     return report.passed
 
 
-def _update(path: Path, options: dict[str, Any], counts_only: bool, elsewhere: str, repeats: int | None, out: Console) -> bool:
-    from .. import regress  # not above: other commands start sooner without it
+def _update(path: Path, options: dict[str, Any], counts_only: bool, repeats: int | None) -> bool:
+    from .. import regress
     from ..regress.tables import failures, print_update
 
     if not path.resolve().parent.is_dir():
         raise ConfigError(f"--baseline {path}: the folder {path.resolve().parent} does not exist: make it first")
     old = regress.load(path) if path.exists() else None
     settings = regress.settings_of(old.settings if old else regress.Settings(), options)
-    with _progress() as say:
-        times = regress.REPEATS if repeats is None else repeats
-        new, broken = regress.update(None, path, settings, counts_only=counts_only, repeats=times, say=say)
+    times = regress.REPEATS if repeats is None else repeats
+    with Console(stderr=True).status("") as status:
+        new, broken = regress.update(None, path, settings, counts_only=counts_only, repeats=times, say=status.update)
     if broken:
-        out.print(failures(broken))
-        out.print("no baseline can allow this: nothing was written", style="red")
-        return False
-    print_update(old, new, out)
-    return True
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda what: progress.update(task, description=what)
+        console().print(failures(broken))
+        console().print("no baseline can allow this: nothing was written", style="red")
+    else:
+        print_update(old, new, console())
+    return not broken
 
 
 @contextmanager
@@ -127,10 +113,6 @@ def _not_comparable() -> Iterator[None]:
     except Exception:
         Console(stderr=True).print_exception()
         raise typer.Exit(2) from None
-
-
-def _option(name: str) -> str:
-    return "--preset" if name == "presets" else f"--{name.replace('_', '-')}"
 
 
 def _text(value: object) -> str:

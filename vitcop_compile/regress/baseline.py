@@ -1,27 +1,89 @@
-"""The file a check compares with: settings, environment, and the facts and timed measures of every subject."""
+"""The file a check compares with: settings, environment, and the facts and timed measures of every subject; and where the
+compiled models of its subjects come from."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import AfterValidator, model_validator, with_config
+from pydantic import AfterValidator, Field, ValidationError, model_validator, with_config
 from pydantic.dataclasses import dataclass
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from typing_extensions import TypedDict
 
-from ..bench import environment
+from ..backends import backend_of
+from ..bench import Request, Shape, environment, stored
 from ..bench.stored import STRICT
-from ..bench.stored import load as load_as
-from ..bench.stored import save as save_text
-from ..errors import ConfigError
+from ..config import DEFAULT_PRESET, ViTCoPConfig
+from ..errors import ConfigError, UnsupportedError
+from ..optimized import OptimizedModel
+from ..pipeline import optimize
 from .compare import Measure, Timing, flatten
-from .subject import Settings
 
 FORMAT: Final = 1
+# build(config, backend) -> a fresh model, none of whose programs is compiled yet.
+Build = Callable[[ViTCoPConfig, str], OptimizedModel]
+Source = PreTrainedModel | Build | None
+
+TOY, GIVEN = "toy", "given"
+_SIZES = ("hidden", "layers", "vision_hidden", "vision_layers")
+Width = Annotated[int, Field(ge=64, multiple_of=64)]  # of heads
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Settings:
+    """The subjects of a baseline, one for every preset, and the rounds of each timing.
+
+    model: "toy", a random LLaVA of the four sizes; "given", a model or builder that the caller hands in; or a LLaVA-1.5 folder
+    or model on the hub, loaded in float32. The sizes are None for all but "toy". batch: prompts per call; text_tokens and
+    new_tokens: of each prompt; rounds: interleaved rounds of one timing. Raises pydantic's ValidationError, a ValueError, for
+    values out of range and for a backend that is unknown or cannot work here.
+    """
+
+    model: str = TOY
+    hidden: Width | None = 512
+    layers: Annotated[int, Field(ge=3)] | None = 8
+    vision_hidden: Width | None = 256
+    vision_layers: Annotated[int, Field(ge=2)] | None = 4
+    presets: Annotated[tuple[str, ...], Field(min_length=1)] = (DEFAULT_PRESET,)
+    backend: str = "inductor"
+    batch: Count = 1
+    text_tokens: Count = 64
+    new_tokens: Count = 64
+    rounds: Count = 9
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        unsized = [name for name, size in self.sizes.items() if size is None]
+        if unsized and self.model == TOY:
+            raise ValueError(f"the random model has no {', '.join(unsized)}")
+        if len(set(self.presets)) != len(self.presets):
+            raise ValueError(f"presets={', '.join(self.presets)}: name each setting to measure once")
+        for preset in self.presets:
+            ViTCoPConfig.preset(preset)
+        backend_of(self.backend)
+        return self
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Those of the random model."""
+        return {name: getattr(self, name) for name in _SIZES}
+
+    def of(self, source: Source) -> Settings:
+        """The settings of a `source` that is handed in, which is no random model; these, for None."""
+        unsized: Any = {"model": GIVEN, **dict.fromkeys(_SIZES)}
+        return self if source is None or self.model != TOY else dataclasses.replace(self, **unsized)
+
+    @property
+    def request(self) -> Request:
+        """The request that every subject serves."""
+        return Request(self.batch, self.text_tokens, self.new_tokens)
 
 
 @with_config(STRICT)
@@ -35,16 +97,11 @@ class Environment(TypedDict):
     device: str
 
 
-def _integers(facts: dict[str, Any]) -> dict[str, Any]:
-    flatten(facts)
-    return facts
-
-
 @dataclass(frozen=True, config=STRICT)
 class Record:
     """Facts and timed measures of one subject; no timed measures where only facts were stored."""
 
-    facts: Annotated[dict[str, Any], AfterValidator(_integers)]
+    facts: Annotated[dict[str, Any], AfterValidator(lambda facts: flatten(facts) and facts)]  # integers, or refused
     timed: dict[Measure, Timing]
 
 
@@ -65,17 +122,52 @@ class Baseline:
         return self
 
 
+def settings_of(base: Settings, options: dict[str, Any]) -> Settings:
+    """`base` with the `options` that are not None in their place. Raises ConfigError for values out of range."""
+    given = {name: value for name, value in options.items() if value is not None}
+    model = given.get("model", base.model)
+    sizes = sorted(given.keys() & set(_SIZES))
+    if model != TOY:
+        if sizes:
+            raise ConfigError(f"{', '.join(sizes)} were given with model={model!r}: sizes are for the random model alone")
+        given |= dict.fromkeys(_SIZES)
+    elif base.model != TOY:
+        given = Settings().sizes | given
+    try:
+        return dataclasses.replace(base, **given)
+    except ValidationError as error:
+        raise ConfigError(stored.said(error)) from None
+
+
+def builder(source: Source, settings: Settings) -> Build:
+    """How to make a compiled model of the subject. Raises UnsupportedError for a model that cannot be loaded."""
+    if settings.model == GIVEN and source is None:
+        raise ConfigError("this baseline is of a model that was handed in: call regress.check(model, baseline) instead")
+    if source is not None and not isinstance(source, PreTrainedModel):
+        return source
+    model = source if source is not None else _load(settings)
+    return lambda config, backend: optimize(model, config, backend=backend)
+
+
+def _load(settings: Settings) -> PreTrainedModel:
+    if settings.model == TOY:
+        return Shape(**settings.sizes).model()
+    try:
+        return AutoModelForImageTextToText.from_pretrained(settings.model, dtype=torch.float32).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise UnsupportedError(f"--model {settings.model} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
 def here(device: torch.device) -> Environment:
     """The environment that facts and timings of a model on `device` depend on."""
-    found = environment()
     name = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    found["device"] = f"{device.type} {name}"
+    found = environment() | {"device": f"{device.type} {name}"}
     return {key: found[key] for key in Environment.__annotations__}  # type: ignore[return-value]
 
 
 def versions(environment: Environment) -> str:
     """Torch and transformers; builds of one torch version trace alike."""
-    return f"torch {str(environment['torch']).split('+')[0]}, transformers {environment['transformers']}"
+    return f"torch {environment['torch'].split('+')[0]}, transformers {environment['transformers']}"
 
 
 def machine(environment: Environment) -> str:
@@ -85,11 +177,12 @@ def machine(environment: Environment) -> str:
 
 def save(baseline: Baseline, path: Path) -> None:
     """Writes the file, aside first and then moved into place. Raises ConfigError."""
-    save_text(json.dumps(dataclasses.asdict(baseline), indent=2) + "\n", path, ConfigError)
+    text = json.dumps(dataclasses.asdict(baseline), indent=2) + "\n"
+    stored.save(path, lambda aside: aside.write_text(text), ConfigError)
 
 
 def load(path: Path) -> Baseline:
     """Reads what `save` wrote. Raises ConfigError for a missing file, another format, or numbers out of range."""
     if not path.exists():
         raise ConfigError(f"the baseline {path} does not exist: measure one with --update")
-    return load_as(path, Baseline, ConfigError, "remove it and measure one anew with --update")
+    return stored.load(path, Baseline, ConfigError, "remove it and measure one anew with --update")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
@@ -14,8 +15,8 @@ from ..bench.stored import STRICT
 from ..errors import ConfigError
 
 # What is timed: ratios dense / pruned of these calls.
-MEASURES = ("prefill", "decode", "ttft")
-Measure = Annotated[str, Field(pattern="^(prefill|decode|ttft)$")]
+Measure = Literal["prefill", "decode", "ttft"]
+MEASURES = get_args(Measure)
 # Below this no tolerance goes: a process differs from the next one by more than its own repeats show.
 FLOOR = 0.1
 # Robust standard deviations that a measure may fall below its baseline.
@@ -24,7 +25,6 @@ DEVIATIONS = 4.0
 CEILING = 0.3
 # First measurement and repetitions, each with twice the rounds of the one before.
 ATTEMPTS = 3
-
 # What facts depend on beside the code, by the beginning of their names; the others on nothing.
 BOUND = {"nodes": "versions", "kernels": "versions and device", "reads.entry": "device"}
 
@@ -63,6 +63,13 @@ class Judged:
     found: tuple[float, ...]
     verdict: str
 
+    @property
+    def failure(self) -> Failure:
+        """What it is where it fell below its bound."""
+        timing, found = self.baseline, ", ".join(f"{ratio:.3f}" for ratio in self.found)
+        least = f"{timing.ratio:.3f}, at least {timing.bound:.3f}"
+        return Failure(self.subject, f"time.{self.what} (dense / pruned)", least, found)
+
 
 @dataclass
 class Report:
@@ -81,19 +88,15 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{f.subject}: {f.what}: baseline {f.baseline}, found {f.found}" for f in self.failures]
-        lines += [f"note: {note}" for note in self.notes]
         what = f"{self.facts} facts and {len(self.timed)} timed measures compared, {len(self.failures)} failed"
-        return "\n".join([*lines, what])
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), what])
 
 
 def flatten(facts: Any, name: str = "") -> dict[str, int]:
     """Nested dicts and lists of integers as one dict of dotted names. Raises ConfigError for anything else."""
     if isinstance(facts, dict | list | tuple):
-        pairs: Iterable[tuple[Any, Any]] = facts.items() if isinstance(facts, dict) else enumerate(facts)
-        flat: dict[str, int] = {}
-        for key, value in pairs:
-            flat |= flatten(value, f"{name}.{key}" if name else str(key))
-        return flat
+        pairs = facts.items() if isinstance(facts, dict) else enumerate(facts)
+        return {k: v for key, inner in pairs for k, v in flatten(inner, f"{name}.{key}".lstrip(".")).items()}
     if isinstance(facts, bool) or not isinstance(facts, int):
         raise ConfigError(f"the fact {name or '(all)'} is {facts!r}, not an integer: measure the baseline anew with --update")
     return {name: facts}
@@ -104,35 +107,33 @@ def compare_facts(
 ) -> tuple[list[Failure], list[str], int]:
     """(failures, notes, facts compared). versions, device: how the baseline's differ from those here, None where they agree;
     what is bound to them is then listed in a note instead of compared."""
-    differs = {"versions": versions, "device": device, "versions and device": versions or device}
+    differs = {"versions": versions, "device": device, "versions and device": versions or device, None: None}
     before, now = flatten(baseline), flatten(found)
-    failures, notes, compared = [], [], 0
-    skipped: dict[str, int] = {}
+    failures, compared, skipped = [], 0, Counter[str]()
     for name in before | now:
-        group = next((group for group in BOUND if name == group or name.startswith(f"{group}.")), None)
-        if group is not None and differs[BOUND[group]]:
-            skipped[group] = skipped.get(group, 0) + 1
+        group = next((group for group in BOUND if f"{name}.".startswith(f"{group}.")), None)
+        if group and differs[BOUND[group]]:
+            skipped[group] += 1
             continue
         compared += 1
         if before.get(name) != now.get(name):
-            failures.append(Failure(subject, name, _count(before.get(name)), _count(now.get(name))))
-    for group, number in skipped.items():
-        notes.append(f"{subject}: {group} ({number} facts) not compared: baseline made with {differs[BOUND[group]]}")
+            sides = (f"{side[name]:,}" if name in side else "none" for side in (before, now))
+            failures.append(Failure(subject, name, *sides))
+    notes = [
+        f"{subject}: {group} ({number} facts) not compared: baseline made with {differs[BOUND[group]]}"
+        for group, number in skipped.items()
+    ]
     return failures, notes, compared
 
 
 def broken_promises(subject: str, facts: Any, backend: str) -> list[Failure]:
     """What no baseline can allow: a graph break, a recompilation, a read inside a program, a program not compiled."""
-    stream, reads = facts["stream"], facts["reads"]
-    promised = {
-        "stream.graph_breaks": (0, stream["graph_breaks"]),
-        "stream.recompiles": (0, stream["recompiles"]),
-        "reads.program": (0, reads["program"]),
-    }
+    found = flatten({name: facts[name] for name in ("stream", "reads")})
+    promised = dict.fromkeys(("stream.graph_breaks", "stream.recompiles", "reads.program"), 0)
     if backend == "inductor":
-        promised["stream.graphs"] = (stream["programs"], stream["graphs"])
-    wrong = {name: pair for name, pair in promised.items() if pair[0] != pair[1]}
-    return [Failure(subject, name, f"{right:,} (always)", f"{value:,}") for name, (right, value) in wrong.items()]
+        promised["stream.graphs"] = found["stream.programs"]
+    wrong = {name: right for name, right in promised.items() if right != found[name]}
+    return [Failure(subject, name, f"{right:,} (always)", f"{found[name]:,}") for name, right in wrong.items()]
 
 
 def timing_of(name: str, ratios: list[float]) -> Timing:
@@ -156,21 +157,7 @@ def judge(subject: str, what: str, baseline: Timing, measure: Callable[[int], fl
     """Calls `measure(rounds)` for the ratio, and again with twice the rounds while it is below the bound, ATTEMPTS times at
     most: noise passes one of them, a slow-down none."""
     found: list[float] = []
-    for attempt in range(ATTEMPTS):
-        found.append(measure(rounds * 2**attempt))
-        if found[-1] >= baseline.bound:
-            verdict = "faster" if found[-1] > baseline.ratio * (1 + baseline.tolerance) else "pass"
-            return Judged(subject, what, baseline, tuple(found), verdict)
-    return Judged(subject, what, baseline, tuple(found), "slower")
-
-
-def failure_of(judged: Judged) -> Failure:
-    """A timed measure that fell below its bound."""
-    timing = judged.baseline
-    found = ", ".join(f"{ratio:.3f}" for ratio in judged.found)
-    what = f"time.{judged.what} (dense / pruned)"
-    return Failure(judged.subject, what, f"{timing.ratio:.3f}, at least {timing.bound:.3f}", found)
-
-
-def _count(value: int | None) -> str:
-    return "none" if value is None else f"{value:,}"
+    while len(found) < ATTEMPTS and (not found or found[-1] < baseline.bound):
+        found.append(measure(rounds * 2 ** len(found)))
+    above = "faster" if found[-1] > baseline.ratio * (1 + baseline.tolerance) else "pass"
+    return Judged(subject, what, baseline, tuple(found), above if found[-1] >= baseline.bound else "slower")

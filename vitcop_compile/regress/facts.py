@@ -16,10 +16,9 @@ from ..bench.timing import Call
 from ..errors import ConfigError
 from ..optimized import OptimizedModel
 from ..provider import Ask
-from .counters import counts, generating
 from .flops import count
 from .reads import reads
-from .stream import stream
+from .stream import counts, generating, stream
 
 Facts = dict[str, Any]
 Say = Callable[[str], None]
@@ -41,9 +40,7 @@ def measure(optimized: OptimizedModel, request: Request, say: Say = lambda what:
     facts = graph_facts(optimized, request, programs)
     say("counting reads")
     facts["reads"] = count_reads(optimized, request, programs)
-
-    kernels: Facts = {}
-    calls = bind(optimized, request)
+    calls, kernels = bind(optimized, request), {}
     with generating():
         for name in PROGRAMS:
             say(f"compiling {name}")
@@ -74,45 +71,15 @@ def graph_facts(optimized: OptimizedModel, request: Request, programs: dict[str,
         "visual_tokens": [held - text for held in rows],
         "kv_rows": rows,
         "kv_bytes": sum(cache.numel() * cache.element_size() for cache in caches),
-        "nodes": {name: nodes(program) for name, program in programs.items()},
+        "nodes": {name: _nodes(program) for name, program in programs.items()},
     }
 
 
-def nodes(program: ExportedProgram) -> dict[str, int]:
+def _nodes(program: ExportedProgram) -> dict[str, int]:
     """Nodes per operator, by its name."""
-    found = Counter(_name(node.target) for node in program.graph.nodes if node.op == "call_function")
-    return dict(sorted(found.items()))
-
-
-@torch.no_grad()
-def count_reads(optimized: OptimizedModel, request: Request, programs: dict[str, ExportedProgram]) -> dict[str, int]:
-    """program: reads inside the vision and prefill programs; entry: what `forward` adds to them. Counted operator by
-    operator, on the graphs that the backend is given."""
-    inside = 0
-
-    def counted(name: str, make: Callable[[], Program]) -> Program:
-        module = modules.get(name)
-        if module is None:
-            return make()
-
-        def run(*given: Any) -> Any:
-            nonlocal inside
-            before = found.count
-            out = module(*given)
-            inside += found.count - before
-            return out
-
-        return run
-
-    modules = {name: programs[name].module(check_guards=False) for name in ("vision", "prefill")}
-    model, served = with_programs(optimized, counted), Served(optimized, request)
-    with reads() as found:
-        served.forward(model)
-    return {"program": inside, "entry": found.count - inside}
-
-
-def _name(target: Any) -> str:
-    return str(target) if isinstance(target, torch._ops.OperatorBase) else f"{target.__module__}.{target.__name__}"
+    targets: list[Any] = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    named = (str(t) if isinstance(t, torch._ops.OperatorBase) else f"{t.__module__}.{t.__name__}" for t in targets)
+    return dict(sorted(Counter(named).items()))
 
 
 def _written(program: ExportedProgram, count: int) -> list[torch.Tensor]:
@@ -123,3 +90,26 @@ def _written(program: ExportedProgram, count: int) -> list[torch.Tensor]:
     if len(values) != count:
         values = list(graph.output_node().args[0])[-count:]
     return [value.meta["val"] for value in values]
+
+
+@torch.no_grad()
+def count_reads(optimized: OptimizedModel, request: Request, programs: dict[str, ExportedProgram]) -> dict[str, int]:
+    """program: reads inside the vision and prefill programs; entry: what `forward` adds to them. Counted operator by
+    operator, on the graphs that the backend is given."""
+    inside = 0
+    modules = {name: programs[name].module(check_guards=False) for name in ("vision", "prefill")}
+
+    def counted(name: str, make: Callable[[], Program]) -> Program:
+        def run(*given: Any) -> Any:
+            nonlocal inside
+            before = found.count
+            out = modules[name](*given)
+            inside += found.count - before
+            return out
+
+        return run
+
+    model, served = with_programs(optimized, counted), Served(optimized, request)
+    with reads() as found:
+        served.forward(model)
+    return {"program": inside, "entry": found.count - inside}

@@ -8,16 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..bench import interleave, median_ratio
 from ..bench.bind import bind
-from ..bench.timing import Call
+from ..bench.timing import Call, interleave, median_ratio
 from ..config import ViTCoPConfig
 from ..errors import ConfigError
 from ..optimized import OptimizedModel
 from . import facts as fact
-from .baseline import FORMAT, Baseline, Environment, Record, here, load, machine, save, versions
-from .compare import MEASURES, Failure, Report, Timing, broken_promises, compare_facts, failure_of, judge, timing_of
-from .subject import GIVEN, TOY, Build, Settings, Source, builder
+from .baseline import FORMAT, Baseline, Build, Record, Settings, Source, builder, here, load, machine, save, versions
+from .compare import MEASURES, Failure, Report, Timing, broken_promises, compare_facts, judge, timing_of
 
 ELSEWHERE = ("refuse", "skip", "compare")
 REPEATS = 7
@@ -48,21 +46,20 @@ def check(
     stored = load(Path(baseline))
     if elsewhere not in ELSEWHERE:
         raise ConfigError(f"elsewhere={elsewhere!r} is unknown: use one of {', '.join(ELSEWHERE)}")
-    build, report = builder(source, stored.settings), Report()
-    timing, dense = not counts_only, None
-    for number, (preset, record) in enumerate(stored.subjects.items()):
+    settings, report = stored.settings, Report()
+    build, dense, timing = builder(source, settings), None, None
+    for preset, record in stored.subjects.items():
         told = _of(preset, say)
         told("capturing")
-        pruned = build(ViTCoPConfig.preset(preset), stored.settings.backend)
-        if number == 0:
+        pruned = build(ViTCoPConfig.preset(preset), settings.backend)
+        if timing is None:
             _check_shape(pruned, stored, baseline)
-            timing = _may_time(stored, here(pruned.device), counts_only, elsewhere, report)
-        found, calls = fact.measure(pruned, stored.settings.request, told)
+            timing = _may_time(stored, pruned, counts_only, elsewhere, report)
+        found, calls = fact.measure(pruned, settings.request, told)
         _compare(preset, record, found, stored, pruned, report)
         if timing and record.timed:
-            dense = dense or _dense(build, stored.settings, say)
-            arms = {"dense": dense, "pruned": calls}
-            compare_times(preset, record.timed, arms, stored.settings.rounds, report, told)
+            dense = dense or _dense(build, settings, say)
+            compare_times(preset, record.timed, {"dense": dense, "pruned": calls}, settings.rounds, report, told)
         elif timing:
             report.notes.append(f"{preset}: the baseline holds no timed measures")
     return report
@@ -83,32 +80,35 @@ def update(
 
     Raises ConfigError for timings that spread too far.
     """
-    settings = settings or Settings()
-    if source is not None and settings.model == TOY:
-        settings = dataclasses.replace(settings, model=GIVEN, hidden=None, layers=None, vision_hidden=None, vision_layers=None)
+    settings = (settings or Settings()).of(source)
     if not counts_only and (isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 3):
         raise ConfigError(f"repeats={repeats!r}: give an integer of at least 3, so that a spread can be told")
-    build = builder(source, settings)
-    records, broken, dense = {}, [], None
-    environment: Any = None
-    shape: dict[str, Any] = {}
+    build, dense = builder(source, settings), None
+    records, broken = {}, []
     for preset in settings.presets:
         told = _of(preset, say)
         told("capturing")
         pruned = build(ViTCoPConfig.preset(preset), settings.backend)
-        environment, shape = here(pruned.device), _shape(pruned)
         found, calls = fact.measure(pruned, settings.request, told)
         broken += broken_promises(preset, found, settings.backend)
-        timed: dict[str, Timing] = {}
+        timed: dict[Any, Timing] = {}
         if not counts_only:
             dense = dense or _dense(build, settings, say)
-            arms = {"dense": dense, "pruned": calls}
-            timed = measure_times(arms, settings.rounds, repeats, told)
+            timed = measure_times({"dense": dense, "pruned": calls}, settings.rounds, repeats, told)
         records[preset] = Record(found, timed)
-    made = Baseline(FORMAT, settings, environment, shape, records)
+    made = Baseline(FORMAT, settings, here(pruned.device), _shape(pruned), records)
     if not broken:
         save(made, Path(baseline))
     return made, broken
+
+
+def _of(preset: str, say: Say) -> Say:
+    return lambda what: say(f"{preset}: {what}")
+
+
+def _dense(build: Build, settings: Settings, say: Say) -> dict[str, Call]:
+    say("compiling the dense model")
+    return bind(build(ViTCoPConfig.dense(), settings.backend), settings.request)
 
 
 def measure_times(arms: Arms, rounds: int, repeats: int, say: Say = lambda what: None) -> dict[str, Timing]:
@@ -122,7 +122,7 @@ def measure_times(arms: Arms, rounds: int, repeats: int, say: Say = lambda what:
 
 
 def compare_times(
-    subject: str, timed: dict[str, Timing], arms: Arms, rounds: int, report: Report, say: Say = lambda what: None
+    subject: str, timed: dict[Any, Timing], arms: Arms, rounds: int, report: Report, say: Say = lambda what: None
 ) -> None:
     """Measures every timing of a baseline again, and adds what is found to `report`."""
     for name, timing in timed.items():
@@ -134,7 +134,7 @@ def compare_times(
         judged = judge(subject, name, timing, attempt, rounds)
         report.timed.append(judged)
         if judged.verdict == "slower":
-            report.failures.append(failure_of(judged))
+            report.failures.append(judged.failure)
         if judged.verdict == "faster":
             report.notes.append(
                 f"{subject}: {name} is faster: ratio {judged.found[-1]:.3f} where the baseline has {timing.ratio:.3f}: "
@@ -150,43 +150,30 @@ def ratio_of(arms: Arms, name: str, rounds: int) -> float:
 
 
 def _compare(preset: str, record: Record, found: Any, stored: Baseline, pruned: OptimizedModel, report: Report) -> None:
-    now = here(pruned.device)
-    before = stored.environment
-    failures, notes, compared = compare_facts(
-        preset,
-        record.facts,
-        found,
-        versions=versions(before) if versions(before) != versions(now) else None,
-        device=before["device"] if before["device"] != now["device"] else None,
-    )
+    before, now = stored.environment, here(pruned.device)
+    other = versions(before) if versions(before) != versions(now) else None
+    device = before["device"] if before["device"] != now["device"] else None
+    failures, notes, compared = compare_facts(preset, record.facts, found, versions=other, device=device)
     known = {failure.what for failure in failures}
-    failures += [f for f in broken_promises(preset, found, stored.settings.backend) if f.what not in known]
-    report.failures += failures
+    broken = [failure for failure in broken_promises(preset, found, stored.settings.backend) if failure.what not in known]
+    report.failures += failures + broken
     report.notes += notes
     report.facts += compared
 
 
-def _may_time(stored: Baseline, now: Environment, counts_only: bool, elsewhere: str, report: Report) -> bool:
+def _may_time(stored: Baseline, pruned: OptimizedModel, counts_only: bool, elsewhere: str, report: Report) -> bool:
     """Whether the timings are compared. Raises ConfigError where they must not be and `elsewhere` is "refuse"."""
     if counts_only:
         report.notes.append("timed measures not compared: only counts were asked for")
         return False
-    if machine(stored.environment) == machine(now) or not any(record.timed for record in stored.subjects.values()):
+    theirs, ours = machine(stored.environment), machine(here(pruned.device))
+    if theirs == ours or not any(record.timed for record in stored.subjects.values()):
         return True
-    both = f"the baseline's timings are from {machine(stored.environment)}; this is {machine(now)}"
+    both = f"the baseline's timings are from {theirs}; this is {ours}"
     if elsewhere == "refuse":
         raise ConfigError(f"{both}: measure a baseline here with --update, or pass --elsewhere skip or compare")
     report.notes.append(f"{both}: timed measures {'not compared' if elsewhere == 'skip' else 'compared all the same'}")
     return elsewhere == "compare"
-
-
-def _of(preset: str, say: Say) -> Say:
-    return lambda what: say(f"{preset}: {what}")
-
-
-def _dense(build: Build, settings: Settings, say: Say) -> dict[str, Call]:
-    say("compiling the dense model")
-    return bind(build(ViTCoPConfig.dense(), settings.backend), settings.request)
 
 
 def _shape(optimized: OptimizedModel) -> dict[str, Any]:
@@ -195,9 +182,7 @@ def _shape(optimized: OptimizedModel) -> dict[str, Any]:
 
 
 def _check_shape(optimized: OptimizedModel, stored: Baseline, path: str | Path) -> None:
-    found = _shape(optimized)
-    other = [
-        f"{name} {stored.shape.get(name)}, here {value}" for name, value in found.items() if stored.shape.get(name) != value
-    ]
+    pairs = {name: (stored.shape.get(name), value) for name, value in _shape(optimized).items()}
+    other = "; ".join(f"{name} {theirs}, here {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours)
     if other:
-        raise ConfigError(f"{path} is of a model of another shape ({'; '.join(other)}): check the model it was made of")
+        raise ConfigError(f"{path} is of a model of another shape ({other}): check the model it was made of")

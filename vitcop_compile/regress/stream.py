@@ -1,22 +1,66 @@
-"""A mixed stream of requests: what compiles beyond its batch sizes and buckets is a defect."""
+"""What torch's compiler counts of itself, and a mixed stream of requests: what compiles beyond its buckets is a defect."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-import torch
+import torch._functorch.config
+import torch._inductor.compile_fx
+import torch._inductor.metrics
+from torch._dynamo.utils import counters
 
-from ..bench import Request, inputs
+from ..bench import Request
+from ..bench.arms import inputs
 from ..optimized import OptimizedModel
 from ..provider import Ask
-from .counters import Counts, counts, traced_only
 
 _NEW_TOKENS = 3
 
 
-@dataclass(frozen=True)
-class Item:
+class Counts(NamedTuple):
+    """Graphs handed to a compiler, graph breaks, kernels that inductor generated, calls of kernels that it did not."""
+
+    graphs: int
+    breaks: int
+    generated: int
+    extern: int
+
+    def since(self, before: Counts) -> Counts:
+        """What was counted after `before`."""
+        return Counts(*(now - then for now, then in zip(self, before)))
+
+
+def counts() -> Counts:
+    """The counts of this process so far."""
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return Counts(graphs, breaks, torch._inductor.metrics.generated_kernel_count, counters["inductor"]["extern_calls"])
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """Within the context inductor generates every kernel anew; what a cache hands out would depend on earlier runs."""
+    local = torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False)
+    with local, torch._functorch.config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False):
+        yield
+
+
+@contextmanager
+def traced_only() -> Iterator[None]:
+    """Within the context `torch.compile` traces and guards as ever, and inductor returns the graph as it is.
+
+    Whether a request compiles anew is decided before inductor's turn, and generating code takes most of the time.
+    """
+    module: Any = torch._inductor.compile_fx
+    original, module.compile_fx = module.compile_fx, lambda graph, *_, **__: graph
+    try:
+        yield
+    finally:
+        module.compile_fx = original
+
+
+class Item(NamedTuple):
     """One request: `generate` of three tokens, or `forward` alone; greedy or sampled; with an image or without."""
 
     batch: int
@@ -28,8 +72,7 @@ class Item:
 
 def items(optimized: OptimizedModel, text_tokens: int) -> list[Item]:
     """Batches of 1 and 2, prompts of `text_tokens`, one shorter and one in the next bucket, with and without an image."""
-    plan = optimized.on_demand.plan
-    rows = plan(Ask(1, text_tokens, 0, _NEW_TOKENS)).text
+    rows = optimized.on_demand.plan(Ask(1, text_tokens, 0, _NEW_TOKENS)).text
     within = next((text for text in (text_tokens - 1, text_tokens + 1) if 0 < text <= rows), text_tokens)
     return [
         Item(1, text_tokens, generate=False),
@@ -49,14 +92,14 @@ def stream(optimized: OptimizedModel, text_tokens: int, since: Counts) -> dict[s
     for backends that do not go through it; recompiles: programs that no batch size and bucket asks for, graphs beyond one a
     program, and everything that the second pass added.
     """
-    expected = set(optimized.compiled)
+    asked = items(optimized, text_tokens)
+    expected = set(optimized.compiled).union(*(_programs(optimized, item) for item in asked))
     with traced_only(), torch.random.fork_rng():
         torch.manual_seed(0)
-        for item in items(optimized, text_tokens):
-            expected |= _programs(optimized, item)
+        for item in asked:
             _serve(optimized, item)
         programs, first = optimized.compiled, counts().since(since)
-        for item in items(optimized, text_tokens):
+        for item in asked:
             _serve(optimized, item)
     second = counts().since(since)
     added = len(optimized.compiled) - len(programs) + second.graphs - first.graphs
@@ -83,9 +126,8 @@ def _programs(optimized: OptimizedModel, item: Item) -> set[tuple]:
 def _serve(optimized: OptimizedModel, item: Item) -> None:
     prompt: dict[str, Any] = inputs(optimized.model, Request(item.batch, item.text_tokens))
     if not item.image:
-        ids = prompt.pop("input_ids")
-        del prompt["pixel_values"]
-        prompt["input_ids"] = ids[ids != optimized.host.token_id].reshape(item.batch, -1)
+        ids = prompt["input_ids"]
+        prompt = {"input_ids": ids[ids != optimized.host.token_id].reshape(item.batch, -1)}
     if not item.generate:
         optimized.forward(**prompt)
         return
