@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+import re
 from functools import cache
 from typing import Any
 
@@ -13,8 +15,13 @@ import torch
 from families import KINDS
 from reference_families import FamilyConversation
 from reference_llava import Settings
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 
-from vitcop_compile import ViTCoPConfig
+import vitcop_compile
+from vitcop_compile import ConfigError, InputError, ViTCoPConfig
+from vitcop_compile.families.registry import host_of
+from vitcop_compile.provider import candidate_bucket, slot_bucket
+from vitcop_compile.schedule import resolve
 
 NEAR = 1e-5
 # What a model with random weights may say, but not in a conversation that goes on.
@@ -181,3 +188,98 @@ def test_other_backends_do_as_eager_does_by_the_book(name: str, backend: str) ->
     found = generate(optimized(name, config, backend), ids, given, 3, name)
     turn = by_the_book(name, config)
     check(found, turn, turn.turn(ids, given, found.sequences[0, len(ids) :].tolist()))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_warmup_makes_every_program_that_an_image_needs(name: str) -> None:
+    fast = vitcop_compile.optimize(families.model(name), pruned(5, 3, 1, 2), backend="eager")
+    layout = fast.layout_of(84, 112)
+    assert [segment.grid for segment in layout] == [(1, 3, 4)]
+    fast.warmup(layouts=[layout], text_tokens=9, max_new_tokens=3)
+    before = fast.compiled
+    ids, given = families.prompt(name, [3, (3, 4), 4])
+    generate(fast, ids, given, 3, name)
+    assert fast.compiled == before and {key[0] for key in before} == {"tower", "select", "prefill", "extend"}
+
+
+# Of 2,000 photos: programs of each kind at batch 1, one bucket of text and one of new tokens, and patches that towers see for
+# each of an image, on average.
+BOUNDS: dict[str, tuple[dict[str, int], float]] = {
+    "qwen2_vl": ({"tower": 33, "select": 57, "prefill": 24}, 1.04),
+    "qwen2_5_vl": ({"tower": 28, "select": 116, "prefill": 24}, 1.16),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_photos_of_two_thousand_sizes_share_programs(name: str) -> None:
+    """Planned alone, with the published numbers: nothing is compiled."""
+    config = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}[name]()
+    config.architectures = [type(families.model(name)).__name__]
+    host, preset, seeded = host_of(config), ViTCoPConfig.preset("1/9"), random.Random(0)
+    found: dict[str, set[Any]] = {"layout": set(), "tower": set(), "select": set(), "prefill": set()}
+    seen = asked = 0
+    for _ in range(2000):
+        height = seeded.randint(150, 3000)
+        layout = host.layout_of(height, min(3000, max(150, round(height * seeded.uniform(0.4, 2.5)))))
+        (tile,) = host.blank([layout], torch.device("meta"), torch.float32).cut
+        slots = slot_bucket(len(tile.order), host.unit)
+        schedule = resolve(preset, host.shape, layout)
+        assert schedule.vision is not None
+        found["layout"].add(layout)
+        found["tower"].add(slots)
+        found["select"].add((slots, candidate_bucket(layout[0].candidates), schedule.vision.of_segment(0)))
+        found["prefill"].add(schedule.key)
+        seen, asked = seen + slots, asked + tile.rows
+    bounds, waste = BOUNDS[name]
+    counts = {kind: len(keys) for kind, keys in found.items()}
+    assert counts["layout"] > 400 and all(counts[kind] <= bound for kind, bound in bounds.items()), counts
+    assert seen / asked <= waste
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_grid_thw": None}, "image_grid_thw is missing"),
+        ({"image_grid_thw": torch.tensor([[1, 6, 7]])}, "multiples of 2"),
+        ({"image_grid_thw": torch.tensor([[1, 6, 10]])}, "has 48 patches, image_grid_thw counts 60"),
+        ({"pixel_values": torch.zeros(48, 9)}, "patches of 9 values: this model takes 1176"),
+        ({"pixel_values": torch.zeros(48, 1176).int()}, "floating-point"),
+    ],
+)
+def test_patches_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    ids, given = families.prompt("qwen2_vl", [3, (3, 4), 4])
+    with pytest.raises(InputError, match=re.escape(message)):
+        optimized("qwen2_vl", pruned(5, 3, 1, 2))(input_ids=torch.tensor([ids]), **given | change)
+
+
+def test_a_layer_that_attends_within_windows_scores_nothing() -> None:
+    with pytest.raises(
+        ConfigError, match=r"vision_layer=0 is layer 0, where patches attend within windows .* choose one of 1"
+    ):
+        vitcop_compile.optimize(families.model("qwen2_5_vl"), pruned(5, 3, 1, 2, vision_layer=0))
+
+
+def test_published_positions_need_positions_of_one_number() -> None:
+    with pytest.raises(ConfigError, match="positions='published' counts tokens anew, and here a position has 3 coordinates"):
+        vitcop_compile.optimize(families.model("qwen2_vl"), pruned(5, 3, 1, 2, positions="published"))
+
+
+def test_positions_by_index_would_be_seen() -> None:
+    """A control: the reference with a position for each row, and not three, is another model."""
+    config = pruned(8, 6, 3, 3)
+    ids, given = families.prompt("qwen2_vl", [3, (3, 4), 4])
+    found = generate(optimized("qwen2_vl", config), ids, given, 3, "qwen2_vl")
+    turn = by_the_book("qwen2_vl", config)
+    turn._positions = lambda ids, rows: (list(range(rows)), rows)  # type: ignore[method-assign]
+    logits = turn.turn(ids, given, found.sequences[0, len(ids) :].tolist())
+    assert (torch.cat(found.logits) - logits).abs().max() > 100 * NEAR
+
+
+@VIDEO
+def test_frames_in_another_order_would_be_seen(name: str) -> None:
+    """A control."""
+    ids, given = families.prompt(name, [3, (3, 2, 4), 2])
+    fast, other = optimized(name, pruned(6, 4, 2, 3)), dict(given)
+    other["pixel_values_videos"] = given["pixel_values_videos"].reshape(3, -1, 1176).flip(0).flatten(0, 1)
+    logits = [torch.cat(generate(fast, ids, one, 1, name).logits) for one in (given, other)]
+    assert (logits[0] - logits[1]).abs().max() > 100 * NEAR

@@ -201,8 +201,8 @@ class ViTCoPConfig:
         flat = shape.position_dims == 1
         if self.positions == "published" and not flat:
             raise ConfigError(
-                f"positions='published' counts tokens anew, and this model's positions have {shape.position_dims} coordinates: "
-                "use 'original'"
+                f"positions='published' counts tokens anew, and here a position has {shape.position_dims} coordinates: use "
+                "'original'"
             )
         positions = "index" if self.positions == "published" or (self.positions is None and flat) else "kept"
         keys = self.keys or shape.keys
