@@ -75,7 +75,7 @@ def read(
     own = [list(range(first, first + count)) for first, count in zip(firsts, taken) for _ in range(beams)]
     for row, images_of in enumerate(own):
         if images_of:
-            _check_whole(placeholder[row], real[row], [sizes[i] for i in images_of])
+            _check_whole(placeholder[row], real[row], [images[i] for i in images_of])
     layouts = tuple(tuple(segment for i in images_of for segment in images[i]) for images_of in own)
     candidates = [sum(segment.candidates for segment in layout) for layout in layouts]
     text = tuple(all_ - count for all_, count in zip(total, candidates, strict=True))
@@ -120,14 +120,17 @@ def assign(counts: Sequence[int], sizes: Sequence[int], fixed: int | None = None
     return taken
 
 
-def _check_whole(placeholder: np.ndarray, real: np.ndarray, sizes: list[int]) -> None:
-    """Raises InputError if a token that is no placeholder stands between two of one image. Pads are no tokens."""
+def _check_whole(placeholder: np.ndarray, real: np.ndarray, images: list[Layout]) -> None:
+    """Raises InputError if a token that is no placeholder stands between two of one image, unless its segment may be broken.
+    Pads are no tokens."""
     at = placeholder.nonzero()[0]
     if at[-1] - at[0] == len(at) - 1:  # nothing at all stands between them
         return
     slot = real.cumsum()[placeholder]
     apart = slot[1:] != slot[:-1] + 1
+    sizes = [sum(segment.tokens for segment in layout) for layout in images]
     apart[np.cumsum(sizes)[:-1] - 1] = False
+    apart &= ~np.concatenate([np.full(segment.tokens, segment.broken) for layout in images for segment in layout])[:-1]
     if apart.any():
         end = np.cumsum(sizes)
         size = sizes[int(np.searchsorted(end, int(apart.argmax()) + 1, side="right"))]
@@ -161,11 +164,11 @@ def places_of(schedule: Schedule, device: torch.device) -> Places:
 @lru_cache(maxsize=256)
 def _standing(schedule: Schedule) -> np.ndarray | None:
     """bool [P]: the placeholders of a sample whose rows those that stay can take, whichever stay; None if that cannot be
-    told, as protected tokens stand between candidates."""
+    told, as protected tokens or text stand between candidates not all of which stay."""
     stays: list[bool] = []
     lead = schedule.shape.lead
     for segment, kept in zip(schedule.layout, schedule.segment_tokens, strict=True):
-        if len(segment.protected) != lead:
+        if len(segment.protected) != lead or (segment.broken and kept < segment.candidates):
             return None
         stays += [True] * (lead + kept) + [False] * (segment.tokens - lead - kept)
     return np.array(stays, dtype=bool)
@@ -193,8 +196,8 @@ def align(
     """Drops pads and the placeholders of tokens that are not kept, and right-pads to `rows`.
 
     samples: those of `reading` to align, all of one `schedule`; kept: int64 [B, n], the candidates that stay, counted through
-    all segments, None where all do. Rows do not depend on which candidates stay, unless protected tokens stand between them:
-    the host tells them then, where a device would need some thirty small kernels.
+    all segments, None where all do. Rows do not depend on which candidates stay, unless protected tokens or text stand between
+    them: the host tells them then, where a device would need some thirty small kernels.
     """
     stays = _standing(schedule)
     if stays is None:

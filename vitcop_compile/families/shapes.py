@@ -24,25 +24,31 @@ def shape_of(config: Any, encoder: str, element_bytes: int | None = None, **more
     name = type(config).__name__.removesuffix("Config")
     if vision.model_type != encoder:
         raise UnsupportedError(f"{name} with a {vision.model_type} encoder is not supported: {encoder} is")
-    feature = getattr(config, "vision_feature_layer", -1)
-    if not isinstance(feature, int):
-        raise UnsupportedError(f"vision_feature_layer={feature!r} is not supported: a single layer is")
-    # hidden_states[i] is the output of layer i - 1, hidden_states[0] the input of layer 0.
-    feature_layer = feature - 1 if feature >= 0 else vision.num_hidden_layers + feature
-    if not 0 <= feature_layer < vision.num_hidden_layers:
-        raise UnsupportedError(f"vision_feature_layer={feature} reads no layer of {vision.num_hidden_layers}")
     sides = tuple(size // patch for size, patch in zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True))
     return decoder_numbers(
         config,
         element_bytes,
         grid=sides,
         vision_layers=vision.num_hidden_layers,
-        feature_layer=feature_layer,
+        feature_layer=feature_layer_of(config),
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
         patch_features=vision.num_channels * math.prod(_pair(vision.patch_size)),
         **more,
     )
+
+
+def feature_layer_of(config: Any) -> int:
+    """The encoder layer whose output the projector gets. Raises UnsupportedError for features that are not those of one of its
+    layers."""
+    feature, layers = getattr(config, "vision_feature_layer", -1), config.vision_config.num_hidden_layers
+    if not isinstance(feature, int):
+        raise UnsupportedError(f"vision_feature_layer={feature!r} is not supported: a single layer is")
+    # hidden_states[i] is the output of layer i - 1, hidden_states[0] the input of layer 0.
+    found = feature - 1 if feature >= 0 else layers + feature
+    if not 0 <= found < layers:
+        raise UnsupportedError(f"vision_feature_layer={feature} reads no layer of {layers}")
+    return found
 
 
 def decoder_numbers(config: Any, element_bytes: int | None = None, **more: Any) -> ModelShape:
