@@ -86,7 +86,7 @@ def test_dense_is_the_stock_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["smolvlm"])
-@pytest.mark.parametrize("config", [ViTCoPConfig.dense(), stock_family.CONFIG], ids=["dense", "pruned"])
+@pytest.mark.parametrize("config", [models.slow(ViTCoPConfig.dense()), stock_family.CONFIG], ids=["dense", "pruned"])
 def test_a_batch_says_what_its_samples_say_alone(name: str, config: ViTCoPConfig) -> None:
     requests = [request(2, 1), request(0, 2), request(1, 3)]
     stock_family.check_batch(model(name), requests, joined(*(given for _, given in requests)), config)

@@ -86,7 +86,7 @@ def test_dense_features_of_an_earlier_layer_are_the_stock_models() -> None:
     stock_family.check_dense(model(-2), request(*SIZES[1:]))
 
 
-@pytest.mark.parametrize("settings", [ViTCoPConfig.dense(), stock_family.CONFIG], ids=["dense", "pruned"])
+@pytest.mark.parametrize("settings", [models.slow(ViTCoPConfig.dense()), stock_family.CONFIG], ids=["dense", "pruned"])
 def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None:
     requests = [request(*SIZES[:2], seed=1), request(seed=2), request(SIZES[1], seed=3)]
     given = images(*SIZES[:2], seed=1), images(SIZES[1], seed=3)
@@ -126,7 +126,7 @@ def test_text_inside_an_image_stays_where_it_is() -> None:
     columns = SIZES[0][1] // STEP
     kept = torch.arange(48).unsqueeze(0) + torch.tensor([[0] * 5 + [columns * 4 - 5 + 0] * 43])  # rows two and three: nothing
     kept = kept.clamp(max=79)
-    prompt = align(reading, [0], IMAGE, schedule, kept, reading.text[0] + 48, torch.device("cpu"))
+    prompt = align(reading, [0], schedule, kept, reading.text[0] + 48, torch.device("cpu"))
     at = iter(range(80))
     stays = set(kept[0].tolist())
     told = [word for word in ids[0].tolist() if word != IMAGE or next(at) in stays]

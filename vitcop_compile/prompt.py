@@ -187,7 +187,6 @@ def _candidates(schedule: Schedule) -> np.ndarray:
 def align(
     reading: Reading,
     samples: Sequence[int],
-    token_id: int,
     schedule: Schedule,
     kept: Tensor | None,
     rows: int,
@@ -201,8 +200,8 @@ def align(
     """
     stays = _standing(schedule)
     if stays is None:
-        ids, mask = (torch.from_numpy(values[samples]).to(device) for values in (reading.words, reading.real))
-        return _align_among(ids, mask, token_id, schedule, kept, rows)
+        given = (reading.words, reading.real, reading.placeholder)
+        return _align_among(*(torch.from_numpy(values[samples]).to(device) for values in given), schedule, kept, rows)
     batch, spliced = len(samples), int(stays.sum())
     ids = np.zeros((batch, rows), dtype=np.int64)
     visual = np.empty((batch, spliced), dtype=np.int64)
@@ -230,7 +229,9 @@ def align(
     return prompt._replace(source=found)
 
 
-def _align_among(ids: Tensor, mask: Tensor, token_id: int, schedule: Schedule, kept: Tensor | None, rows: int) -> Prompt:
+def _align_among(
+    ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Schedule, kept: Tensor | None, rows: int
+) -> Prompt:
     """`align` where protected tokens stand among the candidates: on the device, as `kept` is.
 
     A protected token that the encoder does not know, such as a line break, becomes the id behind the vocabulary. Tensor
@@ -238,7 +239,6 @@ def _align_among(ids: Tensor, mask: Tensor, token_id: int, schedule: Schedule, k
     """
     vocab, spliced = schedule.shape.vocab, schedule.image_tokens + schedule.shape.lead * len(schedule.layout)
     places = places_of(schedule, ids.device)
-    placeholder = (ids == token_id) & mask
     rank = (placeholder.cumsum(1) - 1).clamp(0, places.stays.shape[0] - 1)
     chosen = (places.candidates if kept is None else places.candidates[kept]).expand(ids.shape[0], -1)
     stays = places.stays.expand(ids.shape[0], -1).scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool)).gather(1, rank)
