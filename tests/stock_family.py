@@ -28,7 +28,12 @@ def scatter(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def generate(
-    model: Any, ids: Sequence[Sequence[int]], given: dict[str, Any], mask: Tensor | None = None, steps: int = STEPS, **more: Any
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    given: dict[str, Any],
+    mask: Tensor | None = None,
+    steps: int = STEPS,
+    **more: Any,
 ) -> Any:
     """Greedy tokens, and their logits."""
     prompt = torch.tensor(ids)

@@ -133,7 +133,7 @@ def test_a_mask_may_leave_out_pixels_but_no_patch(name: str) -> None:
         stock_family.generate(model(name), [ids], given | {"pixel_attention_mask": mask}),
     )
     mask[..., 80:] = 0
-    with pytest.raises(InputError, match="leaves patches of 1 images out: only whole images .* resize each to 90x90"):
+    with pytest.raises(InputError, match=r"leaves patches of 1 images out: only whole images .* resize each to 90x90"):
         fast(torch.tensor([ids]), **given | {"pixel_attention_mask": mask})
 
 

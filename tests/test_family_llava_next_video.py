@@ -90,7 +90,12 @@ def case() -> list[tuple[Any, Request]]:
 
 def test_dense_is_the_stock_model() -> None:
     stock_family.check_dense(
-        model(), request(SIZES[0]), request(*SIZES, seed=1), request(3, seed=2), request(2, SIZES[1], 2, seed=3), request(seed=4)
+        model(),
+        request(SIZES[0]),
+        request(*SIZES, seed=1),
+        request(3, seed=2),
+        request(2, SIZES[1], 2, seed=3),
+        request(seed=4),
     )
 
 

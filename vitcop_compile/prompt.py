@@ -201,7 +201,8 @@ def align(
     stays = _standing(schedule)
     if stays is None:
         given = (reading.words, reading.real, reading.placeholder)
-        return _align_among(*(torch.from_numpy(values[samples]).to(device) for values in given), schedule, kept, rows)
+        ids, mask, placeholder = (torch.from_numpy(values[samples]).to(device) for values in given)
+        return _align_among(ids, mask, placeholder, schedule, kept, rows)
     batch, spliced = len(samples), int(stays.sum())
     ids = np.zeros((batch, rows), dtype=np.int64)
     visual = np.empty((batch, spliced), dtype=np.int64)
@@ -229,9 +230,7 @@ def align(
     return prompt._replace(source=found)
 
 
-def _align_among(
-    ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Schedule, kept: Tensor | None, rows: int
-) -> Prompt:
+def _align_among(ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Schedule, kept: Tensor | None, rows: int) -> Prompt:
     """`align` where protected tokens stand among the candidates: on the device, as `kept` is.
 
     A protected token that the encoder does not know, such as a line break, becomes the id behind the vocabulary. Tensor

@@ -35,7 +35,9 @@ class PaddedImages(FixedImages):
         pixels, mask = given["pixel_values"], given.get("pixel_attention_mask")
         if not isinstance(pixels, Tensor) or pixels.dim() != 5:
             what = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise InputError(f"pixel_values is {what}: this model takes [batch, images, {', '.join(map(str, self.pixel_shape))}]")
+            raise InputError(
+                f"pixel_values is {what}: this model takes [batch, images, {', '.join(map(str, self.pixel_shape))}]"
+            )
         flat = pixels.flatten(0, 1)
         check_device(device, "pixel_values", flat)
         # As the stock models do: in their type, in which a faint pixel may vanish.

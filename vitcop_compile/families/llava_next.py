@@ -26,11 +26,9 @@ def host(config: Any, element_bytes: int | None = None) -> TiledImages:
     return tiled(config, element_bytes, LlavaNextModel, TiledImages)
 
 
-def tiled(
-    config: Any, element_bytes: int | None, model: Any, kind: type[_Images], group: int = 1, **more: Any
-) -> _Images:
-    """The host of a model that packs tiles as LLaVA-NeXT does. model: its stock class, which is asked for the packing; kind: of
-    host, with `more` of its fields; group: as in `ModelShape`."""
+def tiled(config: Any, element_bytes: int | None, model: Any, kind: type[_Images], group: int = 1, **more: Any) -> _Images:
+    """The host of a model that packs tiles as LLaVA-NeXT does. model: its stock class, which is asked for the packing; kind:
+    of host, with `more` of its fields; group: as in `ModelShape`."""
     strategy = config.vision_feature_select_strategy
     if strategy != "default":
         raise UnsupportedError(

@@ -1,4 +1,5 @@
-"""LLaVA-NeXT-Video: images as LLaVA-NeXT has them, and videos, every frame of which is one tile, pooled before the projector."""
+"""LLaVA-NeXT-Video: images as LLaVA-NeXT has them, and videos, every frame of which is a tile that is pooled before the
+projector."""
 
 from __future__ import annotations
 

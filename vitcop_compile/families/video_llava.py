@@ -28,8 +28,8 @@ class ImagesAlone(FixedImages):
         """The images of `pixel_values` [images, channels, height, width]."""
         if given.get("pixel_values_videos") is not None:
             raise InputError(
-                "pixel_values_videos: videos of Video-LLaVA are not supported, as they go through a second encoder with weights "
-                "of its own and keep the CLS token of every frame; pass images, or a frame as one"
+                "pixel_values_videos: videos of Video-LLaVA are not supported, as they go through a second encoder with "
+                "weights of its own and keep the CLS token of every frame; pass images, or a frame as one"
             )
         return super().read(given, ids, device, dtype)
 
