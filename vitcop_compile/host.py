@@ -87,6 +87,21 @@ def _split(values: Sequence[int], counts: Sequence[int]) -> list[Sequence[int]]:
     return [values[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
+def in_order(ids: Tensor, sizes: Mapping[int, Sequence[int]]) -> list[int]:
+    """The order in which `ids` int64 [B, T] name images and videos. sizes: placeholders of each, by the id of these; they are
+    numbered through all of them. Those that are not named come last, and are refused with their tokens."""
+    firsts = itertools.accumulate((len(found) for found in sizes.values()), initial=0)
+    left = {token: iter(enumerate(found, first)) for (token, found), first in zip(sizes.items(), firsts, strict=False)}
+    order = []
+    for row in ids.cpu().tolist():
+        for token, run in itertools.groupby(row):
+            count = len(list(run)) if token in left else 0
+            while count > 0 and (item := next(left[token], None)):
+                order.append(item[0])
+                count -= item[1]
+    return order + [number for rest in left.values() for number, _ in rest]
+
+
 class Host(Protocol):
     """The images of one family.
 

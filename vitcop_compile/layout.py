@@ -12,7 +12,8 @@ class Segment:
     kind: "image" or "video"; grid: (time, rows, columns) in tokens of the language model, by which tokens are neighbors;
     tokens: placeholders in the prompt, protected ones included; protected: offsets among these that are never pruned, such as
     the line breaks of a packed image; tiles: inputs of the encoder that it is made of; taps: tokens of the encoder that each
-    candidate is blended from; whole: candidates of the image that this is a part of, None if it is no part.
+    candidate is blended from; whole: candidates of the image that this is a part of, None if it is no part; broken:
+    whether tokens of text stand among its own, such as a line break behind every row.
     """
 
     kind: str
@@ -22,6 +23,7 @@ class Segment:
     tiles: int = 1
     taps: int = 1
     whole: int | None = None
+    broken: bool = False
 
     @property
     def candidates(self) -> int:

@@ -75,7 +75,7 @@ def read(
     own = [list(range(first, first + count)) for first, count in zip(firsts, taken) for _ in range(beams)]
     for row, images_of in enumerate(own):
         if images_of:
-            _check_whole(placeholder[row], real[row], [sizes[i] for i in images_of])
+            _check_whole(placeholder[row], real[row], [images[i] for i in images_of])
     layouts = tuple(tuple(segment for i in images_of for segment in images[i]) for images_of in own)
     candidates = [sum(segment.candidates for segment in layout) for layout in layouts]
     text = tuple(all_ - count for all_, count in zip(total, candidates, strict=True))
@@ -120,14 +120,17 @@ def assign(counts: Sequence[int], sizes: Sequence[int], fixed: int | None = None
     return taken
 
 
-def _check_whole(placeholder: np.ndarray, real: np.ndarray, sizes: list[int]) -> None:
-    """Raises InputError if a token that is no placeholder stands between two of one image. Pads are no tokens."""
+def _check_whole(placeholder: np.ndarray, real: np.ndarray, images: list[Layout]) -> None:
+    """Raises InputError if a token that is no placeholder stands between two of one image, unless its segment may be broken.
+    Pads are no tokens."""
     at = placeholder.nonzero()[0]
     if at[-1] - at[0] == len(at) - 1:  # nothing at all stands between them
         return
     slot = real.cumsum()[placeholder]
     apart = slot[1:] != slot[:-1] + 1
+    sizes = [sum(segment.tokens for segment in layout) for layout in images]
     apart[np.cumsum(sizes)[:-1] - 1] = False
+    apart &= ~np.concatenate([np.full(segment.tokens, segment.broken) for layout in images for segment in layout])[:-1]
     if apart.any():
         end = np.cumsum(sizes)
         size = sizes[int(np.searchsorted(end, int(apart.argmax()) + 1, side="right"))]
@@ -161,11 +164,11 @@ def places_of(schedule: Schedule, device: torch.device) -> Places:
 @lru_cache(maxsize=256)
 def _standing(schedule: Schedule) -> np.ndarray | None:
     """bool [P]: the placeholders of a sample whose rows those that stay can take, whichever stay; None if that cannot be
-    told, as protected tokens stand between candidates."""
+    told, as protected tokens or text stand between candidates not all of which stay."""
     stays: list[bool] = []
     lead = schedule.shape.lead
     for segment, kept in zip(schedule.layout, schedule.segment_tokens, strict=True):
-        if len(segment.protected) != lead:
+        if len(segment.protected) != lead or (segment.broken and kept < segment.candidates):
             return None
         stays += [True] * (lead + kept) + [False] * (segment.tokens - lead - kept)
     return np.array(stays, dtype=bool)
@@ -184,7 +187,6 @@ def _candidates(schedule: Schedule) -> np.ndarray:
 def align(
     reading: Reading,
     samples: Sequence[int],
-    token_id: int,
     schedule: Schedule,
     kept: Tensor | None,
     rows: int,
@@ -193,13 +195,14 @@ def align(
     """Drops pads and the placeholders of tokens that are not kept, and right-pads to `rows`.
 
     samples: those of `reading` to align, all of one `schedule`; kept: int64 [B, n], the candidates that stay, counted through
-    all segments, None where all do. Rows do not depend on which candidates stay, unless protected tokens stand between them:
-    the host tells them then, where a device would need some thirty small kernels.
+    all segments, None where all do. Rows do not depend on which candidates stay, unless protected tokens or text stand between
+    them: the host tells them then, where a device would need some thirty small kernels.
     """
     stays = _standing(schedule)
     if stays is None:
-        ids, mask = (torch.from_numpy(values[samples]).to(device) for values in (reading.words, reading.real))
-        return _align_among(ids, mask, token_id, schedule, kept, rows)
+        given = (reading.words, reading.real, reading.placeholder)
+        ids, mask, placeholder = (torch.from_numpy(values[samples]).to(device) for values in given)
+        return _align_among(ids, mask, placeholder, schedule, kept, rows)
     batch, spliced = len(samples), int(stays.sum())
     ids = np.zeros((batch, rows), dtype=np.int64)
     visual = np.empty((batch, spliced), dtype=np.int64)
@@ -227,7 +230,7 @@ def align(
     return prompt._replace(source=found)
 
 
-def _align_among(ids: Tensor, mask: Tensor, token_id: int, schedule: Schedule, kept: Tensor | None, rows: int) -> Prompt:
+def _align_among(ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Schedule, kept: Tensor | None, rows: int) -> Prompt:
     """`align` where protected tokens stand among the candidates: on the device, as `kept` is.
 
     A protected token that the encoder does not know, such as a line break, becomes the id behind the vocabulary. Tensor
@@ -235,7 +238,6 @@ def _align_among(ids: Tensor, mask: Tensor, token_id: int, schedule: Schedule, k
     """
     vocab, spliced = schedule.shape.vocab, schedule.image_tokens + schedule.shape.lead * len(schedule.layout)
     places = places_of(schedule, ids.device)
-    placeholder = (ids == token_id) & mask
     rank = (placeholder.cumsum(1) - 1).clamp(0, places.stays.shape[0] - 1)
     chosen = (places.candidates if kept is None else places.candidates[kept]).expand(ids.shape[0], -1)
     stays = places.stays.expand(ids.shape[0], -1).scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool)).gather(1, rank)

@@ -90,7 +90,7 @@ def _run_alike(
     own = gather(seen, [sample // turn.beams for sample in samples]) if seen is not None and schedule.layout else None
     kept = None if own is None or own.kept is None else _through(own.kept, schedule)
     device = buffers.length.device
-    prompt = align(turn.reading, samples, provider.host.token_id, schedule, kept, tokens, device)
+    prompt = align(turn.reading, samples, schedule, kept, tokens, device)
     length, position, removed = buffers.length, buffers.position, buffers.removed
     if not turn.filled:
         buffers.reset()

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..host import FixedImages
 from .registry import Call, Family, register
-from .shapes import KEYS, grouped, pixels_of, shape_of
+from .shapes import grouped, pixels_of, shape_of
 
 if TYPE_CHECKING:
     from transformers import InternVLForConditionalGeneration
@@ -26,8 +26,7 @@ def host(config: Any, element_bytes: int | None = None) -> FixedImages:
             "CLS token has no place in a grid that is merged"
         )
     side = round(1 / config.downsample_ratio)
-    keys = KEYS.get(config.text_config.model_type, "rotated")
-    shape = shape_of(config, "internvl_vision", element_bytes, packed=True, group=side * side, keys=keys)
+    shape = shape_of(config, "internvl_vision", element_bytes, packed=True, group=side * side)
 
     def merge(patches: Tensor) -> Tensor:
         merged = InternVLModel.pixel_shuffle(cast(InternVLModel, None), patches, config.downsample_ratio)

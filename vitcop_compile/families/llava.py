@@ -8,7 +8,7 @@ from transformers import LlavaForConditionalGeneration
 
 from ..host import FixedImages
 from .registry import Call, Family, register
-from .shapes import pixels_of, shape_of
+from .shapes import PUBLISHED, pixels_of, shape_of
 
 # Rows of the encoder before its patches that become tokens of the language model: with "full" features the CLS token does.
 _LEADS = {"default": 0, "full": 1}
@@ -17,7 +17,7 @@ _LEADS = {"default": 0, "full": 1}
 def host(config: Any, element_bytes: int | None = None) -> FixedImages:
     """What a configuration says. Raises UnsupportedError for variants that are not captured."""
     lead = _LEADS[config.vision_feature_select_strategy]
-    shape = shape_of(config, "clip_vision_model", element_bytes, lead=lead)
+    shape = shape_of(config, "clip_vision_model", element_bytes, lead=lead, keys=PUBLISHED)
     return FixedImages(shape, config.image_token_id, pixels_of(config))
 
 

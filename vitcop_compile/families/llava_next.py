@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
 from .registry import Call, Family, register
-from .shapes import pixels_of, shape_of
+from .shapes import PUBLISHED, pixels_of, shape_of
 from .tiled import MULTIPLE, TiledImages, with_breaks
 
 if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration
+
+_Images = TypeVar("_Images", bound=TiledImages)
 
 
 def host(config: Any, element_bytes: int | None = None) -> TiledImages:
     """What a configuration says. Raises UnsupportedError for variants that are not captured."""
     from transformers.models.llava_next.modeling_llava_next import LlavaNextModel  # loaded for its users alone
 
+    return tiled(config, element_bytes, LlavaNextModel, TiledImages)
+
+
+def tiled(config: Any, element_bytes: int | None, model: Any, kind: type[_Images], group: int = 1, **more: Any) -> _Images:
+    """The host of a model that packs tiles as LLaVA-NeXT does. model: its stock class, which is asked for the packing; kind:
+    of host, with `more` of its fields; group: as in `ModelShape`."""
     strategy = config.vision_feature_select_strategy
     if strategy != "default":
         raise UnsupportedError(
             f"vision_feature_select_strategy={strategy!r} is not supported: 'default' (CLS dropped) is, tiles with a CLS "
             "token cannot be put together"
         )
-    shape = shape_of(config, "clip_vision_model", element_bytes, packed=True, multiple=MULTIPLE)
-    owner = cast(LlavaNextModel, SimpleNamespace(config=config))
+    shape = shape_of(config, "clip_vision_model", element_bytes, packed=True, multiple=MULTIPLE, group=group, keys=PUBLISHED)
+    owner = SimpleNamespace(config=config)
 
     def packing(features: Tensor, size: tuple[int, int], line_break: Tensor, as_it_is: bool) -> Tensor:
-        return LlavaNextModel.pack_image_features(owner, [features], torch.tensor([size]), strategy, line_break)[0][0]
+        return model.pack_image_features(owner, [features], torch.tensor([size]), strategy, line_break)[0][0]
 
     pinpoints = tuple((height, width) for height, width in config.image_grid_pinpoints)
-    return TiledImages(shape, config.image_token_id, pixels_of(config), pinpoints, packing)
+    return kind(shape, config.image_token_id, pixels_of(config), pinpoints, packing, **more)
 
 
 def parts(model: LlavaNextForConditionalGeneration) -> Family:

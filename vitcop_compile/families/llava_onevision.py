@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from .registry import Call, Family, register
-from .shapes import pixels_of, shape_of
+from .shapes import PUBLISHED, pixels_of, shape_of
 from .tiled import MULTIPLE, TiledImages, with_breaks
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def host(config: Any, element_bytes: int | None = None) -> TiledImages:
         saliency="attention_received",
         packed=True,
         multiple=MULTIPLE,
+        keys=PUBLISHED,
     )
     owner = cast(LlavaOnevisionModel, SimpleNamespace(config=config))
 

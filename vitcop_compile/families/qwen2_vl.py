@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .patched import MULTIPLE, PatchedImages
 from .registry import Call, Family, register
-from .shapes import decoder_numbers
+from .shapes import KEYS, decoder_numbers
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLForConditionalGeneration
@@ -54,8 +54,7 @@ def patched(config: Any, element_bytes: int | None, model: Any, **more: Any) -> 
         multiple=MULTIPLE,
         position_dims=3,
         saliency="attention_received",
-        # The keys of these models have a bias that dwarfs what tokens differ in: norms of them say nothing of a token.
-        keys="centered",
+        keys=KEYS["qwen2"],
         **more,
     )
     owner = SimpleNamespace(config=config)

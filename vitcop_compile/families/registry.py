@@ -92,9 +92,9 @@ def host_of(config: PretrainedConfig) -> Host:
 
 
 class Call(nn.Module):
-    """A module around a function of tensors, holding the modules and parameters it uses so that export finds them."""
+    """A module around a function of tensors, holding the modules, parameters and buffers it uses so that export finds them."""
 
-    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | nn.Parameter):
+    def __init__(self, function: Callable[..., Tensor], **parts: nn.Module | Tensor):
         super().__init__()
         self._function = function
         for name, part in parts.items():

@@ -24,20 +24,13 @@ def shape_of(config: Any, encoder: str, element_bytes: int | None = None, **more
     name = type(config).__name__.removesuffix("Config")
     if vision.model_type != encoder:
         raise UnsupportedError(f"{name} with a {vision.model_type} encoder is not supported: {encoder} is")
-    feature = getattr(config, "vision_feature_layer", -1)
-    if not isinstance(feature, int):
-        raise UnsupportedError(f"vision_feature_layer={feature!r} is not supported: a single layer is")
-    # hidden_states[i] is the output of layer i - 1, hidden_states[0] the input of layer 0.
-    feature_layer = feature - 1 if feature >= 0 else vision.num_hidden_layers + feature
-    if not 0 <= feature_layer < vision.num_hidden_layers:
-        raise UnsupportedError(f"vision_feature_layer={feature} reads no layer of {vision.num_hidden_layers}")
     sides = tuple(size // patch for size, patch in zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True))
     return decoder_numbers(
         config,
         element_bytes,
         grid=sides,
         vision_layers=vision.num_hidden_layers,
-        feature_layer=feature_layer,
+        feature_layer=feature_layer_of(config),
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
         patch_features=vision.num_channels * math.prod(_pair(vision.patch_size)),
@@ -48,12 +41,28 @@ def shape_of(config: Any, encoder: str, element_bytes: int | None = None, **more
 # Which keys score tokens, by the type of a decoder. A bias on keys dwarfs what tokens differ in, and a norm of each head's key
 # makes all of one length: neither says anything of a token.
 KEYS = {"qwen2": "centered", "qwen3": "raw"}
+# What the method was published with, on LLaVA: the keys that attention meets.
+PUBLISHED = "rotated"
+
+
+def feature_layer_of(config: Any) -> int:
+    """The encoder layer whose output the projector gets. Raises UnsupportedError for features that are not those of one of its
+    layers."""
+    feature, layers = getattr(config, "vision_feature_layer", -1), config.vision_config.num_hidden_layers
+    if not isinstance(feature, int):
+        raise UnsupportedError(f"vision_feature_layer={feature!r} is not supported: a single layer is")
+    # hidden_states[i] is the output of layer i - 1, hidden_states[0] the input of layer 0.
+    found = feature - 1 if feature >= 0 else layers + feature
+    if not 0 <= found < layers:
+        raise UnsupportedError(f"vision_feature_layer={feature} reads no layer of {layers}")
+    return found
 
 
 def decoder_numbers(config: Any, element_bytes: int | None = None, **more: Any) -> ModelShape:
     """The numbers of the decoder that `config` describes, with `more` of the fields of `ModelShape`."""
     text = config.text_config
     heads = text.num_attention_heads
+    more.setdefault("keys", KEYS.get(text.model_type, PUBLISHED))
     return ModelShape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,

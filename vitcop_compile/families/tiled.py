@@ -71,7 +71,7 @@ class TiledImages:
         """The images of `pixel_values` [images, most tiles, channels, height, width], the tiles of each followed by padding,
         or [tiles, channels, height, width] without it, and `image_sizes` [images, 2], height and width before
         preprocessing."""
-        sizes = _sizes(given.get("image_sizes"))
+        sizes = sizes_of(given.get("image_sizes"))
         tiled = self._tiled(given.get("batch_num_images"), len(sizes))
         found = [_packed(self, *size, cut) for size, cut in zip(sizes, tiled, strict=True)]
         layouts = tuple(layout for layout, _ in found)
@@ -125,7 +125,8 @@ def with_breaks(embedding: nn.Module, line_break: nn.Parameter) -> Call:
     return Call(embed, embedding=embedding, line_break=line_break)
 
 
-def _sizes(sizes: Any) -> list[tuple[int, int]]:
+def sizes_of(sizes: Any) -> list[tuple[int, int]]:
+    """(height, width) of every image. Raises InputError."""
     if sizes is None:
         raise InputError("image_sizes is missing: pass the processor's, the height and width of every image")
     values = sizes.tolist() if isinstance(sizes, Tensor) else [list(size) for size in sizes]
