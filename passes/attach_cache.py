@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..attention import visible, visible_cached
 from ..errors import RewriteError
-from .token_axis import anchors, finish, output_node, placeholder
+from .token_axis import anchors, finish, marks_of, output_node, placeholder
 
 
 def cache_rows(length: Tensor, removed: Tensor, group: int, key: Tensor) -> Tensor:
@@ -43,9 +44,9 @@ def fill_rows(cache: Tensor, rows: Tensor) -> None:
 fx.node.has_side_effect(fill_rows)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
-    """Marks attention of queries that stand in rows `at` [B, s], each over all rows up to its own; `lower_attention` gives it
-    its kernel."""
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Marks attention of queries that stand in rows `at` [B, s], each over all rows up to its own, or those of mask bool [B,
+    1, s, r]; `lower_attention` gives it its kernel."""
     raise RewriteError("a graph over caches is run before its attention is lowered: apply lower_attention")
 
 
@@ -53,10 +54,17 @@ attend.is_mark = True  # type: ignore[attr-defined]
 
 
 def attend_apart(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    at: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries [B, heads, s, hd] over what caches [B, kv_heads, r, hd] hold before row at[:, 0], and over the new
-    rows up to their own.
+    rows up to their own, or those of mask bool [B, 1, s, s].
 
     The new keys and values [B, kv_heads, s, hd] never enter the caches, which are only read: a program without mutation
     copies no cache. The scores of both parts share one softmax, in fp32.
@@ -71,21 +79,25 @@ def attend_apart(
     new = (grouped @ key.transpose(-1, -2)).float()
     if count != 1:
         order = torch.arange(count, device=query.device)
-        before = (order <= order.unsqueeze(1)).repeat(shared, 1)
+        before = order <= order.unsqueeze(1) if mask is None else mask
+        before = before.repeat(*(1,) * (before.dim() - 2), shared, 1)
         new = torch.where(before, new, torch.finfo(torch.float32).min)
     weights = torch.cat((old, new), -1).softmax(-1).to(query.dtype)
     out = weights[..., :rows] @ value_cache + weights[..., rows:] @ value
     return out.reshape(batch, heads, count, width)
 
 
-def attach_cache(module: fx.GraphModule, groups: tuple[int, ...], *, filled: bool, in_place: bool = True) -> fx.GraphModule:
+def attach_cache(
+    module: fx.GraphModule, groups: tuple[int, ...], *, filled: bool, in_place: bool = True, blocks: bool = True
+) -> fx.GraphModule:
     """Adds the inputs key_l, value_l of every layer, [B, kv_heads, r_l, hd], and runs attention over them.
 
     filled: the caches hold tokens, and those of the graph follow them. The graph then gets the inputs `length` (int64 [B]:
     tokens before these, as layer 0 counts them) and `removed` (int64 [groups, B]) in front of the caches; layer l writes from
     row length - removed[groups[l]] on. Otherwise attention is that of the graph alone, and the caches are filled from row 0.
 
-    Not `in_place`, caches are only read, those to be filled are no input, and the new rows k0, v0, k1, v1, ...
+    Where anchors have marks, blocks says whether any of the graph's tokens may be of one; without, they attend to what is
+    before them. Not `in_place`, caches are only read, those to be filled are no input, and the new rows k0, v0, k1, v1, ...
     [B, kv_heads, s_l, hd] are returned behind the graph's results. Runs after `prune`, so that s_l is what a layer really
     attends to. Raises RewriteError if there is not one group per layer.
     """
@@ -95,7 +107,7 @@ def attach_cache(module: fx.GraphModule, groups: tuple[int, ...], *, filled: boo
         raise RewriteError(f"{len(groups)} groups were given for {len(found)} layers: one per layer is needed")
     rows = [cast(fx.Node, tensor) for anchor in found for tensor in anchor.args[1:3]]
     if filled:
-        _extend(graph, found, groups, in_place)
+        _extend(graph, found, groups, in_place, blocks)
     elif in_place:
         caches = _caches(graph, len(found))
         for i, anchor in enumerate(found):
@@ -108,21 +120,26 @@ def attach_cache(module: fx.GraphModule, groups: tuple[int, ...], *, filled: boo
     return finish(module)
 
 
-def _extend(graph: fx.Graph, found: list[fx.Node], groups: tuple[int, ...], in_place: bool) -> None:
+def _extend(graph: fx.Graph, found: list[fx.Node], groups: tuple[int, ...], in_place: bool, blocks: bool) -> None:
     length, removed = placeholder(graph, "length"), placeholder(graph, "removed")
     caches = _caches(graph, len(found))
     places: dict[int, fx.Node] = {}
+    masks: dict[fx.Node, fx.Node] = {}  # by marks: layers that have them in common share a mask
     for anchor, group, cache in zip(found, groups, caches, strict=True):
         query, key, value, scale = anchor.args[:4]
         with graph.inserting_before(anchor):
             if group not in places:
                 places[group] = graph.call_function(cache_rows, (length, removed, group, key))
-            at = places[group]
+            at, marks = places[group], marks_of(anchor) if blocks else None
+            if marks is not None and marks not in masks:
+                made = (visible_cached, (at, marks, cache[0])) if in_place else (visible, (marks,))
+                masks[marks] = graph.call_function(*made)  # type: ignore[arg-type]
+            mask = () if marks is None else (masks[marks],)
             if in_place:
                 written = [graph.call_function(write_rows, (old, new, at)) for old, new in zip(cache, (key, value))]
-                step = graph.call_function(attend, (query, *written, scale, at))
+                step = graph.call_function(attend, (query, *written, scale, at, *mask))
             else:
-                step = graph.call_function(attend_apart, (query, *cache, key, value, scale, at))
+                step = graph.call_function(attend_apart, (query, *cache, key, value, scale, at, *mask))
         step.meta["val"] = anchor.meta["val"]
         anchor.replace_all_uses_with(step)
         graph.erase_node(anchor)

@@ -12,11 +12,17 @@ from ..errors import RewriteError
 from ..ops.indexing import take_along
 
 TABLE = "vitcop_table"
+_MARKS = 6  # which argument of an anchor
 
 
 def anchors(graph: fx.Graph) -> list[fx.Node]:
     """The attention anchors in order: entry i belongs to layer i."""
     return [node for node in graph.nodes if node.op == "call_function" and node.target is ANCHOR]
+
+
+def marks_of(anchor: fx.Node) -> fx.Node | None:
+    """The marks that an anchor's mask is made of, None where it is plainly causal or full."""
+    return anchor.args[_MARKS] if len(anchor.args) > _MARKS else None  # type: ignore[return-value]
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

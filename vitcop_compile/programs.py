@@ -223,14 +223,15 @@ class Programs:
         return rewrite(captured, passes, dump, inputs)
 
     def _decoder_inputs(self, inputs: tuple[Tensor, ...], own: tuple[int, ...]) -> list[Tensor]:
-        """What the decoder gets where its program gets `inputs`: embeddings, positions, those in `own`, and all from the
-        sixth."""
+        """What the decoder gets where its program gets `inputs`: embeddings, positions, marks if it takes them, those
+        in `own`, and all from the sixth."""
         if self.dump is None or not inputs:
             return []
         batch, tokens = inputs[0].shape
         positions = self._ints(self.family.shape.position_dims, batch, tokens)
         embeddings = self._zeros(batch, tokens, self.family.shape.hidden)
-        return [embeddings, positions, *(inputs[i] for i in own), *inputs[5:]]
+        marks = [self._ints(batch, 2, 1, tokens)] if self.family.shape.marks else []
+        return [embeddings, positions, *marks, *(inputs[i] for i in own), *inputs[5:]]
 
     def _patches(self, tiles: int) -> Tensor:
         """What the encoder gets for so many inputs."""
