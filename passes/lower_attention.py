@@ -15,8 +15,8 @@ def lower_attention(module: fx.GraphModule, name: str) -> fx.GraphModule:
     """Replaces anchors, and the `attend` marks of a graph over caches, by the functions registered in LOWERINGS under `name`.
 
     Those of padded segments and those with marks get torch's, whatever the name: no other takes a mask. Of marks a mask is
-    made in the graph, once for all layers that share them. Raises RewriteError for an unknown name or a graph without
-    attention.
+    made in the graph, once for all layers that share them and a window. Raises RewriteError for an unknown name or a graph
+    without attention.
     """
     if name not in LOWERINGS:
         raise RewriteError(f"attn_implementation={name!r} is unknown: use one of {', '.join(LOWERINGS)}")
@@ -24,7 +24,7 @@ def lower_attention(module: fx.GraphModule, name: str) -> fx.GraphModule:
     found = [node for node in module.graph.nodes if node.op == "call_function" and node.target in (ANCHOR, attend)]
     if not found:
         raise RewriteError("the graph holds no attention: there is nothing to lower")
-    masks: dict[fx.Node, fx.Node] = {}
+    masks: dict[tuple[fx.Node, int], fx.Node] = {}
     for node in found:
         if node.target is attend:
             masked = len(node.args) > _MASK
@@ -32,7 +32,7 @@ def lower_attention(module: fx.GraphModule, name: str) -> fx.GraphModule:
         elif (marks := marks_of(node)) is not None:
             if marks not in masks:
                 with module.graph.inserting_before(node):
-                    masks[marks] = module.graph.call_function(visible, (marks,))
+                    masks[marks] = module.graph.call_function(visible, marks)
             node.target, node.args = sdpa_marked, (*node.args[:4], masks[marks])
         else:
             padded = len(node.args) > _PADDING and node.args[_PADDING] is not None

@@ -12,9 +12,11 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Tex
 
 # 8 x 8 patches, averaged in squares of 2 x 2.
 GRID, SIDE, TOKENS, LAYERS = 8, 56, 16, 6
+# Less than an image, so that it cuts blocks as well.
+WINDOW = 12
 
 
-def config(window: int = 160, tokens: int = TOKENS, grid: int = GRID, **words: Any) -> Gemma3Config:
+def config(window: int = WINDOW, tokens: int = TOKENS, grid: int = GRID, **words: Any) -> Gemma3Config:
     """Layers that slide but for the second and the last."""
     vision = SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE // GRID * grid,
@@ -39,7 +41,7 @@ def config(window: int = 160, tokens: int = TOKENS, grid: int = GRID, **words: A
 
 
 @cache
-def model(window: int = 160) -> Gemma3ForConditionalGeneration:
+def model(window: int = WINDOW) -> Gemma3ForConditionalGeneration:
     """A float32 model in evaluation mode, for all tests, which leave it as it is."""
     made = Gemma3ForConditionalGeneration(config(window)).eval()
     randomize(made, 0)

@@ -14,10 +14,11 @@ import torch
 from reference_gemma import Budget, Conversation
 from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration
-from vitcop_compile.passes import prefill_passes, rewrite
+from vitcop_compile.passes import extend_passes, prefill_passes, rewrite
+from vitcop_compile.passes.attach_cache import write_places
 
 from vitcop_compile import ConfigError, InputError, UnsupportedError, ViTCoPConfig
-from vitcop_compile.attention import ANCHOR, anchored, sdpa_cached, sdpa_marked, visible
+from vitcop_compile.attention import ANCHOR, anchored, sdpa_cached, sdpa_marked, visible, visible_cached
 from vitcop_compile.capture import capture
 from vitcop_compile.families import family_of
 from vitcop_compile.families.registry import host_of
@@ -121,7 +122,7 @@ def test_schedule() -> None:
     assert plan.patches == 2 * gemma.TOKENS and plan.group_tokens() == (20, 12, 6)
     assert [stage.keys for stage in plan.decoder_stages] == ["raw", "raw"]
     assert [stage.positions for stage in plan.decoder_stages] == ["kept", "kept"]
-    assert plan.shape.most_tokens == 160
+    assert plan.shape.window is None and plan.shape.most_tokens == 1024
 
 
 def test_masks_are_made_once_for_layers_that_share_them() -> None:
@@ -129,12 +130,18 @@ def test_masks_are_made_once_for_layers_that_share_them() -> None:
     module = rewrite(captured.decoder, prefill_passes(pruned().schedule_of(1), states=1))
     targets = [node.target for node in module.graph.nodes]
     assert targets.count(sdpa_marked) == gemma.LAYERS and ANCHOR not in targets
-    # Three groups of layers have three sequences.
-    assert targets.count(visible) == 3
+    # Three groups of layers have three sequences, two of them layers of both kinds.
+    assert targets.count(visible) == 5
     flash = rewrite(captured.decoder, prefill_passes(pruned().schedule_of(1), "flash_attention_2", states=1))
     assert [node.target for node in flash.graph.nodes].count(sdpa_marked) == gemma.LAYERS
     filled = rewrite(captured.decoder, prefill_passes(pruned().schedule_of(1), "flash_attention_2", states=1, filled=True))
     assert [node.target for node in filled.graph.nodes].count(sdpa_cached) == gemma.LAYERS
+    # A token of text is of no block: layers that do not slide attend as any others.
+    step = [
+        node.target for node in rewrite(captured.decoder, extend_passes(pruned().schedule, "flash_attention_2")).graph.nodes
+    ]
+    assert step.count(torch.ops.vitcop.flash_cached.default) == 2 and step.count(sdpa_cached) == 4
+    assert step.count(visible_cached) == step.count(write_places) == 3
 
 
 def test_a_causal_model_is_another() -> None:
@@ -150,23 +157,28 @@ def test_a_mask_that_no_family_declares_is_refused() -> None:
     family = family_of(model)
     marks = torch.zeros(2, 2, 1, 11, dtype=torch.int64)
     inputs = (torch.zeros(2, 11, 64), torch.zeros(1, 2, 11, dtype=torch.int64))
-    with anchored(family.decoder, window=160), pytest.raises(UnsupportedError, match="hands its own mask to attention"):
+    with (
+        anchored(family.decoder, window=gemma.WINDOW),
+        pytest.raises(UnsupportedError, match="hands its own mask to attention"),
+    ):
         family.decoder(*inputs, marks)
     for wrong, found in ((None, "nothing"), (torch.zeros(2, 1, 11, 11), "torch.float32"), (marks[:, :1], "torch.int64")):
         with (
-            anchored(family.decoder, window=160, marks=True),
+            anchored(family.decoder, marks=True),
             pytest.raises(UnsupportedError, match=f"states marks of its tokens, and a layer got {found}"),
         ):
             family.decoder(*inputs, wrong)
-    object.__setattr__(family.shape, "window", 161)
-    with pytest.raises(UnsupportedError, match="within a window of 160 tokens, and the model's family states 161"):
+    object.__setattr__(family.shape, "marks", False)
+    with pytest.raises(TypeError, match="marks"):
         capture(family, model)
 
 
-def test_up_to_the_window_and_no_further() -> None:
-    given = request(5, 9)
-    with pytest.raises(InputError, match=r"a prompt of 30 rows and 131 new tokens need 161 positions, .* a window of 160"):
-        said(dense(), given, 131)
+def test_a_window_matters() -> None:
+    """A control: with a wider one the stock model says something else, of text and of an image."""
+    wide = gemma.model(1000)
+    for parts in ((20,), (5, 9)):
+        narrow, wider = (said(model, request(*parts), 1).logits[0] for model in (gemma.model(), wide))
+        assert (narrow - wider).abs().max() > 0.1
 
 
 def test_refused() -> None:
@@ -184,15 +196,10 @@ def test_refused() -> None:
             dense()(**given | {"token_type_ids": kinds})
 
 
-def test_windows_of_no_layer_do_not_count() -> None:
-    shape = host_of(gemma.config(layer_types=["full_attention"] * gemma.LAYERS)).shape
-    assert shape.window is None and shape.most_tokens == 1024
-    # No squares at all: a patch is a token.
-    assert host_of(gemma.config(tokens=64)).shape.group == 1
-
-
 def test_patches_as_tokens() -> None:
-    model = Gemma3ForConditionalGeneration(gemma.config(tokens=64)).eval()
+    """No squares, and no layer that slides."""
+    model = Gemma3ForConditionalGeneration(gemma.config(tokens=64, layer_types=["full_attention"] * gemma.LAYERS)).eval()
+    assert host_of(model.config).shape.group == 1
     models.randomize(model, 3)
     fast = models.optimize(model, ViTCoPConfig.dense(), prompt_buckets=(32,))
     ids = torch.tensor([[7, *[models.IMAGE] * 64, 8, 9]])

@@ -36,14 +36,15 @@ def attention(
     causal: bool,
     real: Tensor | None = None,
     marks: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Scaled dot-product attention. query [B, heads, s, hd], key and value [B, kv_heads, s, hd] -> [B, heads, s, hd].
 
     real: bool [B, s], the keys that are no padding; None is all. marks: int64 [B, 2, 1, s], of every row its block, -1 for
-    none, and its position: what a mask is made of in place of `causal`, see `visible`.
+    none, and its position: what a mask is made of in place of `causal`, with `window`, see `visible`.
     """
     if marks is not None:
-        return sdpa_marked(query, key, value, scale, visible(marks)).clone()
+        return sdpa_marked(query, key, value, scale, visible(marks, window)).clone()
     return sdpa(query, key, value, scale, causal, real).clone()
 
 
@@ -56,6 +57,7 @@ def _(
     causal: bool,
     real: Tensor | None = None,
     marks: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     return torch.empty_like(query)
 
@@ -77,7 +79,7 @@ def _interface(
     if unsupported:
         raise UnsupportedError(f"attention with {', '.join(unsupported)} is not supported")
     window, stated = kwargs.get("sliding_window"), _WINDOW.get()
-    if window is not None and (stated is None or window < stated):
+    if not marked and window is not None and (stated is None or window < stated):
         raise UnsupportedError(
             f"a layer attends within a window of {window} tokens, and the model's family states "
             f"{'none' if stated is None else stated}: prompts would be served beyond it"
@@ -85,7 +87,8 @@ def _interface(
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if marked:
-        return torch.ops.vitcop.attention(query, key, value, float(scale), True, None, attention_mask).transpose(1, 2), None
+        given = (query, key, value, float(scale), True, None, attention_mask, window or 0)
+        return torch.ops.vitcop.attention(*given).transpose(1, 2), None
     segments = kwargs.get("cu_seq_lens_q")
     if segments is None:
         return torch.ops.vitcop.attention(query, key, value, float(scale), causal).transpose(1, 2), None
@@ -124,8 +127,8 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 def anchored(*modules: torch.nn.Module, window: int | None = None, marks: bool = False) -> Iterator[None]:
     """Within the context `modules` trace to anchors, in evaluation mode; afterwards they are as they were.
 
-    window, marks: those of `ModelShape`. A layer with a narrower window is refused while it is traced, and so is a mask that
-    is none of marks, and a causal layer without marks where they are stated.
+    window, marks: those of `ModelShape`. A layer with a narrower window is refused while it is traced, but where
+    there are marks; and so is a mask that is none of marks, and a causal layer without marks where they are stated.
     """
     found = (getattr(child, "config", None) for module in modules for child in module.modules())
     configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}.values()
@@ -153,11 +156,12 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
-def visible(marks: Tensor) -> Tensor:
+def visible(marks: Tensor, window: int = 0) -> Tensor:
     """bool [B, 1, s, s]: which rows see which others, by marks int64 [B, 2, 1, s]: those of no later position, and all of
-    their own block."""
+    their own block; of these, with a `window`, those that are less than so many positions before them, or behind them."""
     block, position = marks[:, :1].transpose(2, 3), marks[:, 1:].transpose(2, 3)
-    return (marks[:, 1:] <= position) | ((marks[:, :1] == block) & (block >= 0))
+    seen = (marks[:, 1:] <= position) | ((marks[:, :1] == block) & (block >= 0))
+    return seen & (position - marks[:, 1:] < window) if window else seen
 
 
 def sdpa_marked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
@@ -169,14 +173,26 @@ def sdpa_marked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: T
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def visible_cached(at: Tensor, marks: Tensor, like: Tensor) -> Tensor:
-    """bool [B, 1, s, r]: as `visible`, of rows that stand at `at` int64 [B, s] of caches `like` [B, kv_heads, r, hd]: none of
-    those before them is of their blocks."""
-    rows = torch.arange(like.shape[2], device=at.device)
-    own = marks[:, 0, 0]
-    blocks = own.new_full((at.shape[0], like.shape[2]), -1).scatter(1, at, own)
-    own = own.unsqueeze(-1)
-    return ((rows <= at.unsqueeze(-1)) | ((blocks.unsqueeze(1) == own) & (own >= 0))).unsqueeze(1)
+def visible_cached(at: Tensor, marks: Tensor, places: Tensor, window: int, blocks: bool) -> Tensor:
+    """bool [B, 1, s, r]: as `visible`, of rows that stand at `at` int64 [B, s] of caches whose rows have positions `places`
+    int64 [B, r]: none of those before them is of their blocks. blocks: whether they are of any."""
+    rows = torch.arange(places.shape[1], device=at.device)
+    seen = rows <= at.unsqueeze(-1)
+    if blocks:
+        own = marks[:, 0, 0]
+        there = torch.full_like(places, -1).scatter(1, at, own).unsqueeze(1)
+        own = own.unsqueeze(-1)
+        seen = seen | ((there == own) & (own >= 0))
+    if window:
+        seen = seen & (marks[:, 1, 0].unsqueeze(-1) - places.unsqueeze(1) < window)
+    return seen.unsqueeze(1)
+
+
+def within(at: Tensor, marks: Tensor, places: Tensor, window: int) -> Tensor:
+    """bool [B, 1, s, r]: which rows of caches with `places` int64 [B, r], before those of `marks`, these see, which belong at
+    `at` int64 [B, s] but are not there yet."""
+    held = torch.arange(places.shape[1], device=at.device) < at[:, :1, None]
+    return (held & (marks[:, 1, 0].unsqueeze(-1) - places.unsqueeze(1) < window)).unsqueeze(1)
 
 
 def sdpa_cached(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor, mask: Tensor | None = None) -> Tensor:

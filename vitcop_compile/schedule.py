@@ -24,7 +24,7 @@ class ModelShape:
     its whole image, () for all. window: tokens that a decoder layer attends to, itself included, None for all. Programs attend
     to all, and a prompt with its new tokens must fit into the window, within which that is the same. marks: whether tokens of
     an image attend to each other both ways: the decoder then takes marks of its tokens in place of a mask, see
-    `attention.visible`. An image is a run of visual tokens without text between.
+    `attention.visible`, and its windows are served as they are. An image is a run of visual tokens without text between.
     """
 
     layers: int = 32

@@ -60,11 +60,9 @@ def host(config: Any, element_bytes: int | None = None) -> Gemma3Images:
             f"mm_tokens_per_image={tokens} is not supported for {shape.grid[0]}x{shape.grid[1]} patches: a square number is, "
             "whose root divides the patches of a side"
         )
-    # Layers that slide attend to `sliding_window` tokens, within images too. Programs have no window: up to it, that is the
-    # same, and longer prompts are refused.
-    window = shape.window if "sliding_attention" in text.layer_types else None
     size = rows // side
-    shape = replace(shape, group=size * size, window=window)
+    # The window of layers that slide is in their marks: it bounds no prompt.
+    shape = replace(shape, group=size * size, window=None)
 
     def merge(patches: Tensor) -> Tensor:
         return patches[..., 0].unfold(1, size, size).unfold(2, size, size).flatten(3).flatten(1, 2)
