@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
 # 8 x 8 patches, averaged in squares of 2 x 2.
-GRID, SIDE, TOKENS, LAYERS = 8, 56, 16, 6
+GRID, SIDE, TOKENS, LAYERS = 8, 56, 16, 5
 # Less than an image, so that it cuts blocks as well.
 WINDOW = 12
 

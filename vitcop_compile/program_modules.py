@@ -76,7 +76,8 @@ class Select(nn.Module):
     def _project(self, hidden: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
         rows = hidden.flatten(0, 1).index_select(0, index.flatten()).reshape(*index.shape, hidden.shape[-1])
         if weight is None:
-            return self.projector(rows.squeeze(2))
+            # Engines refuse to leave out an axis that is longer than 1, where torch leaves it.
+            return self.projector(rows.squeeze(2) if index.shape[2] == 1 else rows)
         parts = self.projector(rows.flatten(1, 2)).reshape(*index.shape, -1)
         return (parts * weight.unsqueeze(-1).to(parts.dtype)).sum(2)
 

@@ -270,6 +270,7 @@ def _projection_weights(shape: ModelShape) -> int:
 
 
 def _decoder_flops(shape: ModelShape, tokens: int) -> int:
+    # Those of causal attention: windows, and images that attend to themselves both ways, are not told apart.
     causal_pairs = tokens * (tokens + 1) // 2
     return 2 * tokens * _projection_weights(shape) + 4 * causal_pairs * shape.heads * shape.head_dim
 

@@ -29,8 +29,8 @@ class Gemma3Images(FixedImages):
     def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
         """As `FixedImages.read`."""
         kinds = given.get("token_type_ids")
-        if isinstance(kinds, Tensor):
-            told = kinds[-len(ids) :, -ids.shape[1] :].to(ids.device)  # which may be of a whole conversation
+        if kinds is not None:
+            told = torch.as_tensor(kinds, device=ids.device)[..., -ids.shape[1] :]  # which may be of a whole conversation
             if told.shape != ids.shape or not torch.equal(told == 1, ids == self.token_id):
                 raise InputError(
                     "token_type_ids names other tokens than the image placeholders of input_ids: pass the processor's, or none"
