@@ -86,8 +86,9 @@ def prefill_passes(
     filled: bool = False,
     in_place: bool = True,
 ) -> Passes:
-    """(embeddings [B, t, D], positions, visual, state..., [length, removed,] key_0, value_0, ...) -> (hidden [B, t', D], index
-    of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that are not `filled` are no input."""
+    """(embeddings [B, t, D], positions, [marks,] visual, state..., [length, removed,] key_0, value_0, ...) -> (hidden [B, t',
+    D], index of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that are not `filled` are no
+    input."""
     return (
         ("clean", clean),
         ("prune", partial(prune, stages=schedule.decoder_stages, incoming=schedule.segment_tokens, states=states)),
@@ -97,14 +98,14 @@ def prefill_passes(
 
 
 def extend_passes(schedule: Schedule, attn_implementation: str = "sdpa", in_place: bool = True) -> Passes:
-    """(embeddings [B, s, D], positions, length [B], removed [groups, B], key_0, value_0, ...) -> (hidden [B, s, D],).
+    """(embeddings [B, s, D], positions, [marks,] length [B], removed [groups, B], key_0, value_0, ...) -> (hidden [B, s, D],).
 
     Not `in_place`, the new rows k0, v0, k1, v1, ... [B, kv_heads, s, hd] follow the hidden state, and attention stays spelled
     out.
     """
     return (
         ("clean", clean),
-        ("attach_cache", partial(attach_cache, groups=schedule.groups, filled=True, in_place=in_place)),
+        ("attach_cache", partial(attach_cache, groups=schedule.groups, filled=True, in_place=in_place, blocks=False)),
         *_lowered(attn_implementation, True, in_place),
     )
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..attention import visible, visible_cached, within
 from ..errors import RewriteError
-from .token_axis import anchors, finish, output_node, placeholder
+from .token_axis import anchors, finish, marks_of, output_node, placeholder
 
 
 def cache_rows(length: Tensor, removed: Tensor, group: int, key: Tensor) -> Tensor:
@@ -43,9 +44,28 @@ def fill_rows(cache: Tensor, rows: Tensor) -> None:
 fx.node.has_side_effect(fill_rows)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
-    """Marks attention of queries that stand in rows `at` [B, s], each over all rows up to its own; `lower_attention` gives it
-    its kernel."""
+def positions_of(marks: Tensor) -> Tensor:
+    """int64 [B, s]: the positions in marks [B, 2, 1, s]."""
+    return marks[:, 1, 0]
+
+
+def write_places(places: Tensor, marks: Tensor, at: Tensor) -> Tensor:
+    """Writes the positions in marks [B, 2, 1, s] into places [B, r] at rows `at` int64 [B, s], in place; returns places."""
+    batch = torch.arange(places.shape[0], device=places.device)[:, None]
+    return places.index_put_((batch, at), positions_of(marks))
+
+
+def fill_places(places: Tensor, marks: Tensor) -> None:
+    """Makes the positions in marks [B, 2, 1, s] the first of places [B, r], in place, and zeros the others."""
+    places.copy_(F.pad(positions_of(marks), (0, places.shape[1] - marks.shape[3])))
+
+
+fx.node.has_side_effect(fill_places)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Marks attention of queries that stand in rows `at` [B, s], each over all rows up to its own, or those of mask bool [B,
+    1, s, r]; `lower_attention` gives it its kernel."""
     raise RewriteError("a graph over caches is run before its attention is lowered: apply lower_attention")
 
 
@@ -53,10 +73,18 @@ attend.is_mark = True  # type: ignore[attr-defined]
 
 
 def attend_apart(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    at: Tensor,
+    mask: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Tensor:
-    """Attention of queries [B, heads, s, hd] over what caches [B, kv_heads, r, hd] hold before row at[:, 0], and over the new
-    rows up to their own.
+    """Attention of queries [B, heads, s, hd] over what caches [B, kv_heads, r, hd] hold before row at[:, 0], or the rows of
+    held bool [B, 1, s, r], and over the new rows up to their own, or those of mask bool [B, 1, s, s].
 
     The new keys and values [B, kv_heads, s, hd] never enter the caches, which are only read: a program without mutation
     copies no cache. The scores of both parts share one softmax, in fp32.
@@ -65,67 +93,111 @@ def attend_apart(
     groups, rows = key.shape[1], key_cache.shape[2]
     shared = heads // groups
     grouped = query.reshape(batch, groups, shared * count, width) * scale
-    held = torch.arange(rows, device=query.device) < at[:, :1, None, None]
+    if held is None:
+        held = torch.arange(rows, device=query.device) < at[:, :1, None, None]
+    elif count != 1:
+        held = held.repeat(1, 1, shared, 1)
     old = (grouped @ key_cache.transpose(-1, -2)).float()
     old = torch.where(held, old, torch.finfo(torch.float32).min)
     new = (grouped @ key.transpose(-1, -2)).float()
     if count != 1:
         order = torch.arange(count, device=query.device)
-        before = (order <= order.unsqueeze(1)).repeat(shared, 1)
+        before = order <= order.unsqueeze(1) if mask is None else mask
+        before = before.repeat(*(1,) * (before.dim() - 2), shared, 1)
         new = torch.where(before, new, torch.finfo(torch.float32).min)
     weights = torch.cat((old, new), -1).softmax(-1).to(query.dtype)
     out = weights[..., :rows] @ value_cache + weights[..., rows:] @ value
     return out.reshape(batch, heads, count, width)
 
 
-def attach_cache(module: fx.GraphModule, groups: tuple[int, ...], *, filled: bool, in_place: bool = True) -> fx.GraphModule:
+def attach_cache(
+    module: fx.GraphModule, groups: tuple[int, ...], *, filled: bool, in_place: bool = True, blocks: bool = True
+) -> fx.GraphModule:
     """Adds the inputs key_l, value_l of every layer, [B, kv_heads, r_l, hd], and runs attention over them.
 
     filled: the caches hold tokens, and those of the graph follow them. The graph then gets the inputs `length` (int64 [B]:
     tokens before these, as layer 0 counts them) and `removed` (int64 [groups, B]) in front of the caches; layer l writes from
     row length - removed[groups[l]] on. Otherwise attention is that of the graph alone, and the caches are filled from row 0.
 
-    Not `in_place`, caches are only read, those to be filled are no input, and the new rows k0, v0, k1, v1, ...
-    [B, kv_heads, s_l, hd] are returned behind the graph's results. Runs after `prune`, so that s_l is what a layer really
-    attends to. Raises RewriteError if there is not one group per layer.
+    Where anchors have marks, inputs places_g, int64 [B, r], of every group stand in front of those of layers, and hold the
+    positions of its rows; blocks says whether any of the graph's tokens may be of one: without, they attend to what is before
+    them. Not `in_place`, caches are only read, those to be filled are no input, and the new rows, int64 [B, s] of each group
+    and k0, v0, k1, v1, ... [B, kv_heads, s_l, hd], are returned behind the graph's results. Runs after `prune`, so that s_l
+    is what a layer really attends to. Raises RewriteError if there is not one group per layer.
     """
     graph = module.graph
     found = anchors(graph)
     if len(groups) != len(found):
         raise RewriteError(f"{len(groups)} groups were given for {len(found)} layers: one per layer is needed")
     rows = [cast(fx.Node, tensor) for anchor in found for tensor in anchor.args[1:3]]
+    firsts = {group: anchor for group, anchor in zip(reversed(groups), reversed(found))}
+    marks = {group: told[0] for group in sorted(firsts) if (told := marks_of(firsts[group])) is not None}
     if filled:
-        _extend(graph, found, groups, in_place)
+        _extend(graph, found, groups, marks, in_place, blocks)
     elif in_place:
-        caches = _caches(graph, len(found))
+        places, caches = _places(graph, marks), _caches(graph, len(found))
+        for group, old in places.items():
+            with graph.inserting_before(firsts[group]):
+                graph.call_function(fill_places, (old, marks[group]))
         for i, anchor in enumerate(found):
             with graph.inserting_before(anchor):
                 for cache, tensor in zip(caches[i], rows[2 * i : 2 * i + 2], strict=True):
                     graph.call_function(fill_rows, (cache, tensor))
     if not in_place:
         output = output_node(graph)
-        output.args = ((*output.args[0], *rows),)  # type: ignore[misc]
+        with graph.inserting_before(output):
+            told = [graph.call_function(positions_of, (own,)) for own in marks.values()]
+        output.args = ((*output.args[0], *told, *rows),)  # type: ignore[misc]
     return finish(module)
 
 
-def _extend(graph: fx.Graph, found: list[fx.Node], groups: tuple[int, ...], in_place: bool) -> None:
+def _extend(
+    graph: fx.Graph,
+    found: list[fx.Node],
+    groups: tuple[int, ...],
+    marks: dict[int, fx.Node],
+    in_place: bool,
+    blocks: bool,
+) -> None:
     length, removed = placeholder(graph, "length"), placeholder(graph, "removed")
-    caches = _caches(graph, len(found))
-    places: dict[int, fx.Node] = {}
+    places, caches = _places(graph, marks), _caches(graph, len(found))
+    rows: dict[int, fx.Node] = {}
+    masks: dict[tuple[int, fx.Node, int], tuple[fx.Node, ...]] = {}  # layers of a group with one window share them
     for anchor, group, cache in zip(found, groups, caches, strict=True):
         query, key, value, scale = anchor.args[:4]
         with graph.inserting_before(anchor):
-            if group not in places:
-                places[group] = graph.call_function(cache_rows, (length, removed, group, key))
-            at = places[group]
+            if group not in rows:
+                rows[group] = graph.call_function(cache_rows, (length, removed, group, key))
+                if marks and in_place:
+                    places[group] = graph.call_function(write_places, (places[group], marks[group], rows[group]))
+            at, told = rows[group], marks_of(anchor)
+            if told is not None and (group, *told) not in masks:
+                masks[group, *told] = _masks(graph, at, *told, places[group], in_place, blocks)
+            mask = () if told is None else masks[group, *told]
             if in_place:
                 written = [graph.call_function(write_rows, (old, new, at)) for old, new in zip(cache, (key, value))]
-                step = graph.call_function(attend, (query, *written, scale, at))
+                step = graph.call_function(attend, (query, *written, scale, at, *mask))
             else:
-                step = graph.call_function(attend_apart, (query, *cache, key, value, scale, at))
+                step = graph.call_function(attend_apart, (query, *cache, key, value, scale, at, *mask))
         step.meta["val"] = anchor.meta["val"]
         anchor.replace_all_uses_with(step)
         graph.erase_node(anchor)
+
+
+def _masks(
+    graph: fx.Graph, at: fx.Node, marks: fx.Node, window: int, places: fx.Node, in_place: bool, blocks: bool
+) -> tuple[fx.Node, ...]:
+    """What `attend`, or `attend_apart`, takes as masks: none where attention is plainly causal."""
+    if not window and not blocks:
+        return ()
+    if in_place:
+        return (graph.call_function(visible_cached, (at, marks, places, window, blocks)),)
+    new = graph.call_function(visible, (marks, window))
+    return (new, graph.call_function(within, (at, marks, places, window))) if window else (new,)
+
+
+def _places(graph: fx.Graph, marks: dict[int, fx.Node]) -> dict[int, fx.Node]:
+    return {group: placeholder(graph, f"places_{group}") for group in marks}
 
 
 def _caches(graph: fx.Graph, layers: int) -> list[tuple[fx.Node, fx.Node]]:

@@ -12,11 +12,18 @@ from ..errors import RewriteError
 from ..ops.indexing import take_along
 
 TABLE = "vitcop_table"
+_MARKS = 6  # which argument of an anchor
 
 
 def anchors(graph: fx.Graph) -> list[fx.Node]:
     """The attention anchors in order: entry i belongs to layer i."""
     return [node for node in graph.nodes if node.op == "call_function" and node.target is ANCHOR]
+
+
+def marks_of(anchor: fx.Node) -> tuple[fx.Node, int] | None:
+    """The marks that an anchor's mask is made of, and its window, 0 for none; None where it is plainly causal or full."""
+    marks, window = (*anchor.args[_MARKS:], None, 0)[:2]
+    return None if marks is None else (marks, window or 0)  # type: ignore[return-value]
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

@@ -21,21 +21,44 @@ from transformers import AttentionInterface, PretrainedConfig
 from .errors import UnsupportedError
 
 ANCHOR_NAME = "vitcop_flash"
-# The window that the model being traced states: an anchor has none, so no prompt may be longer.
+# The window that the model being traced states: an anchor without marks has none, so no prompt may be longer.
 _WINDOW: ContextVar[int | None] = ContextVar("window", default=None)
+# Whether the decoder being traced is one whose family hands it marks in place of a mask.
+_MARKS: ContextVar[bool] = ContextVar("marks", default=False)
 
 
 @torch.library.custom_op("vitcop::attention", mutates_args=())
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, real: Tensor | None = None) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    real: Tensor | None = None,
+    marks: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:
     """Scaled dot-product attention. query [B, heads, s, hd], key and value [B, kv_heads, s, hd] -> [B, heads, s, hd].
 
-    real: bool [B, s], the keys that are no padding; None is all.
+    real: bool [B, s], the keys that are no padding; None is all. marks: int64 [B, 2, 1, s], of every row its block, -1 for
+    none, and its position: what a mask is made of in place of `causal`, with `window`, see `visible`.
     """
+    if marks is not None:
+        return sdpa_marked(query, key, value, scale, visible(marks, window)).clone()
     return sdpa(query, key, value, scale, causal, real).clone()
 
 
 @attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, real: Tensor | None = None) -> Tensor:
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    real: Tensor | None = None,
+    marks: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:
     return torch.empty_like(query)
 
 
@@ -45,20 +68,27 @@ ANCHOR = torch.ops.vitcop.attention.default
 def _interface(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    if attention_mask is not None:
+    causal = bool(getattr(module, "is_causal", False))
+    marked = _MARKS.get() and causal
+    if attention_mask is not None and not marked:
         raise UnsupportedError("the model hands its own mask to attention; only pure causal or full attention is captured")
+    if marked and not _is_marks(attention_mask):
+        found = "nothing" if attention_mask is None else f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
+        raise UnsupportedError(f"the model's family states marks of its tokens, and a layer got {found}: its mask is another")
     unsupported = sorted(name for name in ("softcap", "s_aux") if kwargs.get(name) is not None)
     if unsupported:
         raise UnsupportedError(f"attention with {', '.join(unsupported)} is not supported")
     window, stated = kwargs.get("sliding_window"), _WINDOW.get()
-    if window is not None and (stated is None or window < stated):
+    if not marked and window is not None and (stated is None or window < stated):
         raise UnsupportedError(
             f"a layer attends within a window of {window} tokens, and the model's family states "
             f"{'none' if stated is None else stated}: prompts would be served beyond it"
         )
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    causal = bool(getattr(module, "is_causal", False))
+    if marked:
+        given = (query, key, value, float(scale), True, None, attention_mask, window or 0)
+        return torch.ops.vitcop.attention(*given).transpose(1, 2), None
     segments = kwargs.get("cu_seq_lens_q")
     if segments is None:
         return torch.ops.vitcop.attention(query, key, value, float(scale), causal).transpose(1, 2), None
@@ -70,6 +100,11 @@ def _interface(
     q, k, v = (tensor[0].unflatten(1, segments.shape).transpose(0, 1) for tensor in (query, key, value))
     out = torch.ops.vitcop.attention(q, k, v, float(scale), causal, segments)
     return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
+
+
+def _is_marks(mask: Tensor | None) -> bool:
+    """Whether what came to a layer as its mask is what the capture handed in: a model may have made another of it."""
+    return mask is not None and mask.dtype == torch.int64 and mask.dim() == 4 and mask.shape[1] == 2
 
 
 AttentionInterface.register(ANCHOR_NAME, _interface)
@@ -89,15 +124,16 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def anchored(*modules: torch.nn.Module, window: int | None = None) -> Iterator[None]:
+def anchored(*modules: torch.nn.Module, window: int | None = None, marks: bool = False) -> Iterator[None]:
     """Within the context `modules` trace to anchors, in evaluation mode; afterwards they are as they were.
 
-    window: `ModelShape.window`. A layer with a narrower one is refused while it is traced.
+    window, marks: those of `ModelShape`. A layer with a narrower window is refused while it is traced, but where
+    there are marks; and so is a mask that is none of marks, and a causal layer without marks where they are stated.
     """
     found = (getattr(child, "config", None) for module in modules for child in module.modules())
     configs = {id(config): config for config in found if isinstance(config, PretrainedConfig)}.values()
     before = [(config, config._attn_implementation) for config in configs]
-    token = _WINDOW.set(window)
+    tokens = (_WINDOW.set(window), _MARKS.set(marks))
     try:
         for config in configs:
             config._attn_implementation = ANCHOR_NAME
@@ -106,7 +142,8 @@ def anchored(*modules: torch.nn.Module, window: int | None = None) -> Iterator[N
                 stack.enter_context(evaluating(module))
             yield
     finally:
-        _WINDOW.reset(token)
+        _WINDOW.reset(tokens[0])
+        _MARKS.reset(tokens[1])
         for config, name in before:
             config._attn_implementation = name
 
@@ -119,14 +156,53 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
-def sdpa_cached(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
+def visible(marks: Tensor, window: int = 0) -> Tensor:
+    """bool [B, 1, s, s]: which rows see which others, by marks int64 [B, 2, 1, s]: those of no later position, and all of
+    their own block; of these, with a `window`, those that are less than so many positions before them, or behind them."""
+    block, position = marks[:, :1].transpose(2, 3), marks[:, 1:].transpose(2, 3)
+    seen = (marks[:, 1:] <= position) | ((marks[:, :1] == block) & (block >= 0))
+    return seen & (position - marks[:, 1:] < window) if window else seen
+
+
+def sdpa_marked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """`sdpa` with mask bool [B, 1, s, s] of every sample. Keys are repeated for the heads that share them: with `enable_gqa`
+    and a mask, torch is left with its math kernel."""
+    shared = query.shape[1] // key.shape[1]
+    if shared != 1:
+        key, value = (rows.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2) for rows in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def visible_cached(at: Tensor, marks: Tensor, places: Tensor, window: int, blocks: bool) -> Tensor:
+    """bool [B, 1, s, r]: as `visible`, of rows that stand at `at` int64 [B, s] of caches whose rows have positions `places`
+    int64 [B, r]: none of those before them is of their blocks. blocks: whether they are of any."""
+    rows = torch.arange(places.shape[1], device=at.device)
+    seen = rows <= at.unsqueeze(-1)
+    if blocks:
+        own = marks[:, 0, 0]
+        there = torch.full_like(places, -1).scatter(1, at, own).unsqueeze(1)
+        own = own.unsqueeze(-1)
+        seen = seen | ((there == own) & (own >= 0))
+    if window:
+        seen = seen & (marks[:, 1, 0].unsqueeze(-1) - places.unsqueeze(1) < window)
+    return seen.unsqueeze(1)
+
+
+def within(at: Tensor, marks: Tensor, places: Tensor, window: int) -> Tensor:
+    """bool [B, 1, s, r]: which rows of caches with `places` int64 [B, r], before those of `marks`, these see, which belong at
+    `at` int64 [B, s] but are not there yet."""
+    held = torch.arange(places.shape[1], device=at.device) < at[:, :1, None]
+    return (held & (marks[:, 1, 0].unsqueeze(-1) - places.unsqueeze(1) < window)).unsqueeze(1)
+
+
+def sdpa_cached(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor, mask: Tensor | None = None) -> Tensor:
     """Queries [B, heads, s, hd] that stand in rows `at` int64 [B, s] of caches [B, kv_heads, r, hd], each over all rows up to
-    its own.
+    its own, or those of mask bool [B, 1, s, r].
 
     Heads that share a key stand as rows of one query: with `enable_gqa` and a mask, torch is left with its math kernel.
     """
     rows = torch.arange(key.shape[2], device=key.device)
-    valid = (rows <= at.unsqueeze(-1)).unsqueeze(1)  # [B, 1, s, r]
+    valid = (rows <= at.unsqueeze(-1)).unsqueeze(1) if mask is None else mask  # [B, 1, s, r]
     if query.shape[1] == key.shape[1]:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=valid, scale=scale)
     batch, heads, count, width = query.shape

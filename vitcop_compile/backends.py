@@ -61,19 +61,24 @@ def backend_of(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool) -> Program:
+def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool, marks: bool = False) -> Program:
     """A program that returns its new keys and values behind its results, as one that writes them into its caches.
 
     groups: that of every layer; filled: the caches hold tokens, and the program gets `length` and `removed` to say how many:
     third and fifth of an extend program, the last two before the caches of a prefill program. Otherwise it takes no caches.
+    marks: the positions of the rows of each group come before keys and values, among caches and results.
     """
-    count = 2 * len(groups)
+    owners = [*(sorted(set(groups)) if marks else ()), *(group for group in groups for _ in "kv")]
+    count = len(owners)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         caches = inputs[-count:]
         outputs = program(*(inputs if filled else inputs[:-count]))
         results, rows = outputs[:-count], outputs[-count:]
         if not filled:
+            told, caches, rows = rows[: -2 * len(groups)], caches[-2 * len(groups) :], rows[-2 * len(groups) :]
+            for places, new in zip(inputs[-count:], told):
+                places[:, : new.shape[1]].copy_(new)
             heads = [cache[:, :, : row.shape[2]] for cache, row in zip(caches, rows, strict=True)]
             torch._foreach_copy_(heads, list(rows))
             torch._foreach_zero_([cache[:, :, row.shape[2] :] for cache, row in zip(caches, rows, strict=True)])
@@ -81,8 +86,9 @@ def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool) -> 
         extends = inputs[2].dim() == 1
         length, removed = (inputs[2], inputs[4]) if extends else inputs[-count - 2 : -count]
         places: dict[int, Tensor] = {}
-        for i, (cache, row) in enumerate(zip(caches, rows, strict=True)):
-            group = groups[i // 2]
+        for group, cache, row in zip(owners, caches, rows, strict=True):
+            if row.dim() == 2:
+                cache, row = cache[:, None, :, None], row[:, None, :, None]
             if group not in places:
                 places[group] = cache_rows(length, removed, group, row)
                 if row.shape[2] > 1:

@@ -219,7 +219,8 @@ class PrunedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follows the surviving beams, in place: the buffers keep their addresses."""
-        for tensor in (*self.buffers, self.length, self.position):
+        held = self.held_buffers
+        for tensor in (*held.written, held.length, held.position):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
         self.removed.copy_(self.removed.index_select(1, beam_idx.to(self.removed.device)))
 
@@ -233,12 +234,14 @@ class PrunedCache(Cache):
 
 class Buffers:
     """The tensors of one cache: `layers` key_0, value_0, ... and, by sample, `length`, `position`, `last` int64 [B], `token`
-    int64 [B, 1], `removed` int64 [groups, B].
+    int64 [B, 1], `removed` int64 [groups, B]; `places` int64 [B, r] of each group, the positions of its rows, where masks are
+    made of them.
 
-    rows: of each group of layers. Compiled programs are told that their addresses hold, so that CUDA graphs copy none of them.
+    rows: of each group of layers; marks: as `ModelShape` has it. Compiled programs are told that their addresses hold, so that
+    CUDA graphs copy none of them.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]], rows: tuple[int, ...], like: Tensor):
+    def __init__(self, shapes: list[tuple[int, ...]], rows: tuple[int, ...], like: Tensor, marks: bool = False):
         batch, self.rows = shapes[0][0], rows
         self.give_back: Callable[[], Any] = lambda: None
         with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
@@ -246,10 +249,16 @@ class Buffers:
             self.length, self.position, self.last = (like.new_zeros(batch, dtype=torch.int64) for _ in range(3))
             self.token = like.new_zeros(batch, 1, dtype=torch.int64)
             self.removed = like.new_zeros(len(rows), batch, dtype=torch.int64)
+            self.places = [like.new_zeros(batch, count, dtype=torch.int64) for count in rows] if marks else []
         if like.is_cuda:
-            for tensor in (*self.layers, self.length, self.position, self.last, self.token, self.removed):
+            for tensor in (*self.written, self.length, self.position, self.last, self.token, self.removed):
                 # Without a guard: other addresses record another graph, they do not compile another program.
                 torch._dynamo.mark_static_address(tensor, guard=False)
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What programs write rows into, in their order."""
+        return [*self.places, *self.layers]
 
     def clear(self) -> None:
         """Zeros everything: what an earlier request left might not be finite, and even what no query attends to is
@@ -266,6 +275,8 @@ class Buffers:
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine[:, :, : theirs.shape[2]].copy_(theirs)
             mine[:, :, theirs.shape[2] :].zero_()
+        for mine, theirs in zip(self.places, other.places, strict=True):
+            mine[:, : theirs.shape[1]].copy_(theirs)
         for name in ("length", "position", "removed"):
             getattr(self, name).copy_(getattr(other, name))
 
@@ -282,13 +293,15 @@ class BufferPool:
         self._free: list[tuple[tuple, Buffers]] = []
         self._lock = threading.RLock()  # a cache may be collected while its own thread is in here
 
-    def lend(self, cache: PrunedCache, shapes: list[tuple[int, ...]], rows: tuple[int, ...], like: Tensor) -> Buffers:
+    def lend(
+        self, cache: PrunedCache, shapes: list[tuple[int, ...]], rows: tuple[int, ...], like: Tensor, marks: bool = False
+    ) -> Buffers:
         """Buffers of `shapes`, in the type and on the device of `like`, until `cache` is garbage."""
-        key = (*shapes, rows, like.dtype, like.device)
+        key = (*shapes, rows, like.dtype, like.device, marks)
         with self._lock:
             fitting = [i for i, (shapes, _) in enumerate(self._free) if shapes == key]
             buffers = self._free.pop(fitting[-1])[1] if fitting else None  # the latest is the likeliest to be in a CUDA graph
-        buffers = buffers or Buffers(shapes, rows, like)
+        buffers = buffers or Buffers(shapes, rows, like, marks)
         ending = weakref.finalize(cache, self._take_back, key, buffers)
         ending.atexit = False
         buffers.give_back = ending  # which runs once, whoever calls it first

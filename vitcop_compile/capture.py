@@ -19,7 +19,8 @@ _BATCH, _TOKENS = 2, 11
 
 @dataclass(frozen=True)
 class Capture:
-    """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [dims, B, t]) -> [B, t, D], with B and t symbolic.
+    """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [dims, B, t] [, marks [B, 2, 1, t]]) -> [B, t, D],
+    with B and t symbolic.
     An encoder of images of any size is none: `capture_encoder` traces it at the sizes of a program.
 
     Parameters are the model's own. Graphs are copied before they are rewritten; a capture is never changed.
@@ -34,10 +35,13 @@ def capture(family: Family, model: PreTrainedModel) -> Capture:
     parameter = next(model.parameters())
     pixels = parameter.new_zeros(_BATCH, _TOKENS, family.shape.vision_hidden)
     embeddings = parameter.new_zeros(_BATCH, _TOKENS, family.shape.hidden)
-    positions = torch.arange(_TOKENS, device=parameter.device).repeat(family.shape.position_dims, _BATCH, 1)
-    with tracing(family.encoder, family.decoder), anchored(family.encoder, family.decoder, window=family.shape.window):
+    shape = family.shape
+    positions = torch.arange(_TOKENS, device=parameter.device).repeat(shape.position_dims, _BATCH, 1)
+    marks = [positions.new_zeros(_BATCH, 2, 1, _TOKENS)] if shape.marks else []
+    stated = anchored(family.encoder, family.decoder, window=shape.window, marks=shape.marks)
+    with tracing(family.encoder, family.decoder), stated:
         encoder = None if family.host.tables else _trace(family.encoder, pixels)
-        return Capture(encoder, _trace(family.decoder, embeddings, positions))
+        return Capture(encoder, _trace(family.decoder, embeddings, positions, *marks))
 
 
 def capture_encoder(family: Family, patches: torch.Tensor, *tables: torch.Tensor) -> fx.GraphModule:
@@ -48,10 +52,9 @@ def capture_encoder(family: Family, patches: torch.Tensor, *tables: torch.Tensor
 
 
 def _trace(module: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
-    """The batch and token axes are the first two of every input; coordinates of positions come before them."""
+    """The batch and token axes are the first two of every input; coordinates of positions come before them, marks between."""
     batch, tokens = Dim("batch", min=1), Dim("tokens", min=1)
-    axes = tuple(
-        {value.dim() - 2: batch, value.dim() - 1: tokens} if i else {0: batch, 1: tokens} for i, value in enumerate(inputs)
-    )
+    where = ((0, 1), (1, 2), (0, 3))
+    axes = tuple({first: batch, second: tokens} for _, (first, second) in zip(inputs, where))
     program = torch.export.export(module, inputs, dynamic_shapes=(axes,), strict=False)
     return program.module(check_guards=False)

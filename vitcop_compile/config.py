@@ -198,12 +198,11 @@ class ViTCoPConfig:
             pairs = zip(layout, tokens, strict=True)
             kept = [self._decoder_tokens(shape, (segment,), count, shallow, deep) for segment, count in pairs]
         clustering = (("centers", centers), ("density_width", self.density_width), ("reach", self.reach))
-        flat = shape.position_dims == 1
+        # Where a mask is made of positions, those of a token in two layers must be the same.
+        flat = shape.position_dims == 1 and not shape.marks
         if self.positions == "published" and not flat:
-            raise ConfigError(
-                f"positions='published' counts tokens anew, and here a position has {shape.position_dims} coordinates: use "
-                "'original'"
-            )
+            why = "masks are made of positions" if shape.marks else f"positions have {shape.position_dims} coordinates"
+            raise ConfigError(f"positions='published' counts tokens anew, and this model's {why}: use 'original'")
         positions = "index" if self.positions == "published" or (self.positions is None and flat) else "kept"
         keys = self.keys or shape.keys
         return (

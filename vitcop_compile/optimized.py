@@ -114,7 +114,7 @@ class CompiledOnDemand:
         return self._get(
             ("prefill", batch, text, schedule.key, rows, filled),
             lambda: self.programs.export_prefill(batch, text, schedule.layout, rows, filled=filled, in_place=in_place),
-            lambda program: program if in_place else writing_rows(program, self.schedule.groups, filled=filled),
+            lambda program: program if in_place else self._writing(program, filled),
         )
 
     def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Callable[..., Any]:
@@ -123,7 +123,7 @@ class CompiledOnDemand:
         return self._get(
             ("extend", batch, tokens, rows),
             lambda: self.programs.export_extend(batch, tokens, rows, in_place=in_place),
-            lambda program: program if in_place else writing_rows(program, self.schedule.groups, filled=True),
+            lambda program: program if in_place else self._writing(program, True),
         )
 
     def _get(
@@ -135,6 +135,9 @@ class CompiledOnDemand:
             return self._owned(around(self.backend(program))), size
 
         return self._cache.get(key, make)
+
+    def _writing(self, program: Program, filled: bool) -> Program:
+        return writing_rows(program, self.schedule.groups, filled=filled, marks=self.host.shape.marks)
 
     def _owned(self, program: Program) -> Program:
         """CUDA graphs belong to the thread that recorded them: one thread calls all programs, whoever asks."""

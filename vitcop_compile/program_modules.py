@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .families import Family
@@ -75,7 +76,8 @@ class Select(nn.Module):
     def _project(self, hidden: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
         rows = hidden.flatten(0, 1).index_select(0, index.flatten()).reshape(*index.shape, hidden.shape[-1])
         if weight is None:
-            return self.projector(rows.squeeze(2))
+            # Engines refuse to leave out an axis that is longer than 1, where torch leaves it.
+            return self.projector(rows.squeeze(2) if index.shape[2] == 1 else rows)
         parts = self.projector(rows.flatten(1, 2)).reshape(*index.shape, -1)
         return (parts * weight.unsqueeze(-1).to(parts.dtype)).sum(2)
 
@@ -98,14 +100,14 @@ class Prefill(nn.Module):
     ids: int64 [B, t], right-padded, anything at visual rows; last: int64 [B], the row of each prompt's last token; positions:
     int64 [dims, B, t]; features: [B, n, D], of each segment its leading rows first; visual: int64 [B, n], the rows the
     features take; then the state of the vision stage, [B, n] each without leading rows, and what `attach_cache` asks for. Rows
-    behind `last` are padding: attention is causal, so nothing before them can see them.
+    behind `last` are padding: attention is causal but within images, so nothing before them can see them.
     """
 
     def __init__(self, family: Family, decoder: fx.GraphModule, schedule: Schedule, states: int, all_logits: bool = False):
         super().__init__()
         self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
         self.removed, self.pruned = schedule.removed_rows()[-1], bool(schedule.decoder_stages)
-        self.states, self.all_logits = states, all_logits
+        self.states, self.all_logits, self.marks = states, all_logits, schedule.shape.marks
         # Rows of the features that may be pruned; None is all.
         self.columns: list[int] | None = _behind(schedule.segment_tokens, schedule.shape.lead) if schedule.shape.lead else None
 
@@ -119,13 +121,27 @@ class Prefill(nn.Module):
         self, embeddings: Tensor, last: Tensor, positions: Tensor, visual: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         """The same from embeddings [B, t, D]."""
+        marks = [image_marks(positions, visual)] if self.marks else []
         if self.columns is not None:
             visual = visual.index_select(1, torch.tensor(self.columns, device=visual.device))
         selectors = (visual, *rest[: self.states]) if self.pruned else ()
-        hidden, *results = self.decoder(embeddings, positions, *selectors, *rest[self.states :])
+        hidden, *results = self.decoder(embeddings, positions, *marks, *selectors, *rest[self.states :])
         if not self.all_logits:
             hidden = take_rows(hidden, (last - self.removed).unsqueeze(1))
         return self.head(hidden), *results
+
+
+def image_marks(positions: Tensor, visual: Tensor | None) -> Tensor:
+    """int64 [B, 2, 1, t]: of every token the image that it is of, -1 for text, and its position, of positions [1, B, t].
+
+    visual: int64 [B, n], the rows of images, ascending, None without; each run of them is an image.
+    """
+    place = positions[0]
+    block = torch.full_like(place, -1)
+    if visual is not None:
+        begins = F.pad(visual[:, 1:] != visual[:, :-1] + 1, (1, 0))
+        block = block.scatter(1, visual, begins.long().cumsum(1))
+    return torch.stack((block, place), 1).unsqueeze(2)
 
 
 class Extend(nn.Module):
@@ -139,7 +155,7 @@ class Extend(nn.Module):
     def __init__(self, family: Family, decoder: fx.GraphModule):
         super().__init__()
         self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
-        self.dims = family.shape.position_dims
+        self.dims, self.marks = family.shape.position_dims, family.shape.marks
 
     def forward(
         self, ids: Tensor, last: Tensor, length: Tensor, position: Tensor, removed: Tensor, *caches: Tensor
@@ -147,7 +163,8 @@ class Extend(nn.Module):
         batch, count = ids.shape
         positions = position.unsqueeze(1) + torch.arange(count, device=ids.device)
         positions = positions.expand(self.dims, batch, count)
-        hidden, *rows = self.decoder(self.embedding(ids), positions, length, removed, *caches)
+        marks = [image_marks(positions, None)] if self.marks else []
+        hidden, *rows = self.decoder(self.embedding(ids), positions, *marks, length, removed, *caches)
         return self.head(take_rows(hidden, last.unsqueeze(1))), *rows
 
 

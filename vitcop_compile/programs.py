@@ -139,7 +139,8 @@ class Programs:
         shapes = _shapes(program)
         for stage, found in zip(schedule.decoder_stages, shapes[1:], strict=False):
             _expect(f"selection of layer {stage.layer}", found, (batch, stage.total))
-        written = _written(program) if in_place else shapes[1 + len(schedule.decoder_stages) :]
+        told = len(schedule.group_tokens()) if schedule.shape.marks else 0  # positions come before keys and values
+        written = _written(program) if in_place else shapes[1 + len(schedule.decoder_stages) + told :]
         _expect_rows(schedule, written, batch, [text + tokens for tokens in schedule.group_tokens()])
         return program
 
@@ -158,7 +159,8 @@ class Programs:
             return _export(module, inputs, ({1: axis}, None, None, None, None, (None,) * (len(inputs) - 5)))
         program = _export(module, inputs)
         if not in_place:
-            _expect_rows(schedule, _shapes(program)[1:], batch, [tokens] * len(rows))
+            told = len(rows) if schedule.shape.marks else 0
+            _expect_rows(schedule, _shapes(program)[1 + told :], batch, [tokens] * len(rows))
         return program
 
     def extend_inputs(self, batch: int, tokens: int, rows: Sequence[int]) -> tuple[Tensor, ...]:
@@ -223,14 +225,15 @@ class Programs:
         return rewrite(captured, passes, dump, inputs)
 
     def _decoder_inputs(self, inputs: tuple[Tensor, ...], own: tuple[int, ...]) -> list[Tensor]:
-        """What the decoder gets where its program gets `inputs`: embeddings, positions, those in `own`, and all from the
-        sixth."""
+        """What the decoder gets where its program gets `inputs`: embeddings, positions, marks if it takes them, those
+        in `own`, and all from the sixth."""
         if self.dump is None or not inputs:
             return []
         batch, tokens = inputs[0].shape
         positions = self._ints(self.family.shape.position_dims, batch, tokens)
         embeddings = self._zeros(batch, tokens, self.family.shape.hidden)
-        return [embeddings, positions, *(inputs[i] for i in own), *inputs[5:]]
+        marks = [self._ints(batch, 2, 1, tokens)] if self.family.shape.marks else []
+        return [embeddings, positions, *marks, *(inputs[i] for i in own), *inputs[5:]]
 
     def _patches(self, tiles: int) -> Tensor:
         """What the encoder gets for so many inputs."""
@@ -238,7 +241,8 @@ class Programs:
         return self._zeros(tiles, shape.prefix_tokens + shape.patches, shape.vision_hidden)
 
     def _caches(self, schedule: Schedule, batch: int, rows: Sequence[int]) -> list[Tensor]:
-        return [self._zeros(*shape) for shape in schedule.cache_shapes(batch, rows) for _ in "kv"]
+        places = [self._ints(batch, count) for count in rows] if schedule.shape.marks else []
+        return [*places, *(self._zeros(*shape) for shape in schedule.cache_shapes(batch, rows) for _ in "kv")]
 
     def _parameter(self) -> Tensor:
         return next(self.family.head.parameters())
@@ -271,7 +275,7 @@ def _shapes(program: ExportedProgram) -> list[tuple[int, ...]]:
 
 
 def _written(program: ExportedProgram) -> list[tuple[int, ...]]:
-    """Shapes of the rows that a program writes into its inputs, in their order."""
+    """Shapes of the keys and values that a program writes into its inputs, in their order."""
     found = []
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.index_put_.default:
@@ -279,7 +283,7 @@ def _written(program: ExportedProgram) -> list[tuple[int, ...]]:
         elif node.target is torch.ops.aten.copy_.default:  # of rows that are padded to those of the cache
             source = node.args[1]
             found.append(source.args[0] if source.target is torch.ops.aten.pad.default else source)
-    return [tuple(rows.meta["val"].shape) for rows in found]
+    return [tuple(rows.meta["val"].shape) for rows in found if rows.meta["val"].is_floating_point()]
 
 
 def _expect_rows(schedule: Schedule, found: list[tuple[int, ...]], batch: int, rows: Sequence[int]) -> None:

@@ -336,7 +336,7 @@ class CompiledModel(GenerationMixin):
         if not cache.filled or plan.rows != cache.rows:
             shapes = self.schedule.cache_shapes(batch, plan.rows)
             like = torch.empty((), dtype=self.dtype, device=self.device)
-            cache.take(self._pool.lend(cache, shapes, plan.rows, like), clear=() in reading.layouts)
+            cache.take(self._pool.lend(cache, shapes, plan.rows, like, host.shape.marks), clear=() in reading.layouts)
         turn = Turn(images, reading, schedules, plan.text, filled=seen > 0, beams=beams)
         if host.shape.position_dims > 1 and images is not None:
             positions, taken = positions_of(host, reading, images.about, beams)
@@ -363,7 +363,7 @@ class CompiledModel(GenerationMixin):
         cache.take_token(ids, self._vocab, check=self._postpone)
         held = cache.held_buffers
         step = self._provider.extend(ids.shape[0], 1, held.rows)
-        logits, *_ = step(held.token, held.last, held.length, held.position, held.removed, *held.layers)
+        logits, *_ = step(held.token, held.last, held.length, held.position, held.removed, *held.written)
         cache.advance()
         return _answer(logits, cache)
 

@@ -22,7 +22,9 @@ class ModelShape:
     stage, so that images of many sizes share programs. position_dims: coordinates of a token's position in the decoder; keys:
     which of its keys norms are taken of by default, see `Stage`; scored_layers: encoder layers in which every patch attends to
     its whole image, () for all. window: tokens that a decoder layer attends to, itself included, None for all. Programs attend
-    to all, and a prompt with its new tokens must fit into the window, within which that is the same.
+    to all, and a prompt with its new tokens must fit into the window, within which that is the same. marks: whether tokens of
+    an image attend to each other both ways: the decoder then takes marks of its tokens in place of a mask, see
+    `attention.visible`, and its windows are served as they are. An image is a run of visual tokens without text between.
     """
 
     layers: int = 32
@@ -44,6 +46,7 @@ class ModelShape:
     window: int | None = None
     lead: int = 0
     position_dims: int = 1
+    marks: bool = False
     keys: str = "rotated"
     scored_layers: tuple[int, ...] = ()
     saliency: str = "cls_attention"
@@ -267,6 +270,7 @@ def _projection_weights(shape: ModelShape) -> int:
 
 
 def _decoder_flops(shape: ModelShape, tokens: int) -> int:
+    # Those of causal attention: windows, and images that attend to themselves both ways, are not told apart.
     causal_pairs = tokens * (tokens + 1) // 2
     return 2 * tokens * _projection_weights(shape) + 4 * causal_pairs * shape.heads * shape.head_dim
 

@@ -96,7 +96,7 @@ def _run_alike(
         buffers.reset()
     if own is None:
         program = provider.extend(batch, turn.text, buffers.rows)
-        logits, *stages = program(prompt.ids, prompt.last, length, position, removed, *buffers.layers)
+        logits, *stages = program(prompt.ids, prompt.last, length, position, removed, *buffers.written)
     else:
         if prompt.source is None:
             positions = position.unsqueeze(1) + torch.arange(tokens, device=device)
@@ -116,7 +116,7 @@ def _run_alike(
             prompt.visual,
             *state,
             *places,
-            *buffers.layers,
+            *buffers.written,
         )
         logits, *stages = program(*given)
     rows = prompt.last + 1
@@ -156,11 +156,11 @@ class Part:
         self._index: Tensor | None = None
         if list(at) == list(range(at[0], at[0] + len(at))):
             stop = at[0] + len(at)
-            self.layers = [layer[at[0] : stop] for layer in buffers.layers]
+            self.written = [rows[at[0] : stop] for rows in buffers.written]
             self.length, self.position = buffers.length[at[0] : stop], buffers.position[at[0] : stop]
         else:
             self._index = torch.tensor(at, device=buffers.length.device)
-            self.layers = [layer.index_select(0, self._index) for layer in buffers.layers]
+            self.written = [rows.index_select(0, self._index) for rows in buffers.written]
             self.length, self.position = (t.index_select(0, self._index) for t in (buffers.length, buffers.position))
         self._columns = torch.tensor(at, device=buffers.length.device)
         self.removed = buffers.removed.index_select(1, self._columns)  # contiguous, as programs want it
@@ -174,7 +174,7 @@ class Part:
         self._buffers.removed.index_copy_(1, self._columns, self.removed)
         if self._index is None:
             return
-        for whole, part in zip(self._buffers.layers, self.layers, strict=True):
+        for whole, part in zip(self._buffers.written, self.written, strict=True):
             whole.index_copy_(0, self._index, part)
         self._buffers.length.index_copy_(0, self._index, self.length)
         self._buffers.position.index_copy_(0, self._index, self.position)

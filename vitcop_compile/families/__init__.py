@@ -5,6 +5,7 @@ from .registry import FAMILIES, Family, family_of, register
 __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
 from . import (  # noqa: F401  (they register themselves)
+    gemma3,
     idefics3,
     internvl,
     llava,

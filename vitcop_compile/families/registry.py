@@ -25,7 +25,8 @@ class Family:
     images of any size patches and encoder also take real bool [B, t] and the host's `tables` [B, t, ...] of every slot.
     projector([B, n, C]), or of groups [B, n, group, C], -> [B, n, D]. embedding(ids [B, t]) -> [B, t, D], which also knows the
     id behind the vocabulary where images have protected tokens, such as line breaks, that no encoder makes; decoder(embeddings
-    [B, t, D], positions [dims, B, t]) -> [B, t, D]; head([B, t, D]) -> [B, t, vocab].
+    [B, t, D], positions [dims, B, t] [, marks int64 [B, 2, 1, t], where the shape says so]) -> [B, t, D]; head([B, t, D]) ->
+    [B, t, vocab].
     """
 
     host: Host
