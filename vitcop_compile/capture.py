@@ -19,7 +19,8 @@ _BATCH, _TOKENS = 2, 11
 
 @dataclass(frozen=True)
 class Capture:
-    """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [dims, B, t]) -> [B, t, D], with B and t symbolic.
+    """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [dims, B, t], and of each of `shape.deepstack` more
+    features [B, t, D]) -> [B, t, D], with B and t symbolic.
     An encoder of images of any size is none: `capture_encoder` traces it at the sizes of a program.
 
     Parameters are the model's own. Graphs are copied before they are rewritten; a capture is never changed.
@@ -37,7 +38,8 @@ def capture(family: Family, model: PreTrainedModel) -> Capture:
     positions = torch.arange(_TOKENS, device=parameter.device).repeat(family.shape.position_dims, _BATCH, 1)
     with tracing(family.encoder, family.decoder), anchored(family.encoder, family.decoder, window=family.shape.window):
         encoder = None if family.host.tables else _trace(family.encoder, pixels)
-        return Capture(encoder, _trace(family.decoder, embeddings, positions))
+        more = [torch.zeros_like(embeddings) for _ in range(family.shape.deepstack)]
+        return Capture(encoder, _trace(family.decoder, embeddings, positions, *more))
 
 
 def capture_encoder(family: Family, patches: torch.Tensor, *tables: torch.Tensor) -> fx.GraphModule:
@@ -48,10 +50,8 @@ def capture_encoder(family: Family, patches: torch.Tensor, *tables: torch.Tensor
 
 
 def _trace(module: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
-    """The batch and token axes are the first two of every input; coordinates of positions come before them."""
+    """The batch and token axes are the first two of every input; coordinates of positions, integers, come before them."""
     batch, tokens = Dim("batch", min=1), Dim("tokens", min=1)
-    axes = tuple(
-        {value.dim() - 2: batch, value.dim() - 1: tokens} if i else {0: batch, 1: tokens} for i, value in enumerate(inputs)
-    )
+    axes = tuple({0: batch, 1: tokens} if value.is_floating_point() else {1: batch, 2: tokens} for value in inputs)
     program = torch.export.export(module, inputs, dynamic_shapes=(axes,), strict=False)
     return program.module(check_guards=False)

@@ -4,4 +4,13 @@ from .registry import FAMILIES, Family, family_of, register
 
 __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
-from . import internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl  # noqa: F401  (they register themselves)
+from . import (  # noqa: F401  (they register themselves)
+    glm4v,
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+)
