@@ -91,8 +91,9 @@ def prefill_passes(
     filled: bool = False,
     in_place: bool = True,
 ) -> Passes:
-    """(embeddings [B, t, D], positions, features [B, t, D]..., visual, state..., [length, removed,] key_0, value_0, ...) -> (hidden [B, t', D], index
-    of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that are not `filled` are no input."""
+    """(embeddings [B, t, D], positions, features [B, t, D]..., visual, state..., [length, removed,] key_0, value_0, ...) ->
+    (hidden [B, t', D], index of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that are not
+    `filled` are no input."""
     return (
         ("clean", clean),
         ("prune", partial(prune, stages=schedule.decoder_stages, incoming=schedule.segment_tokens, states=states)),

@@ -56,8 +56,9 @@ def layer_exit(graph: fx.Graph, layer: int) -> fx.Node:
 def content_beside(graph: fx.Graph, cut: fx.Node) -> list[fx.Node]:
     """Tensors with a token axis, computed from the graph's floating-point inputs, that cross `cut` beside it.
 
-    Positions and their tables are not content; features that are still to be added to the hidden state are. Selecting tokens gathers content like anything else; merging tokens is
-    defined for the hidden state alone, and must refuse a graph in which content takes another way.
+    Positions and their tables are not content; features that are still to be added to the hidden state are. Selecting tokens
+    gathers content like anything else; merging tokens is defined for the hidden state alone, and must refuse a graph in which
+    content takes another way.
     """
     nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}

@@ -51,7 +51,8 @@ class ViTCoPConfig:
     retention: overall target: mean visual tokens over all decoder layers / patches, (0, 1].
     vision_layer: encoder layer whose CLS attention scores the patches; negative counts from the end.
     shallow_layer, deep_layer: decoder layers before which tokens are merged and dropped (0-based). The defaults are
-        stated for 32 layers and are scaled to the model's depth; any other pair is taken as it is.
+        stated for 32 layers and are scaled to the model's depth, and moved behind the layers in which a model adds features
+        of its encoder; any other pair is taken as it is.
     scale_layers: True / False forces or forbids that scaling; None decides as described.
     deep_divisor: deep budget = round(shallow budget / deep_divisor).
     positions: "published": after the deep stage a token's position is its index in the sequence that enters that stage, as
@@ -173,8 +174,8 @@ class ViTCoPConfig:
             )
         if shallow < first:
             raise ConfigError(
-                f"shallow_layer={shallow} merges tokens to which this model still adds features of its encoder, behind each of "
-                f"its first {first} layers: choose at least {first}, or leave both layers at their defaults"
+                f"shallow_layer={shallow} merges tokens to which this model still adds features of its encoder, behind its "
+                f"first {first} layers: choose at least {first}, or leave both layers at their defaults"
             )
         return shallow, deep
 
@@ -207,8 +208,8 @@ class ViTCoPConfig:
         flat = shape.position_dims == 1
         if self.positions == "published" and not flat:
             raise ConfigError(
-                f"positions='published' counts tokens anew, and this model's positions have {shape.position_dims} coordinates: "
-                "use 'original'"
+                f"positions='published' counts tokens anew, and this model's positions have {shape.position_dims} "
+                "coordinates: use 'original'"
             )
         positions = "index" if self.positions == "published" or (self.positions is None and flat) else "kept"
         keys = self.keys or shape.keys

@@ -97,8 +97,9 @@ class Prefill(nn.Module):
 
     ids: int64 [B, t], right-padded, anything at visual rows; last: int64 [B], the row of each prompt's last token; positions:
     int64 [dims, B, t]; features: [B, n, D], of each segment its leading rows first, and where the decoder adds more of them to
-    its hidden state, those in further columns; visual: int64 [B, n], the rows the features take; then the state of the vision stage, [B, n] each without leading rows, and what `attach_cache` asks for. Rows
-    behind `last` are padding: attention is causal, so nothing before them can see them.
+    its hidden state, those in further columns; visual: int64 [B, n], the rows the features take; then the state of the vision
+    stage, [B, n] each without leading rows, and what `attach_cache` asks for. Rows behind `last` are
+    padding: attention is causal, so nothing before them can see them.
     """
 
     def __init__(self, family: Family, decoder: fx.GraphModule, schedule: Schedule, states: int, all_logits: bool = False):

@@ -23,8 +23,8 @@ class ModelShape:
     the decoder adds to them behind its first layers, one each: the encoder's rows and the projector's are so many times wider,
     and tokens cannot be merged before they have them all. position_dims: coordinates of a token's position in the decoder;
     keys: which of its keys norms are taken of by default, see `Stage`; scored_layers: encoder layers in which every patch
-    attends to its whole image, () for all. window: tokens that a decoder layer attends to, itself included, None for all. Programs attend
-    to all, and a prompt with its new tokens must fit into the window, within which that is the same.
+    attends to its whole image, () for all. window: tokens that a decoder layer attends to, itself included, None for all.
+    Programs attend to all, and a prompt with its new tokens must fit into the window, within which that is the same.
     """
 
     layers: int = 32

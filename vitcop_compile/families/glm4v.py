@@ -4,18 +4,23 @@ convolution, and videos whose frames use the placeholders of images."""
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from .patched import PatchedImages
-from .qwen2_vl import decoded, patched, whole
-from .qwen3_vl import learned, resampled, resampled_tables
+from .qwen2_vl import decoded, in_order, patched, whole
+from .qwen3_vl import learned, resampled_tables
 from .registry import Call, Family, register
 from .shapes import check_types
 
 if TYPE_CHECKING:
     from transformers import Glm4vForConditionalGeneration, Glm46VForConditionalGeneration
+
+# Learned positions that a patch's own is blended from: bicubic, 4 x 4.
+_TAPS = 16
 
 
 def host(config: Any, element_bytes: int | None = None) -> PatchedImages:
@@ -38,15 +43,32 @@ def host(config: Any, element_bytes: int | None = None) -> PatchedImages:
         config,
         element_bytes,
         Glm4vModel,
-        # What the stock encoder samples on a grid: the same blend, of 4 x 4 learned positions.
-        cut=partial(resampled, merge=vision.spatial_merge_size, side=side, mode="bicubic", align_corners=False),
-        tables=resampled_tables(16),
+        cut=partial(sampled, merge=vision.spatial_merge_size, side=side),
+        tables=resampled_tables(min(_TAPS, side * side)),
         frames=True,
         video_token_id=None,
         resize=resize,
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.out_hidden_size,
     )
+
+
+def sampled(rows: int, columns: int, merge: int, side: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As `resampled`: the stock encoder is asked with learned positions that say which they are."""
+    from transformers.models.glm4v.modeling_glm4v import Glm4vVisionEmbeddings
+
+    order, (places,) = in_order(rows, columns, merge)
+    number = side * side
+    stock = Glm4vVisionEmbeddings(cast(Any, SimpleNamespace(hidden_size=number, image_size=side, patch_size=1)))
+    stock.position_embedding.weight.data = torch.eye(number)
+    index, weight = [], []
+    with torch.no_grad():
+        for part in places.split(4096):
+            length, grid = torch.tensor([len(part)]), torch.tensor([[1, rows, columns]])
+            shares = stock(torch.zeros(len(part), number), length, grid, part[:, 0], part[:, 1])
+            index.append(shares.abs().topk(min(_TAPS, number), -1).indices)
+            weight.append(shares.gather(1, index[-1]))
+    return order, (places, torch.cat(index), torch.cat(weight))
 
 
 def parts(model: Glm4vForConditionalGeneration | Glm46VForConditionalGeneration) -> Family:

@@ -173,8 +173,8 @@ class PatchedImages:
         if not isinstance(types, Tensor) or types.shape != ids.shape:
             held = tuple(types.shape) if isinstance(types, Tensor) else type(types).__name__
             raise InputError(
-                f"mm_token_type_ids is {held}: images and videos have the same placeholders, pass the processor's, of the shape "
-                f"of input_ids, {tuple(ids.shape)}"
+                f"mm_token_type_ids is {held}: images and videos have the same placeholders, pass the processor's, of the "
+                f"shape of input_ids, {tuple(ids.shape)}"
             )
         return (placeholder * types.to(ids.device)).tolist()
 

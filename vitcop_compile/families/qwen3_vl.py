@@ -28,7 +28,7 @@ def host(config: Any, element_bytes: int | None = None) -> PatchedImages:
         config,
         element_bytes,
         Qwen3VLModel,
-        cut=partial(resampled, merge=vision.spatial_merge_size, side=side, mode="bilinear", align_corners=True),
+        cut=partial(resampled, merge=vision.spatial_merge_size, side=side),
         tables=resampled_tables(4),
         frames=True,
         vision_hidden=vision.hidden_size,
@@ -45,26 +45,24 @@ def tapped(vision: Any) -> list[int]:
 
 
 def resampled_tables(taps: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """What `resampled` tells of every patch."""
+    """Tables of (row, column), and of so many learned positions and their weights, for every patch."""
     return ((2,), torch.int64), ((taps,), torch.int64), ((taps,), torch.float32)
 
 
-def resampled(
-    rows: int, columns: int, merge: int, side: int, mode: str, align_corners: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def resampled(rows: int, columns: int, merge: int, side: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A frame as the processor leaves it; the (row, column) of every patch, and which of side x side learned positions its own
     is blended from, and how."""
     from transformers.vision_utils import get_vision_interpolation_indices_and_weights as blend
 
     order, (places,) = in_order(rows, columns, merge)
     frame = torch.tensor([[1, rows, columns]])
-    index, weight = blend(frame, side, mode=mode, align_corners=align_corners, spatial_merge_size=merge)
+    index, weight = blend(frame, side, mode="bilinear", align_corners=True, spatial_merge_size=merge)
     return order, (places, index, weight.float())
 
 
 def learned(embedding: Any, index: Tensor, weight: Tensor) -> Tensor:
-    """Positions [T, p, C] that are blended of learned ones, in fp32 as in the stock models. A tap at a time, so that nothing has
-    the taps as an axis."""
+    """Positions [T, p, C] that are blended of learned ones, in fp32 as in the stock models. A tap at a time, so that nothing
+    has the taps as an axis."""
     taps = range(index.shape[-1])
     return sum((embedding(index[..., tap]).float() * weight[..., tap, None] for tap in taps[1:]),
                embedding(index[..., 0]).float() * weight[..., 0, None])  # fmt: skip
