@@ -5,6 +5,8 @@
     prefill   clean -> prune -> attach_cache -> lower_attention
     extend    clean -> attach_cache -> lower_attention
 
+A decoder that adds more features to the tokens of images is made one of text before `extend`: drop_features.
+
 The lists below are data: `encoder_passes` and its kin name them, `rewrite` runs them. The backends inductor and aotinductor
 end with one more on every exported program: lower_linear.
 """
@@ -21,6 +23,7 @@ from torch import Tensor, fx
 from ..schedule import Schedule
 from .attach_cache import attach_cache
 from .clean import clean
+from .drop_features import drop_features
 from .drop_prefix import drop_prefix
 from .dump import dump_graph
 from .lower_attention import lower_attention
@@ -33,6 +36,7 @@ __all__ = [
     "Passes",
     "attach_cache",
     "clean",
+    "drop_features",
     "drop_prefix",
     "encoder_passes",
     "extend_passes",
@@ -42,6 +46,7 @@ __all__ = [
     "prune",
     "rewrite",
     "tap",
+    "text_passes",
     "tower_passes",
     "truncate_encoder",
 ]
@@ -86,15 +91,21 @@ def prefill_passes(
     filled: bool = False,
     in_place: bool = True,
 ) -> Passes:
-    """(embeddings [B, t, D], positions, [marks,] visual, state..., [length, removed,] key_0, value_0, ...) -> (hidden [B, t',
-    D], index of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that are not `filled` are no
-    input."""
+    """(embeddings [B, t, D], positions, [marks,] features [B, t, D]..., visual, state..., [length, removed,] key_0, value_0,
+    ...) -> (hidden [B, t', D], index of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that
+    are not `filled` are no input."""
     return (
         ("clean", clean),
         ("prune", partial(prune, stages=schedule.decoder_stages, incoming=schedule.segment_tokens, states=states)),
         ("attach_cache", partial(attach_cache, groups=schedule.groups, filled=filled, in_place=in_place)),
         *_lowered(attn_implementation, filled, in_place),
     )
+
+
+def text_passes(schedule: Schedule) -> Passes:
+    """(embeddings [B, t, D], positions, features [B, t, D]...) -> hidden [B, t, D] without the features, if there are any."""
+    more = schedule.shape.deepstack
+    return (("drop_features", partial(drop_features, number=more)),) if more else ()
 
 
 def extend_passes(schedule: Schedule, attn_implementation: str = "sdpa", in_place: bool = True) -> Passes:

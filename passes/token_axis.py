@@ -61,14 +61,15 @@ def layer_exit(graph: fx.Graph, layer: int) -> fx.Node:
 
 
 def content_beside(graph: fx.Graph, cut: fx.Node) -> list[fx.Node]:
-    """Tensors with a token axis, computed from the graph's first input, that cross `cut` beside it.
+    """Tensors with a token axis, computed from the graph's floating-point inputs, that cross `cut` beside it.
 
-    Positions and their tables are not content. Selecting tokens gathers content like anything else; merging tokens is
-    defined for the hidden state alone, and must refuse a graph in which content takes another way.
+    Positions and their tables are not content; features that are still to be added to the hidden state are. Selecting tokens
+    gathers content like anything else; merging tokens is defined for the hidden state alone, and must refuse a graph in which
+    content takes another way.
     """
     nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
-    content = {next(node for node in nodes if node.op == "placeholder")}
+    content = {node for node in nodes if _is_content(node)}
     for node in nodes:
         if not content.isdisjoint(node.all_input_nodes) and not isinstance(node.meta.get("val"), torch.SymInt):
             content.add(node)
@@ -169,6 +170,12 @@ def _is_size(node: fx.Node) -> bool:
 
 def _mentions(size: torch.SymInt, symbol: torch.SymInt) -> bool:
     return bool(size.node.expr.free_symbols & symbol.node.expr.free_symbols)
+
+
+def _is_content(node: fx.Node) -> bool:
+    """Whether a node is a floating-point input."""
+    value = node.meta.get("val")
+    return node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _is_table(node: fx.Node) -> bool:

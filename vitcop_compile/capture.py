@@ -19,8 +19,8 @@ _BATCH, _TOKENS = 2, 11
 
 @dataclass(frozen=True)
 class Capture:
-    """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [dims, B, t] [, marks [B, 2, 1, t]]) -> [B, t, D],
-    with B and t symbolic.
+    """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [dims, B, t] [, marks [B, 2, 1, t]], and of each of
+    `shape.deepstack` more features [B, t, D]) -> [B, t, D], with B and t symbolic.
     An encoder of images of any size is none: `capture_encoder` traces it at the sizes of a program.
 
     Parameters are the model's own. Graphs are copied before they are rewritten; a capture is never changed.
@@ -41,7 +41,8 @@ def capture(family: Family, model: PreTrainedModel) -> Capture:
     stated = anchored(family.encoder, family.decoder, window=shape.window, marks=shape.marks)
     with tracing(family.encoder, family.decoder), stated:
         encoder = None if family.host.tables else _trace(family.encoder, pixels)
-        return Capture(encoder, _trace(family.decoder, embeddings, positions, *marks))
+        more = [torch.zeros_like(embeddings) for _ in range(shape.deepstack)]
+        return Capture(encoder, _trace(family.decoder, embeddings, positions, *marks, *more))
 
 
 def capture_encoder(family: Family, patches: torch.Tensor, *tables: torch.Tensor) -> fx.GraphModule:
@@ -52,9 +53,10 @@ def capture_encoder(family: Family, patches: torch.Tensor, *tables: torch.Tensor
 
 
 def _trace(module: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
-    """The batch and token axes are the first two of every input; coordinates of positions come before them, marks between."""
+    """The batch and token axes are the first two of every input; coordinates of positions, integers, come before them, and
+    marks between."""
     batch, tokens = Dim("batch", min=1), Dim("tokens", min=1)
-    where = ((0, 1), (1, 2), (0, 3))
-    axes = tuple({first: batch, second: tokens} for _, (first, second) in zip(inputs, where))
+    where = [(0, 1) if value.is_floating_point() else (1, 2) if value.dim() == 3 else (0, 3) for value in inputs]
+    axes = tuple({first: batch, second: tokens} for first, second in where)
     program = torch.export.export(module, inputs, dynamic_shapes=(axes,), strict=False)
     return program.module(check_guards=False)

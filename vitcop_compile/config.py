@@ -51,7 +51,8 @@ class ViTCoPConfig:
     retention: overall target: mean visual tokens over all decoder layers / patches, (0, 1].
     vision_layer: encoder layer whose CLS attention scores the patches; negative counts from the end.
     shallow_layer, deep_layer: decoder layers before which tokens are merged and dropped (0-based). The defaults are
-        stated for 32 layers and are scaled to the model's depth; any other pair is taken as it is.
+        stated for 32 layers and are scaled to the model's depth, and moved behind the layers in which a model adds features
+        of its encoder; any other pair is taken as it is.
     scale_layers: True / False forces or forbids that scaling; None decides as described.
     deep_divisor: deep budget = round(shallow budget / deep_divisor).
     positions: "published": after the deep stage a token's position is its index in the sequence that enters that stage, as
@@ -154,21 +155,27 @@ class ViTCoPConfig:
         """No pruning: the baseline, through the same capture and the same lowering."""
         return cls(prune=False)
 
-    def layers(self, decoder_layers: int) -> tuple[int, int]:
-        """(shallow, deep) for a decoder of `decoder_layers` layers. Raises ConfigError if they do not fit."""
+    def layers(self, decoder_layers: int, first: int = 1) -> tuple[int, int]:
+        """(shallow, deep) for a decoder of `decoder_layers` layers that can merge tokens before layer `first` at the earliest.
+        Raises ConfigError if they do not fit."""
         shallow, deep = self.shallow_layer, self.deep_layer
         scale = self.scale_layers
         if scale is None:
             scale = (shallow, deep) == _REFERENCE_PAIR
-        if scale and decoder_layers != REFERENCE_LAYERS:
-            if decoder_layers < 3:
-                raise ConfigError(f"a decoder of {decoder_layers} layers has no room for two stages: 3 are needed")
-            shallow = min(max(1, round(shallow * decoder_layers / REFERENCE_LAYERS)), decoder_layers - 2)
+        if scale and (decoder_layers != REFERENCE_LAYERS or shallow < first):
+            if decoder_layers < first + 2:
+                raise ConfigError(f"a decoder of {decoder_layers} layers has no room for two stages: {first + 2} are needed")
+            shallow = min(max(first, round(shallow * decoder_layers / REFERENCE_LAYERS)), decoder_layers - 2)
             deep = min(max(shallow + 1, round(deep * decoder_layers / REFERENCE_LAYERS)), decoder_layers - 1)
         if deep >= decoder_layers:
             raise ConfigError(
                 f"deep_layer={deep} is out of range for {decoder_layers} decoder layers: choose at most "
                 f"{decoder_layers - 1}, or leave both layers at their defaults to have them scaled"
+            )
+        if shallow < first:
+            raise ConfigError(
+                f"shallow_layer={shallow} merges tokens to which this model still adds features of its encoder, behind its "
+                f"first {first} layers: choose at least {first}, or leave both layers at their defaults"
             )
         return shallow, deep
 
@@ -189,7 +196,7 @@ class ViTCoPConfig:
         """
         if not self.prune:
             return ()
-        shallow, deep = self.layers(shape.layers)
+        shallow, deep = self.layers(shape.layers, max(1, shape.deepstack))
         tokens = tuple(self._vision_tokens(segment, shape.multiple) for segment in layout)
         centers = tuple(self._centers(count) for count in tokens)
         if self.scope == "pooled" and layout:

@@ -98,9 +98,10 @@ class Prefill(nn.Module):
     """A prompt with images spliced in -> (logits [B, 1, vocab], index per stage..., and new keys and values if not in place).
 
     ids: int64 [B, t], right-padded, anything at visual rows; last: int64 [B], the row of each prompt's last token; positions:
-    int64 [dims, B, t]; features: [B, n, D], of each segment its leading rows first; visual: int64 [B, n], the rows the
-    features take; then the state of the vision stage, [B, n] each without leading rows, and what `attach_cache` asks for. Rows
-    behind `last` are padding: attention is causal but within images, so nothing before them can see them.
+    int64 [dims, B, t]; features: [B, n, D], of each segment its leading rows first, and where the decoder adds more of them to
+    its hidden state, those in further columns; visual: int64 [B, n], the rows the features take; then the state of the vision
+    stage, [B, n] each without leading rows, and what `attach_cache` asks for. Rows behind `last` are padding: attention is
+    causal but within images, so nothing before them can see them.
     """
 
     def __init__(self, family: Family, decoder: fx.GraphModule, schedule: Schedule, states: int, all_logits: bool = False):
@@ -108,24 +109,33 @@ class Prefill(nn.Module):
         self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
         self.removed, self.pruned = schedule.removed_rows()[-1], bool(schedule.decoder_stages)
         self.states, self.all_logits, self.marks = states, all_logits, schedule.shape.marks
+        self.deepstack = schedule.shape.deepstack
         # Rows of the features that may be pruned; None is all.
         self.columns: list[int] | None = _behind(schedule.segment_tokens, schedule.shape.lead) if schedule.shape.lead else None
 
     def forward(
         self, ids: Tensor, last: Tensor, positions: Tensor, features: Tensor, visual: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        embeddings = put_rows(self.embedding(ids), visual, features)
-        return self.prefill(embeddings, last, positions, visual, *rest)
+        embeddings = self.embedding(ids)
+        features, *more = features.chunk(1 + self.deepstack, -1) if self.deepstack else (features,)
+        added = tuple(put_rows(torch.zeros_like(embeddings), visual, part) for part in more)
+        return self.prefill(put_rows(embeddings, visual, features), last, positions, visual, *rest, added=added)
 
     def prefill(
-        self, embeddings: Tensor, last: Tensor, positions: Tensor, visual: Tensor, *rest: Tensor
+        self,
+        embeddings: Tensor,
+        last: Tensor,
+        positions: Tensor,
+        visual: Tensor,
+        *rest: Tensor,
+        added: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
-        """The same from embeddings [B, t, D]."""
+        """The same from embeddings [B, t, D], and what the decoder adds to them later, likewise."""
         marks = [image_marks(positions, visual)] if self.marks else []
         if self.columns is not None:
             visual = visual.index_select(1, torch.tensor(self.columns, device=visual.device))
         selectors = (visual, *rest[: self.states]) if self.pruned else ()
-        hidden, *results = self.decoder(embeddings, positions, *marks, *selectors, *rest[self.states :])
+        hidden, *results = self.decoder(embeddings, positions, *marks, *added, *selectors, *rest[self.states :])
         if not self.all_logits:
             hidden = take_rows(hidden, (last - self.removed).unsqueeze(1))
         return self.head(hidden), *results

@@ -21,7 +21,7 @@ from .errors import RewriteError
 from .families import Family
 from .isolation import tracing
 from .layout import Layout
-from .passes import Passes, encoder_passes, extend_passes, prefill_passes, rewrite, tower_passes
+from .passes import Passes, encoder_passes, extend_passes, prefill_passes, rewrite, text_passes, tower_passes
 from .policies import POLICIES
 from .program_modules import Extend, Prefill, Select, Tower, Vision
 from .schedule import Method, ModelShape, Schedule, Stage, resolve
@@ -92,7 +92,7 @@ class Programs:
         """The program that selects, or without a `stage` takes all, from so many segments of at most `candidates` tokens each,
         among tiles of `slots` patches; `exact` as in `ops.density_peaks`."""
         shape = self.family.shape
-        hidden = self._zeros(tiles, slots, shape.vision_hidden)
+        hidden = self._zeros(tiles, slots, shape.vision_width)
         index = self._ints(segments, candidates, taps)
         wide = self._parameter().new_zeros
         inputs = [hidden]
@@ -152,7 +152,9 @@ class Programs:
         schedule = self.schedule
         passes = extend_passes(schedule, self.attn_implementation, in_place)
         inputs = self.extend_inputs(batch, tokens, rows)
-        decoder = self._rewrite(f"extend_{tokens}", self.captured.decoder, passes, self._decoder_inputs(inputs, (2, 4)))
+        captured, text = self.captured.decoder, text_passes(schedule)
+        captured = rewrite(captured, text) if text else captured
+        decoder = self._rewrite(f"extend_{tokens}", captured, passes, self._decoder_inputs(inputs, (2, 4), 0))
         module = Extend(self.family, decoder)
         if least_tokens is not None:
             axis = Dim("rows", min=least_tokens, max=tokens)
@@ -185,7 +187,8 @@ class Programs:
         passes = prefill_passes(schedule, self.attn_implementation, states=states, filled=filled, in_place=in_place)
         pruned = (4,) if schedule.decoder_stages else ()
         name = f"prefill_{images if isinstance(images, int) else len(images)}{'_filled' * filled}"
-        decoder = self._rewrite(name, self.captured.decoder, passes, self._decoder_inputs(inputs, pruned))
+        given = self._decoder_inputs(inputs, pruned, schedule.shape.deepstack)
+        decoder = self._rewrite(name, self.captured.decoder, passes, given)
         return Prefill(self.family, decoder, schedule, states, all_logits)
 
     def prefill_inputs(
@@ -204,7 +207,7 @@ class Programs:
         tokens = text + n
         visual = torch.arange(n + lead, device=self._device()).repeat(batch, 1)
         positions = torch.arange(tokens, device=self._device()).repeat(self.family.shape.position_dims, batch, 1)
-        features = self._zeros(batch, n + lead, schedule.shape.hidden)
+        features = self._zeros(batch, n + lead, schedule.shape.feature_width)
         state = [torch.zeros_like(visual[:, :n])] * (self.states if schedule.decoder_stages else 0)
         rows = rows or [text + kept for kept in schedule.group_tokens()]
         places = [self._ints(batch), self._ints(len(rows), batch)] if filled else []
@@ -224,16 +227,16 @@ class Programs:
         dump = self.dump / name if self.dump is not None and inputs else None
         return rewrite(captured, passes, dump, inputs)
 
-    def _decoder_inputs(self, inputs: tuple[Tensor, ...], own: tuple[int, ...]) -> list[Tensor]:
-        """What the decoder gets where its program gets `inputs`: embeddings, positions, marks if it takes them, those
-        in `own`, and all from the sixth."""
+    def _decoder_inputs(self, inputs: tuple[Tensor, ...], own: tuple[int, ...], more: int) -> list[Tensor]:
+        """What the decoder gets where its program gets `inputs`: embeddings, positions, marks if it takes them, so many `more`
+        features, those in `own`, and all from the sixth."""
         if self.dump is None or not inputs:
             return []
         batch, tokens = inputs[0].shape
         positions = self._ints(self.family.shape.position_dims, batch, tokens)
         embeddings = self._zeros(batch, tokens, self.family.shape.hidden)
         marks = [self._ints(batch, 2, 1, tokens)] if self.family.shape.marks else []
-        return [embeddings, positions, *marks, *(inputs[i] for i in own), *inputs[5:]]
+        return [embeddings, positions, *marks, *[embeddings] * more, *(inputs[i] for i in own), *inputs[5:]]
 
     def _patches(self, tiles: int) -> Tensor:
         """What the encoder gets for so many inputs."""
@@ -278,6 +281,8 @@ def _written(program: ExportedProgram) -> list[tuple[int, ...]]:
     """Shapes of the keys and values that a program writes into its inputs, in their order."""
     found = []
     for node in program.graph.nodes:
+        if not node.args or getattr(node.args[0], "op", None) != "placeholder":  # a value that is made in place
+            continue
         if node.target is torch.ops.aten.index_put_.default:
             found.append(node.args[2])
         elif node.target is torch.ops.aten.copy_.default:  # of rows that are padded to those of the cache

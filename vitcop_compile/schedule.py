@@ -19,12 +19,14 @@ class ModelShape:
     image are put together behind the encoder, from several inputs of it or from several patches each, so that they are
     selected there; group: patches that the projector makes one token of, side by side; key_features: elements of a patch's
     keys, None if as many as of the patch; multiple: what the tokens of a segment are rounded up to when they leave the vision
-    stage, so that images of many sizes share programs. position_dims: coordinates of a token's position in the decoder; keys:
-    which of its keys norms are taken of by default, see `Stage`; scored_layers: encoder layers in which every patch attends to
-    its whole image, () for all. window: tokens that a decoder layer attends to, itself included, None for all. Programs attend
-    to all, and a prompt with its new tokens must fit into the window, within which that is the same. marks: whether tokens of
-    an image attend to each other both ways: the decoder then takes marks of its tokens in place of a mask, see
-    `attention.visible`, and its windows are served as they are. An image is a run of visual tokens without text between.
+    stage, so that images of many sizes share programs. deepstack: how many more features of an image's tokens there are, which
+    the decoder adds to them behind its first layers, one each: the encoder's rows and the projector's are so many times wider,
+    and tokens cannot be merged before they have them all. position_dims: coordinates of a token's position in the decoder;
+    keys: which of its keys norms are taken of by default, see `Stage`; scored_layers: encoder layers in which every patch
+    attends to its whole image, () for all. window: tokens that a decoder layer attends to, itself included, None for all.
+    Programs attend to all, and a prompt with its new tokens must fit into the window, within which that is the same. marks:
+    whether tokens of an image attend to each other both ways: the decoder then takes marks of its tokens in place of a mask,
+    see `attention.visible`, and its windows are served as they are. An image is a run of visual tokens without text between.
     """
 
     layers: int = 32
@@ -45,6 +47,7 @@ class ModelShape:
     max_positions: int = 4096
     window: int | None = None
     lead: int = 0
+    deepstack: int = 0
     position_dims: int = 1
     marks: bool = False
     keys: str = "rotated"
@@ -64,6 +67,16 @@ class ModelShape:
     def patches(self) -> int:
         """Patches of one input of the encoder."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def vision_width(self) -> int:
+        """Width of what the encoder returns."""
+        return self.vision_hidden * (1 + self.deepstack)
+
+    @property
+    def feature_width(self) -> int:
+        """Width of what the projector returns."""
+        return self.hidden * (1 + self.deepstack)
 
     @property
     def image(self) -> Segment:
@@ -247,7 +260,8 @@ class Schedule:
             layers = (_encoder_flops(shape, full if i <= last_full else fewer) for i in range(shape.feature_layer + 1))
             flops += segment.tiles * (2 * patches * shape.patch_features * shape.vision_hidden + sum(layers))
             projected = kept * segment.taps + shape.lead
-            flops += 2 * projected * (shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden)
+            projector = shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden
+            flops += 2 * projected * (1 + shape.deepstack) * projector
         return flops
 
     def dense_vision_flops(self) -> int:

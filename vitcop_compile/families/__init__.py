@@ -6,6 +6,7 @@ __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
 from . import (  # noqa: F401  (they register themselves)
     gemma3,
+    glm4v,
     idefics3,
     internvl,
     llava,
@@ -15,5 +16,6 @@ from . import (  # noqa: F401  (they register themselves)
     mistral3,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_vl,
     video_llava,
 )

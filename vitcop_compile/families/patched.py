@@ -36,19 +36,22 @@ class PatchedImages:
     """Images and videos as `pixel_values` [patches, features], every `group` rows one token of the language model, and
     `image_grid_thw`. A frame, which is one step of time, is one input of the encoder and one segment.
 
-    video_token_id: that of a video's placeholders; resize(height, width) -> what the processor makes of a size, in pixels;
-    patch: side of a patch in pixels; cut, positions: the model's own; tables: what `cut` tells of every slot.
+    video_token_id: that of a video's placeholders, None if they are an image's and `mm_token_type_ids` tells; frames: whether
+    every frame of a video is a run of placeholders of its own, with text between, and so an image of its own; resize(height,
+    width) -> what the processor makes of a size, in pixels; patch: side of a patch in pixels; cut, positions: the model's own;
+    tables: what `cut` tells of every slot.
     """
 
     shape: ModelShape
     token_id: int
-    video_token_id: int
+    video_token_id: int | None
     pixel_shape: tuple[int, ...]
     tables: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     patch: int
     resize: Callable[[int, int], tuple[int, int]] = field(compare=False)
     cut: Cut = field(compare=False)
     stock_positions: Positions = field(compare=False)
+    frames: bool = False
     fixed = False
     inputs = (
         "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids",
@@ -57,7 +60,7 @@ class PatchedImages:
     @property
     def token_ids(self) -> tuple[int, ...]:
         """Of images, and of videos."""
-        return (self.token_id, self.video_token_id)
+        return (self.token_id,) if self.video_token_id is None else (self.token_id, self.video_token_id)
 
     @property
     def unit(self) -> int:
@@ -84,13 +87,14 @@ class PatchedImages:
     def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
         """The images and videos in the order in which `ids` name them."""
         kinds = {kind: self._of_kind(kind, given, device, dtype) for kind in _KINDS}
-        seconds = given.get("second_per_grid_ts")
+        seconds = None if self.frames else given.get("second_per_grid_ts")
         steps = iter([1.0] * len(kinds["video"]) if seconds is None else [float(value) for value in seconds])
         left = {kind: iter(found) for kind, found in kinds.items()}
-        order = list(self._order(ids, {kind: [math.prod(grid) for _, grid in found] for kind, found in kinds.items()}))
+        sizes = {kind: [math.prod(grid) for _, grid in found] for kind, found in kinds.items()}
+        order = list(self._order(self._told(ids, given.get("mm_token_type_ids"), sizes), sizes))
         items = [(kind, *next(left[kind])) for kind in order]
         items += [(kind, *item) for kind, rest in left.items() for item in rest]  # too many: refused with their tokens
-        about = tuple((kind, grid, next(steps) if kind == "video" else None) for kind, _, grid in items)
+        about = tuple(self._about(kind, grid, next(steps) if kind == "video" else None) for kind, _, grid in items)
         return self._images([(kind, grid) for kind, _, grid in items], torch.cat([pixels for _, pixels, _ in items]), about)
 
     def blank(self, layouts: Sequence[Layout], device: torch.device, dtype: torch.dtype) -> Images:
@@ -98,7 +102,7 @@ class PatchedImages:
         side = math.isqrt(self.shape.group)
         items = [(layout[0].kind, (len(layout), *(side * n for n in layout[0].grid[1:]))) for layout in layouts]
         rows = sum(math.prod(grid) for _, grid in items)
-        about = tuple((kind, grid, 1.0 if kind == "video" else None) for kind, grid in items)
+        about = tuple(self._about(kind, grid, 1.0 if kind == "video" else None) for kind, grid in items)
         return self._images(items, torch.zeros(rows, *self.pixel_shape, device=device, dtype=dtype), about)
 
     def positions(self, words: np.ndarray, about: Sequence[Any]) -> np.ndarray:
@@ -150,18 +154,40 @@ class PatchedImages:
             )
         plain = pixels.detach().to(dtype).contiguous()
         plain = plain.clone() if plain.is_inference() else plain
+        if self.frames and kind == "video":
+            found = [(1, *grid[1:]) for grid in found for _ in range(grid[0])]
+            rows = [math.prod(grid) for grid in found]
         return list(zip(plain.split(rows), found, strict=True))
 
-    def _order(self, ids: Tensor, rows: dict[str, list[int]]) -> Iterator[str]:
+    def _about(self, kind: str, grid: tuple[int, ...], step: float | None) -> tuple[str, tuple[int, ...], float | None]:
+        """What positions depend on: the kind by its placeholders."""
+        return (kind, grid, step) if self.video_token_id is not None else ("image", grid, None)
+
+    def _told(self, ids: Tensor, types: Any, sizes: dict[str, list[int]]) -> list[list[int]]:
+        """The kind of every token: 0 for text, 1 for images, 2 for videos."""
+        if self.video_token_id is not None:
+            return (1 * (ids == self.token_id) + 2 * (ids == self.video_token_id)).tolist()
+        placeholder = ids == self.token_id
+        if not all(sizes.values()):
+            return (placeholder * (1 if sizes["image"] else 2)).tolist()
+        if not isinstance(types, Tensor) or types.shape != ids.shape:
+            held = tuple(types.shape) if isinstance(types, Tensor) else type(types).__name__
+            raise InputError(
+                f"mm_token_type_ids is {held}: images and videos have the same placeholders, pass the processor's, of the "
+                f"shape of input_ids, {tuple(ids.shape)}"
+            )
+        return (placeholder * types.to(ids.device)).tolist()
+
+    def _order(self, told: list[list[int]], rows: dict[str, list[int]]) -> Iterator[str]:
         """Kinds of images and videos as their placeholders come, as long as there are any."""
-        kinds = dict(zip(self.token_ids, _KINDS, strict=True))
+        kinds = dict(enumerate(_KINDS, start=1))
         left = {kind: iter(found) for kind, found in rows.items()}
-        for row in ids.cpu().tolist():
-            for token, run in itertools.groupby(row):
-                count = len(list(run)) if token in kinds else 0
-                while count > 0 and (patches := next(left[kinds[token]], None)):
+        for row in told:
+            for number, run in itertools.groupby(row):
+                count = len(list(run)) if number in kinds else 0
+                while count > 0 and (patches := next(left[kinds[number]], None)):
                     count -= patches // self.shape.group
-                    yield kinds[token]
+                    yield kinds[number]
 
 
 def _behind(pack: Pack, step: int, slots: int, unit: int) -> Pack:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .patched import MULTIPLE, PatchedImages
 from .registry import Call, Family, register
-from .shapes import KEYS, decoder_numbers
+from .shapes import decoder_numbers
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLForConditionalGeneration
@@ -33,14 +33,21 @@ def host(config: Any, element_bytes: int | None = None) -> PatchedImages:
 
 
 def patched(config: Any, element_bytes: int | None, model: Any, **more: Any) -> PatchedImages:
-    """The host of a model that follows Qwen2-VL. model: its stock class, which is asked for positions; more: `cut` and
-    `tables` of `PatchedImages`, and fields of `ModelShape`."""
+    """The host of a model that follows Qwen2-VL. model: its stock class, which is asked for positions; more: fields of
+    `PatchedImages` that differ from Qwen2-VL's, and fields of `ModelShape`."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     vision, side = config.vision_config, config.vision_config.spatial_merge_size
-    cut, tables = more.pop("cut"), more.pop("tables", (((2,), torch.int64),))
+    own: dict[str, Any] = {
+        "tables": (((2,), torch.int64),),
+        "video_token_id": config.video_token_id,
+        "resize": partial(smart_resize, factor=vision.patch_size * side),
+    }
+    own |= {name: more.pop(name) for name in ("cut", "tables", "video_token_id", "resize", "frames") if name in more}
     features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     square = 32 // side * side
+    # The keys of most of these models have a bias that dwarfs what tokens differ in: norms of them say nothing of a token.
+    keys = more.pop("keys", "centered")
     shape = decoder_numbers(
         config,
         element_bytes,
@@ -54,7 +61,7 @@ def patched(config: Any, element_bytes: int | None, model: Any, **more: Any) -> 
         multiple=MULTIPLE,
         position_dims=3,
         saliency="attention_received",
-        keys=KEYS["qwen2"],
+        keys=keys,
         **more,
     )
     owner = SimpleNamespace(config=config)
@@ -73,13 +80,10 @@ def patched(config: Any, element_bytes: int | None, model: Any, **more: Any) -> 
     return PatchedImages(
         shape,
         config.image_token_id,
-        config.video_token_id,
-        (features,),
-        tables,
-        vision.patch_size,
-        resize=partial(smart_resize, factor=vision.patch_size * side),
-        cut=cut,
+        pixel_shape=(features,),
+        patch=vision.patch_size,
         stock_positions=positions,
+        **own,
     )
 
 

@@ -78,6 +78,16 @@ def decoder_numbers(config: Any, element_bytes: int | None = None, **more: Any) 
     )
 
 
+def check_types(config: Any, vision: str, text: str) -> None:
+    """Raises UnsupportedError unless `config` is of an encoder and a language model of these types."""
+    name = type(config).__name__.removesuffix("Config")
+    for what, part, wanted in (
+        ("encoder", config.vision_config, vision), ("language model", config.text_config, text),
+    ):  # fmt: skip
+        if part.model_type != wanted:
+            raise UnsupportedError(f"{name} with a {part.model_type} {what} is not supported: {wanted} is")
+
+
 def pixels_of(config: Any) -> tuple[int, int, int]:
     """The shape of one input of the encoder."""
     vision = config.vision_config
