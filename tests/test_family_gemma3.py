@@ -160,7 +160,8 @@ def test_masks_are_made_once_for_layers_that_share_them() -> None:
     extend = rewrite(captured.decoder, extend_passes(pruned().schedule, "flash_attention_2"))
     step = [node.target for node in extend.graph.nodes]
     assert step.count(torch.ops.vitcop.flash_cached.default) == 2 and step.count(sdpa_cached) == 3
-    assert step.count(visible_cached) == 2 and step.count(write_places) == 3
+    # The last group has no layer that slides, and nobody asks for the positions of its rows.
+    assert step.count(visible_cached) == step.count(write_places) == 2
 
 
 def test_a_causal_model_is_another() -> None:

@@ -77,8 +77,8 @@ def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool, mar
         results, rows = outputs[:-count], outputs[-count:]
         if not filled:
             told, caches, rows = rows[: -2 * len(groups)], caches[-2 * len(groups) :], rows[-2 * len(groups) :]
-            for places, new in zip(inputs[-count:], told):
-                places[:, : new.shape[1]].copy_(new)
+            for held, new in zip(inputs[-count:], told):
+                held[:, : new.shape[1]].copy_(new)
             heads = [cache[:, :, : row.shape[2]] for cache, row in zip(caches, rows, strict=True)]
             torch._foreach_copy_(heads, list(rows))
             torch._foreach_zero_([cache[:, :, row.shape[2] :] for cache, row in zip(caches, rows, strict=True)])
