@@ -59,8 +59,9 @@ def sampled(rows: int, columns: int, merge: int, side: int) -> tuple[Tensor, tup
 
     order, (places,) = in_order(rows, columns, merge)
     number = side * side
-    stock = Glm4vVisionEmbeddings(cast(Any, SimpleNamespace(hidden_size=number, image_size=side, patch_size=1)))
-    stock.position_embedding.weight.data = torch.eye(number)
+    with torch.device("meta"):  # draws no random numbers
+        stock = Glm4vVisionEmbeddings(cast(Any, SimpleNamespace(hidden_size=number, image_size=side, patch_size=1)))
+    stock.position_embedding.weight = torch.nn.Parameter(torch.eye(number))
     index, weight = [], []
     with torch.no_grad():
         for part in places.split(4096):
