@@ -77,13 +77,13 @@ class EngineFolder:
 
         return padded
 
-    def tower(self, tiles: int) -> Runner:
+    def tower(self, tiles: int, slots: int) -> Runner:
         """None: an image is one input of the encoder."""
         raise InputError("the engine has no program for images in tiles")
 
-    def select(self, tiles: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Runner:
+    def select(self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Runner:
         """None, as `tower`."""
-        return self.tower(tiles)
+        return self.tower(tiles, slots)
 
     def prefill(self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool = False) -> Runner:
         """The prefill program for `text` text rows; its keys and values are written into the caches here."""

@@ -146,8 +146,8 @@ def attach_cache(
     if not in_place:
         output = output_node(graph)
         with graph.inserting_before(output):
-            told = [graph.call_function(positions_of, (own,)) for own in marks.values()]
-        output.args = ((*output.args[0], *told, *rows),)  # type: ignore[misc]
+            places_of_rows = [graph.call_function(positions_of, (own,)) for own in marks.values()]
+        output.args = ((*output.args[0], *places_of_rows, *rows),)  # type: ignore[misc]
     return finish(module)
 
 

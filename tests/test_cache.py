@@ -207,7 +207,7 @@ def nowhere():
 def test_no_value_is_read_between_the_pixels_and_the_next_token(nowhere, request_):
     """Ids are read once, before anything is launched: they are given on the host. Everything else has no value."""
     ids, pixels = request_["input_ids"], request_["pixel_values"].to("meta")
-    out = nowhere._turn(ids, nowhere._images(pixels, {}), torch.ones_like(ids), PrunedCache())
+    out = nowhere._turn(ids, nowhere._images(ids, pixels, {}), torch.ones_like(ids), PrunedCache())
     assert out.logits.is_meta and out.logits.shape[:2] == (1, 1)
     cache = out.past_key_values
     step = nowhere.forward(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="meta"), past_key_values=cache)
@@ -218,7 +218,7 @@ def test_a_read_would_be_noticed(nowhere, request_, monkeypatch):
     monkeypatch.setattr(nowhere, "_postpone", False)  # as on a CPU, where values are read at once
     ids, pixels = request_["input_ids"], request_["pixel_values"].to("meta")
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        nowhere._turn(ids, nowhere._images(pixels, {}), torch.ones_like(ids), PrunedCache())
+        nowhere._turn(ids, nowhere._images(ids, pixels, {}), torch.ones_like(ids), PrunedCache())
 
 
 def test_nothing_is_generated_or_warmed_up_without_values(nowhere, request_):

@@ -260,7 +260,9 @@ def test_a_layer_that_attends_within_windows_scores_nothing() -> None:
 
 
 def test_published_positions_need_positions_of_one_number() -> None:
-    with pytest.raises(ConfigError, match="positions='published' counts tokens anew, and here a position has 3 coordinates"):
+    with pytest.raises(
+        ConfigError, match="positions='published' counts tokens anew, and this model's positions have 3 coordinates"
+    ):
         vitcop_compile.optimize(families.model("qwen2_vl"), pruned(5, 3, 1, 2, positions="published"))
 
 

@@ -61,7 +61,8 @@ def _through_towers(provider: Any, images: Images) -> tuple[list[tuple[Tensor, .
         return [provider.tower(len(pixels), slots)(pixels)], starts
     sizes = [slot_bucket(len(tile.order), provider.host.unit) for tile in images.cut]
     rows = list(itertools.accumulate((tile.rows for tile in images.cut), initial=0))
-    towers, at = [], {}
+    towers: list[tuple[Tensor, ...]] = []
+    at: dict[int, tuple[int, int]] = {}
     for size in dict.fromkeys(sizes):
         own = [i for i, found in enumerate(sizes) if found == size]
         at |= {tile: (len(towers), place * size) for place, tile in enumerate(own)}

@@ -104,7 +104,11 @@ def parts(model: LlavaNextVideoForConditionalGeneration) -> Family:
         return m.projector(x)
 
     own = Call(project, pool=model.model.vision_resampler.pool, projector=model.model.multi_modal_projector)
-    return replace(llava_next.parts(model), host=host(model.config, model.dtype.itemsize), projector=own)
+    return replace(
+        llava_next.parts(model),  # type: ignore[arg-type]
+        host=host(model.config, model.dtype.itemsize),
+        projector=own,
+    )
 
 
 register("LlavaNextVideoForConditionalGeneration", host, parts)

@@ -30,7 +30,7 @@ class PixtralImages(PatchedImages):
     """Images of any size as `pixel_values` [images, channels, height, width], each in the corner of its own, and `image_sizes`
     [images, 2]."""
 
-    inputs = ("pixel_values", "image_sizes")
+    inputs = ("pixel_values", "image_sizes")  # type: ignore[assignment]
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -112,9 +112,9 @@ class PatchedImages:
         kinds = np.select([words == self.token_id, words == self.video_token_id], [1, 2], 0)
         grids = {kind: [grid for found, grid, _ in about if found == kind] for kind in _KINDS}
         seconds = [step for *_, step in about if step is not None]
-        tables = [torch.tensor(grids[kind]) if grids[kind] else None for kind in _KINDS]
+        images, videos = (torch.tensor(grids[kind]) if grids[kind] else None for kind in _KINDS)
         steps = torch.tensor(seconds) if seconds else None
-        return self.stock_positions(torch.from_numpy(words), torch.from_numpy(kinds), *tables, steps).numpy()
+        return self.stock_positions(torch.from_numpy(words), torch.from_numpy(kinds), images, videos, steps).numpy()
 
     def _images(self, items: Sequence[tuple[str, Sequence[int]]], pixels: Tensor, about: tuple[Any, ...]) -> Images:
         layouts, packs, cut = [], [], []
