@@ -219,6 +219,9 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_TUPLES = ("grid", "scored_layers")  # of the fields of a shape
+
+
 def _parse(values: dict[str, Any]) -> Manifest:
     """Builds the dataclasses from JSON values whose digest is right; a wrong type still ends in an error, not in a run."""
     shape, image, config, buckets = values["shape"], values["image"], values["config"], values["prompt_buckets"]
@@ -227,7 +230,7 @@ def _parse(values: dict[str, Any]) -> Manifest:
         raise FolderError(f"{NAME}: config lacks fields: export the folder again")
     parsed = values | {
         "config": settings,
-        "shape": _build(ModelShape, shape | {"grid": _tuple(shape["grid"])}),
+        "shape": _build(ModelShape, shape | {name: _tuple(shape[name]) for name in _TUPLES if name in shape}),
         "image": _build(ImageInput, image | {"pixel_shape": _tuple(image["pixel_shape"])}),
         "prompt_buckets": None if buckets is None else _tuple(buckets),
         "kv_rows": _tuple(values["kv_rows"]),

@@ -1,5 +1,6 @@
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -17,6 +18,7 @@ import gc
 
 import onnxscript
 import pytest
+import support
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -39,7 +41,13 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support-table", type=pathlib.Path, help="where to write the table of what tests cover")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--support-table") is not None:
+        support.write(items, config.getoption("--support-table"))
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 

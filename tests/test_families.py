@@ -67,6 +67,7 @@ def generate(model: Any, ids: list[int], given: dict[str, Any], steps: int, name
     )  # fmt: skip
 
 
+@pytest.mark.covers("image", "several")
 @pytest.mark.parametrize("kind", PROMPTS)
 @ALL
 def test_dense_is_the_stock_model(name: str, kind: str) -> None:
@@ -78,6 +79,7 @@ def test_dense_is_the_stock_model(name: str, kind: str) -> None:
     torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), rtol=DENSE, atol=DENSE)
 
 
+@pytest.mark.covers("video")
 @VIDEO
 def test_dense_with_images_and_videos_is_the_stock_model(name: str) -> None:
     ids, given = families.prompt(name, [3, (3, 4), 2, (3, 2, 4), 4, (2, 3, 3), 1, (2, 3), 2])
@@ -116,6 +118,7 @@ PRUNED: dict[str, tuple[list[Any], ViTCoPConfig]] = {
 }
 
 
+@pytest.mark.covers("pruned by hand")
 @pytest.mark.parametrize("kind", PRUNED)
 @ALL
 def test_pruned_is_what_stock_layers_give_when_pruned_by_hand(name: str, kind: str) -> None:
@@ -126,6 +129,7 @@ def test_pruned_is_what_stock_layers_give_when_pruned_by_hand(name: str, kind: s
     check(found, turn, turn.turn(ids, given, found.sequences[0, len(ids) :].tolist()))
 
 
+@pytest.mark.covers("pruned by hand")
 @VIDEO
 def test_pruned_frames_are_segments(name: str) -> None:
     ids, given = families.prompt(name, [3, (3, 2, 4), 2])
@@ -136,6 +140,7 @@ def test_pruned_frames_are_segments(name: str) -> None:
     assert len(turn.kept) == 3
 
 
+@pytest.mark.covers("turns")
 @ALL
 def test_a_second_turn_of_text_and_of_an_image(name: str) -> None:
     config = pruned(5, 3, 1, 2)
@@ -156,6 +161,7 @@ def test_a_second_turn_of_text_and_of_an_image(name: str) -> None:
             torch.testing.assert_close(torch.cat(found.logits), logits, rtol=NEAR, atol=NEAR)
 
 
+@pytest.mark.covers("batch")
 @ALL
 def test_an_unequal_batch_is_its_samples_alone(name: str) -> None:
     config = pruned(5, 3, 1, 2)
@@ -179,6 +185,7 @@ def test_an_unequal_batch_is_its_samples_alone(name: str) -> None:
         torch.testing.assert_close(logits, torch.cat(own.logits), rtol=NEAR, atol=NEAR)
 
 
+@pytest.mark.covers("backend")
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor", "onnxruntime"])
 @ALL
@@ -285,3 +292,18 @@ def test_frames_in_another_order_would_be_seen(name: str) -> None:
     other["pixel_values_videos"] = given["pixel_values_videos"].reshape(3, -1, 1176).flip(0).flatten(0, 1)
     logits = [torch.cat(generate(fast, ids, one, 1, name).logits) for one in (given, other)]
     assert (logits[0] - logits[1]).abs().max() > 100 * NEAR
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_images_side_by_side_are_refused_where_positions_would_take_them_for_one(name: str) -> None:
+    ids, given = families.prompt(name, [3, (3, 4), (2, 3), 4])
+    side_by_side = [word for at, word in enumerate(ids) if word not in (families.START, families.END) or at == 0]
+    with pytest.raises(InputError, match="placeholders of 2 images and videos stand in 1 runs: put a token between"):
+        optimized(name, pruned(5, 3, 1, 2))(input_ids=torch.tensor([side_by_side]), **given)
+
+
+@ALL
+def test_warmup_of_several_images(name: str) -> None:
+    fast = vitcop_compile.optimize(families.model(name), pruned(5, 3, 1, 2), backend="eager")
+    fast.warmup(images=2, text_tokens=9, max_new_tokens=3)
+    assert {key[0] for key in fast.compiled} == {"tower", "select", "prefill", "extend"}

@@ -63,6 +63,7 @@ def check(ours: Any, theirs: Any) -> list[int]:
     return ours.sequences[0, -new:].tolist()
 
 
+@pytest.mark.covers("image", "several", family="gemma3")
 @pytest.mark.parametrize("parts", [(5, 9), (4, 3, 6), (20,), (3, 0, 5)])
 def test_dense_is_the_stock_model(parts: tuple[int, ...]) -> None:
     """The last has two images side by side, which are one block."""
@@ -71,6 +72,7 @@ def test_dense_is_the_stock_model(parts: tuple[int, ...]) -> None:
     assert len(set(tokens)) > 4
 
 
+@pytest.mark.covers("batch", family="gemma3")
 def test_a_batch_is_its_samples() -> None:
     one, two = request(5, 9), request(12, seed=1)
     ids, mask = models.pad([one["input_ids"], two["input_ids"]], "left")
@@ -83,6 +85,7 @@ def test_a_batch_is_its_samples() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.covers("turns", family="gemma3")
 @pytest.mark.parametrize("parts", [(6,), (2, 7)])
 def test_a_second_turn_goes_on(parts: tuple[int, ...]) -> None:
     """Its image attends to itself both ways, and to the first turn as text does."""
@@ -96,6 +99,7 @@ def test_a_second_turn_goes_on(parts: tuple[int, ...]) -> None:
     check(said(dense(), whole | {"past_key_values": before.past_key_values}), said(gemma.model(), whole))
 
 
+@pytest.mark.covers("beams", family="gemma3")
 def test_beams_keep_their_positions() -> None:
     asked = request(5, 9) | {"max_new_tokens": 8, "do_sample": False, "num_beams": 2}
     assert dense().generate(**asked).tolist() == gemma.model().generate(**asked).tolist()
@@ -117,6 +121,7 @@ def test_caches_that_programs_only_read() -> None:
     torch.testing.assert_close(*out, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.covers("pruned by hand", family="gemma3")
 def test_pruned_is_stock_layers_pruned_by_hand() -> None:
     told, ids, pixels = Conversation(gemma.model(), BUDGET), None, []
     held = None

@@ -68,6 +68,7 @@ BOTH = request(2, ("video", 2, 4, 6), 1, ("image", 4, 8), 2, ("video", 1, 6, 4),
 
 
 # Logits of the stock model in fp32 are up to 6e-5 from those in fp64: of positions that are sampled, most of all.
+@pytest.mark.covers("image", "several", "video", family="glm4v")
 @pytest.mark.parametrize("name", REQUESTS)
 def test_dense_is_the_stock_model(name: str) -> None:
     assert_same(generate(dense(), REQUESTS[name]), generate(model(), REQUESTS[name]))
@@ -100,6 +101,7 @@ def test_images_and_videos_together_are_told_apart() -> None:
         dense()(**alone)
 
 
+@pytest.mark.covers("batch", family="glm4v")
 def test_a_batch_is_its_samples_alone() -> None:
     given = [REQUESTS[name] for name in ("images", "text")]
     found = generate(dense(), batch(*given))
@@ -109,6 +111,7 @@ def test_a_batch_is_its_samples_alone() -> None:
         assert (torch.stack(found.logits)[:, row] - torch.stack(wanted.logits)[:, 0]).abs().max() < 1e-4
 
 
+@pytest.mark.covers("turns", family="glm4v")
 @pytest.mark.parametrize("parts", [(6,), (2, ("image", 4, 6), 3)], ids=["text", "image"])
 def test_a_conversation_goes_on(parts: tuple[Any, ...]) -> None:
     before = REQUESTS["images"]

@@ -80,11 +80,13 @@ def case() -> list[tuple[Any, Request]]:
     return [(model(name), request(images, images)) for name in CLASSES for images in (1, 3)]
 
 
+@pytest.mark.covers("image", "several")
 @BOTH
 def test_dense_is_the_stock_model(name: str) -> None:
     stock_family.check_dense(model(name), request(1), request(3, 1), request(2, 2, mask=False), request(0, 3))
 
 
+@pytest.mark.covers("batch")
 @pytest.mark.parametrize("name", ["smolvlm"])
 @pytest.mark.parametrize("config", [models.slow(ViTCoPConfig.dense()), stock_family.CONFIG], ids=["dense", "pruned"])
 def test_a_batch_says_what_its_samples_say_alone(name: str, config: ViTCoPConfig) -> None:
@@ -92,6 +94,7 @@ def test_a_batch_says_what_its_samples_say_alone(name: str, config: ViTCoPConfig
     stock_family.check_batch(model(name), requests, joined(*(given for _, given in requests)), config)
 
 
+@pytest.mark.covers("turns")
 @pytest.mark.parametrize("name", ["idefics3"])
 def test_later_turns_are_the_whole_conversation(name: str) -> None:
     ids, given = request(2)

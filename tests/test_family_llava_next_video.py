@@ -88,6 +88,7 @@ def case() -> list[tuple[Any, Request]]:
     return [(model(), request(SIZES[0])), (model(), request(3)), (model(), request(2, SIZES[1], 2))]
 
 
+@pytest.mark.covers("image", "several", "video", family="next_video")
 def test_dense_is_the_stock_model() -> None:
     stock_family.check_dense(
         model(),
@@ -104,6 +105,7 @@ def test_other_poolings_are_the_stock_models(mode: str) -> None:
     stock_family.check_dense(model(mode), request(2))
 
 
+@pytest.mark.covers("batch", family="next_video")
 @pytest.mark.parametrize("settings", [models.slow(ViTCoPConfig.dense()), stock_family.CONFIG], ids=["dense", "pruned"])
 def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None:
     requests = [request(2, SIZES[0], seed=1), request(seed=2), request(2, seed=3)]
@@ -111,6 +113,7 @@ def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None
     stock_family.check_batch(model(), requests, requests[0][1] | {"pixel_values_videos": frames}, settings)
 
 
+@pytest.mark.covers("turns", family="next_video")
 def test_later_turns_are_the_whole_conversation() -> None:
     ids, given = request(SIZES[0])
 

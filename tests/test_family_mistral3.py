@@ -78,6 +78,7 @@ def case() -> list[tuple[Any, Request]]:
     return [(model(), request(*sizes)) for sizes in (SIZES[:1], SIZES)]
 
 
+@pytest.mark.covers("image", "several", family="mistral3")
 def test_dense_is_the_stock_model() -> None:
     stock_family.check_dense(model(), request(SIZES[0]), request(*SIZES, seed=1), request(seed=2))
 
@@ -86,6 +87,7 @@ def test_dense_features_of_an_earlier_layer_are_the_stock_models() -> None:
     stock_family.check_dense(model(-2), request(*SIZES[1:]))
 
 
+@pytest.mark.covers("batch", family="mistral3")
 @pytest.mark.parametrize("settings", [models.slow(ViTCoPConfig.dense()), stock_family.CONFIG], ids=["dense", "pruned"])
 def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None:
     requests = [request(*SIZES[:2], seed=1), request(seed=2), request(SIZES[1], seed=3)]
@@ -96,6 +98,7 @@ def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None
     stock_family.check_batch(model(), requests, joined, settings)
 
 
+@pytest.mark.covers("turns", family="mistral3")
 def test_later_turns_are_the_whole_conversation() -> None:
     ids, given = request(SIZES[1])
 

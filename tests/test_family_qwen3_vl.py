@@ -56,11 +56,13 @@ REQUESTS = {
 }
 
 
+@pytest.mark.covers("image", "several", "video", family="qwen3_vl")
 @pytest.mark.parametrize("name", REQUESTS)
 def test_dense_is_the_stock_model(name: str) -> None:
     assert_same(generate(dense(), REQUESTS[name]), generate(model(), REQUESTS[name]), 2e-5)
 
 
+@pytest.mark.covers("batch", family="qwen3_vl")
 def test_a_batch_is_its_samples_alone() -> None:
     given = [REQUESTS[name] for name in ("images", "text", "video")]
     found = generate(dense(), batch(*given))
@@ -70,6 +72,7 @@ def test_a_batch_is_its_samples_alone() -> None:
         assert (torch.stack(found.logits)[:, row] - torch.stack(wanted.logits)[:, 0]).abs().max() < 2e-5
 
 
+@pytest.mark.covers("turns", family="qwen3_vl")
 @pytest.mark.parametrize("parts", [(6,), (2, ("image", 4, 6), 3), (2, ("video", 2, 4, 4), 3)], ids=["text", "image", "video"])
 def test_a_conversation_goes_on(parts: tuple[Any, ...]) -> None:
     before = REQUESTS["images"]

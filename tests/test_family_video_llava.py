@@ -58,10 +58,12 @@ def case() -> list[tuple[Any, Request]]:
     return [(model(), request(1)), (model(), request(2))]
 
 
+@pytest.mark.covers("image", "several", family="video_llava")
 def test_dense_is_the_stock_model() -> None:
     stock_family.check_dense(model(), request(1), request(2, 1), request(0, 2))
 
 
+@pytest.mark.covers("batch", family="video_llava")
 @pytest.mark.parametrize("settings", [models.slow(ViTCoPConfig.dense()), stock_family.CONFIG], ids=["dense", "pruned"])
 def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None:
     requests = [request(2, seed=1), request(0, seed=2), request(1, seed=3)]
@@ -69,6 +71,7 @@ def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None
     stock_family.check_batch(model(), requests, {"pixel_values": pixels}, settings)
 
 
+@pytest.mark.covers("turns", family="video_llava")
 def test_later_turns_are_the_whole_conversation() -> None:
     ids, given = request(1)
 

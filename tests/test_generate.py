@@ -21,6 +21,7 @@ SLOW = ("preset-third", "preset-two-ninths", "original", "gqa-middle-scores", "a
 # Equality with the reference
 
 
+@pytest.mark.covers("pruned by hand", family="llava")
 @pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CASES])
 def test_equals_reference(name):
     case = CASES[name]
@@ -65,6 +66,7 @@ def test_positions_matter(plain):
     torch.testing.assert_close(fast(prompt(), images).logits[0], renumbered, atol=1e-4, rtol=0)
 
 
+@pytest.mark.covers("image", family="llava")
 def test_dense_equals_stock(dense):
     fast, model = dense
     ids, mask = pad([prompt(), prompt(2, 20, seed=1)], "left")

@@ -58,6 +58,7 @@ PAIRS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.covers("image", "several")
 @PAIRS
 def test_dense_is_the_stock_model(name: str, prompt: str) -> None:
     sizes, alone = PROMPTS[prompt]
@@ -94,6 +95,7 @@ def assert_as_told(out: Any, ids: list[int], given: dict[str, Any], told: TiledC
             torch.testing.assert_close(ours[0, :, : theirs.shape[2]], theirs[0], atol=NEAR, rtol=0)
 
 
+@pytest.mark.covers("pruned by hand")
 @PAIRS
 def test_pruned_is_what_stock_layers_give_when_pruned_by_hand(name: str, prompt: str) -> None:
     sizes, alone = PROMPTS[prompt]

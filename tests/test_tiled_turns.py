@@ -52,6 +52,7 @@ def with_images(turns: list[dict[str, Any]]) -> dict[str, Any]:
     return {"pixel_values": torch.cat(pixels), "image_sizes": torch.cat([turn["image_sizes"] for turn in turns])}
 
 
+@pytest.mark.covers("turns")
 @BOTH
 @pytest.mark.parametrize("resent, backend", [(True, "eager"), slow(False, "eager"), slow(True, "onnxruntime")])
 def test_a_conversation_with_images_in_later_turns(name: str, resent: bool, backend: str) -> None:
@@ -74,6 +75,7 @@ def test_a_conversation_with_images_in_later_turns(name: str, resent: bool, back
         cache, ids = out["past_key_values"], out.sequences[0].tolist()
 
 
+@pytest.mark.covers("batch")
 @BOTH
 @pytest.mark.parametrize("side", ["left", slow("right")])
 def test_samples_of_a_batch_are_what_they_are_alone(name: str, side: str) -> None:
@@ -93,6 +95,7 @@ def test_samples_of_a_batch_are_what_they_are_alone(name: str, side: str) -> Non
         assert out.sequences[sample, ids.shape[1] :].tolist() == expected.sequences[0, len(own) :].tolist()
 
 
+@pytest.mark.covers("beams")
 @BOTH
 def test_beams_see_images_once_and_say_what_stock_beams_say(name: str) -> None:
     ids, given = request(name, [(40, 100), (56, 56)], 2)
@@ -115,6 +118,7 @@ def test_other_language_models(name: str, language: str) -> None:
     assert_as_told(generate(optimized(name, language=language), ids, given, 3), ids, given, told)
 
 
+@pytest.mark.covers("backend")
 @BOTH
 @pytest.mark.parametrize("backend", [slow("inductor"), slow("onnxruntime")])
 def test_backends_say_what_eager_says(name: str, backend: str) -> None:

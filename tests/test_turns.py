@@ -68,6 +68,7 @@ def test_several_images_in_a_prompt(images: int, scope: str, positions: str) -> 
         assert_caches(out["past_key_values"], 0, told)
 
 
+@pytest.mark.covers("several", family="llava")
 @pytest.mark.parametrize("images", [0, 2, slow(3)])
 def test_dense_with_several_images_is_the_stock_model(images: int) -> None:
     stock, fast = models.shared(LAYERS), optimized(config=ViTCoPConfig.dense())
@@ -87,6 +88,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.covers("batch", family="llava")
 @pytest.mark.parametrize("side", ["left", slow("right")])
 @pytest.mark.parametrize("name", ["all kinds", "apart", slow("text first"), "alike"])
 def test_samples_of_a_batch_are_what_they_are_alone(name: str, side: str) -> None:
@@ -119,6 +121,7 @@ def test_a_mixed_batch_decodes_with_one_program() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.covers("beams", family="llava")
 def test_beams_take_all_images_of_their_prompt() -> None:
     stock, fast = models.shared(LAYERS), optimized(config=ViTCoPConfig.dense())
     prompts = [torch.tensor([turn_ids(2, 4)]), torch.tensor([turn_ids(2, 5)])]
@@ -171,6 +174,7 @@ def talk(fast: Any, batch: int, resend: bool = True) -> None:
     assert cache.images == (sum(IMAGES),) * batch
 
 
+@pytest.mark.covers("turns", family="llava")
 @pytest.mark.parametrize(("resend", "batch"), [(True, 3), (False, 3), slow(True, 1), slow(False, 1)])
 def test_five_turns(batch: int, resend: bool) -> None:
     talk(optimized(), batch, resend)

@@ -234,12 +234,16 @@ class OptimizedModel(CompiledModel):
         host = self.host
         each = [host.layout] * images if layouts is None else list(layouts)
         given = host.blank(each * batch_size, self.device, self.dtype) if each else None
-        counts = [sum(segment.tokens for segment in layout) for layout in each]
         protected = sum(len(segment.protected) for layout in each for segment in layout)
-        ids = torch.ones(batch_size, max(1, text_tokens - protected), dtype=torch.int64, device=self.device)
-        ids[ids == host.token_id] = 0
-        run = torch.full((batch_size, sum(counts)), host.token_id, device=self.device)
-        ids = torch.cat((ids[:, :1], run, ids[:, 1:]), 1)
+        word = next(word for word in range(len(host.token_ids) + 1) if word not in host.token_ids)
+        left, row = max(1, text_tokens - protected), []
+        for layout in each:
+            # A word before each, as long as there are any: some models take images side by side for one.
+            row += [word] * (left > 0)
+            left -= left > 0
+            token = host.token_ids[-1] if layout[0].kind == "video" else host.token_id
+            row += [token] * sum(segment.tokens for segment in layout)
+        ids = torch.tensor([row + [word] * left] * batch_size, device=self.device)
         # CUDA graphs are recorded in the second call, and replayed from the third one on.
         for _ in range(3 if self.device.type == "cuda" else 1):
             cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)

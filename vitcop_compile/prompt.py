@@ -201,7 +201,8 @@ def align(
     stays = _standing(schedule)
     if stays is None:
         given = (reading.words, reading.real, reading.placeholder)
-        return _align_among(*(torch.from_numpy(values[samples]).to(device) for values in given), schedule, kept, rows)
+        own, mask, at = (torch.from_numpy(values[samples]).to(device) for values in given)
+        return _align_among(own, mask, at, schedule, kept, rows)
     batch, spliced = len(samples), int(stays.sum())
     ids = np.zeros((batch, rows), dtype=np.int64)
     visual = np.empty((batch, spliced), dtype=np.int64)

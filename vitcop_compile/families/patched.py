@@ -106,10 +106,16 @@ class PatchedImages:
         return self._images(items, torch.zeros(rows, *self.pixel_shape, device=device, dtype=dtype), about)
 
     def positions(self, words: np.ndarray, about: Sequence[Any]) -> np.ndarray:
-        """As the stock model counts them."""
+        """As the stock model counts them. Raises InputError for images side by side, which it takes for one."""
         if not about:
             return np.broadcast_to(np.arange(len(words)), (self.shape.position_dims, len(words)))
         kinds = np.select([words == self.token_id, words == self.video_token_id], [1, 2], 0)
+        runs = int(((kinds > 0) & (np.diff(kinds, prepend=0) != 0)).sum())
+        if runs != len(about):
+            raise InputError(
+                f"the placeholders of {len(about)} images and videos stand in {runs} runs: put a token between two of them, as "
+                "the processor does"
+            )
         grids = {kind: [grid for found, grid, _ in about if found == kind] for kind in _KINDS}
         seconds = [step for *_, step in about if step is not None]
         images, videos = (torch.tensor(grids[kind]) if grids[kind] else None for kind in _KINDS)
