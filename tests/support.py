@@ -1,4 +1,4 @@
-"""The table of what is supported, made of the tests that say so: `pytest --collect-only -q --support-table docs/support.md`."""
+"""The table of what is supported, made of the tests that say so."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ FAMILIES = {
 }  # fmt: skip
 _HEAD = """# What is supported
 
-Made by `pytest --collect-only -q -o addopts= --support-table docs/support.md` of the tests that are marked with what they cover, and compared
-with them by `pytest tests/test_support.py -m slow`. A cell counts the tests behind it, which the list below names; an empty one has none,
-whether or not it works. Tests compare with the stock model where nothing is pruned, with stock layers that are pruned by hand in the
-column of that name, and with eager in those of other backends, if they are not themselves pruned by hand.
+Made of the tests that are marked with what they cover, by
+
+```
+pytest --collect-only -q -o addopts= --support-table docs/support.md
+```
+
+and compared with them by `pytest tests/test_support.py`. A cell counts the tests behind it, which the list below names; an
+empty one has none, whether or not it works. Where nothing is pruned, tests compare with the stock model; in the column "pruned
+by hand" with stock layers that are; in the columns of other backends with either, or with eager.
 
 """
 

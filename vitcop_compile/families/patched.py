@@ -113,8 +113,8 @@ class PatchedImages:
         runs = int(((kinds > 0) & (np.diff(kinds, prepend=0) != 0)).sum())
         if runs != len(about):
             raise InputError(
-                f"the placeholders of {len(about)} images and videos stand in {runs} runs: put a token between two of them, as "
-                "the processor does"
+                f"the placeholders of {len(about)} images and videos stand in {runs} runs: put a token between two of them, "
+                "as the processor does"
             )
         grids = {kind: [grid for found, grid, _ in about if found == kind] for kind in _KINDS}
         seconds = [step for *_, step in about if step is not None]
