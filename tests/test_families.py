@@ -68,7 +68,7 @@ def generate(model: Any, ids: list[int], given: dict[str, Any], steps: int, name
 
 
 @pytest.mark.covers("image", "several")
-@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("kind", [models.slow(kind) if kind == "another shape" else kind for kind in PROMPTS])
 @ALL
 def test_dense_is_the_stock_model(name: str, kind: str) -> None:
     ids, given = families.prompt(name, PROMPTS[kind])
@@ -119,7 +119,7 @@ PRUNED: dict[str, tuple[list[Any], ViTCoPConfig]] = {
 
 
 @pytest.mark.covers("pruned by hand")
-@pytest.mark.parametrize("kind", PRUNED)
+@pytest.mark.parametrize("kind", [models.slow(kind) if kind == "another shape" else kind for kind in PRUNED])
 @ALL
 def test_pruned_is_what_stock_layers_give_when_pruned_by_hand(name: str, kind: str) -> None:
     parts, config = PRUNED[kind]
@@ -302,6 +302,7 @@ def test_images_side_by_side_are_refused_where_positions_would_take_them_for_one
         optimized(name, pruned(5, 3, 1, 2))(input_ids=torch.tensor([side_by_side]), **given)
 
 
+@pytest.mark.slow
 @ALL
 def test_warmup_of_several_images(name: str) -> None:
     fast = vitcop_compile.optimize(families.model(name), pruned(5, 3, 1, 2), backend="eager")

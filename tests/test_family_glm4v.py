@@ -74,6 +74,7 @@ def test_dense_is_the_stock_model(name: str) -> None:
     assert_same(generate(dense(), REQUESTS[name]), generate(model(), REQUESTS[name]))
 
 
+@pytest.mark.slow
 def test_its_newer_class_is_the_same() -> None:
     assert_same(generate(dense("46v"), REQUESTS["video"]), generate(model("46v"), REQUESTS["video"]))
 
@@ -121,6 +122,7 @@ def test_a_conversation_goes_on(parts: tuple[Any, ...]) -> None:
     assert_same(found, generate(model(), given))
 
 
+@pytest.mark.slow
 def test_a_conversation_about_an_image_goes_on_with_a_video() -> None:
     before = request(2, ("video", 2, 4, 6), 1, ("image", 4, 8), 2, seed=3)
     first = generate(dense(), before, 5)
@@ -129,6 +131,7 @@ def test_a_conversation_about_an_image_goes_on_with_a_video() -> None:
     assert_same(found, generate(model(), as_images(given)))
 
 
+@pytest.mark.slow
 def test_pruned_to_nothing_less_is_the_stock_model() -> None:
     given = request(3, ("image", 6, 8), 4, ("image", 8, 6), 2, seed=5)
     assert_same(generate(optimize(model(), frames.everything(12)), given), generate(model(), given))

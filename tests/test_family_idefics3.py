@@ -88,7 +88,7 @@ def test_dense_is_the_stock_model(name: str) -> None:
 
 @pytest.mark.covers("batch")
 @pytest.mark.parametrize("name", ["smolvlm"])
-@pytest.mark.parametrize("config", [models.slow(ViTCoPConfig.dense()), stock_family.CONFIG], ids=["dense", "pruned"])
+@pytest.mark.parametrize("config", [stock_family.CONFIG], ids=["pruned"])
 def test_a_batch_says_what_its_samples_say_alone(name: str, config: ViTCoPConfig) -> None:
     requests = [request(2, 1), request(0, 2), request(1, 3)]
     stock_family.check_batch(model(name), requests, joined(*(given for _, given in requests)), config)
@@ -110,7 +110,7 @@ def test_later_turns_are_the_whole_conversation(name: str) -> None:
     stock_family.check_turns(model(name), (ids, given), text, image)
 
 
-@BOTH
+@pytest.mark.parametrize("name", [models.slow("idefics3"), "smolvlm"])
 def test_pruned_meets_its_schedule(name: str) -> None:
     schedule = stock_family.check_pruned(model(name), request(3), [4, 4, 4])
     assert schedule.vision.policy == "attention_received" and schedule.vision.side == "merge"

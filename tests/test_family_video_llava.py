@@ -64,7 +64,7 @@ def test_dense_is_the_stock_model() -> None:
 
 
 @pytest.mark.covers("batch", family="video_llava")
-@pytest.mark.parametrize("settings", [models.slow(ViTCoPConfig.dense()), stock_family.CONFIG], ids=["dense", "pruned"])
+@pytest.mark.parametrize("settings", [stock_family.CONFIG], ids=["pruned"])
 def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None:
     requests = [request(2, seed=1), request(0, seed=2), request(1, seed=3)]
     pixels = torch.cat([given["pixel_values"] for _, given in requests if given])

@@ -77,7 +77,7 @@ def test_attention_received(seed: int, batch: int, heads: int, n: int, prefix: i
     """Against every query's softmax in a loop; the chunk that queries are looked at in changes nothing."""
     rng = np.random.default_rng(seed)
     query, key = (quantized(rng, batch * heads * (prefix + n), 4).reshape(batch, heads, prefix + n, 4) for _ in range(2))
-    found = attention_received(torch.from_numpy(query), torch.from_numpy(key), 0.7, prefix, chunk)
+    found = attention_received(torch.from_numpy(query), torch.from_numpy(key), 0.7, prefix, chunk=chunk)
     assert found.shape == (batch, n) and found.dtype == torch.float32
     for sample in range(batch):
         total = [0.0] * (prefix + n)
@@ -87,6 +87,10 @@ def test_attention_received(seed: int, batch: int, heads: int, n: int, prefix: i
                 total = [a + b / sum(shares) for a, b in zip(total, shares, strict=True)]
         expected = torch.tensor(total[prefix:]) / (heads * (prefix + n))
         assert torch.allclose(found[sample], expected, atol=1e-6)
+    # Rows of padding, whatever they hold, change nothing.
+    padded = [torch.cat((torch.from_numpy(rows), torch.full((batch, heads, 3, 4), 9.0)), 2) for rows in (query, key)]
+    real = torch.arange(prefix + n + 3).expand(batch, -1) < prefix + n
+    assert torch.allclose(attention_received(*padded, 0.7, prefix, real, chunk)[:, :n], found, atol=1e-6)
 
 
 # Clustering
