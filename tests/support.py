@@ -18,7 +18,7 @@ _HEAD = """# What is supported
 Made of the tests that are marked with what they cover, by
 
 ```
-pytest --collect-only -q -o addopts= --support-table docs/support.md
+pytest --collect-only -q -o addopts= --support-table=docs/support.md
 ```
 
 and compared with them by `pytest tests/test_support.py`. A cell counts the tests behind it, which the list below names; an

@@ -53,6 +53,11 @@ def optimize(
 
 
 def _check_weights(model: PreTrainedModel) -> None:
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise UnsupportedError(
+            "the weights are sharded over several devices by a tensor-parallel plan (tp_plan), and a program runs on one: "
+            "load the model without the plan, and for more devices start a process for each (docs/parallel.md)"
+        )
     devices = {str(parameter.device) for parameter in model.parameters()}
     if "meta" in devices:
         # Some ways to build a model without weights make its buffers for real: its graphs would copy between devices.
@@ -60,8 +65,9 @@ def _check_weights(model: PreTrainedModel) -> None:
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(devices) != 1:
         raise UnsupportedError(
-            f"the weights are on {', '.join(sorted(devices))}: load the whole model on one device, or to plan without weights "
-            "build all of it on 'meta'"
+            f"the weights are on {', '.join(sorted(devices))}: load the whole model on one device (without device_map, or "
+            "with that device alone) and for more devices start a process for each (docs/parallel.md), or to plan without "
+            "weights build all of it on 'meta'"
         )
     allowed = (torch.float32, torch.float16, torch.bfloat16)
     if len(dtypes) != 1 or not dtypes <= set(allowed):
