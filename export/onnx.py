@@ -27,7 +27,7 @@ WEIGHTS = "weights.bin"
 _INLINE_BYTES = 1024
 # Tensors start at multiples of a page, so that they can be mapped into memory.
 _ALIGNMENT = 4096
-_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64"}
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
 # Operations on constants are computed at export only up to this many elements, so that the graph file stays small.
 _FOLD_ELEMENTS = 1024
 # Control flow, sequences, and results whose size depends on data: static budgets need none, and not every engine accepts them.

@@ -16,10 +16,14 @@ _TORCH = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int64": torch.int64,
+    "bool": torch.bool,
 }
-_ORT = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)", "int64": "tensor(int64)"}
+_ORT = {
+    "float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)", "int64": "tensor(int64)",
+    "bool": "tensor(bool)",
+}  # fmt: skip
 # onnx.TensorProto's element types.
-_ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}
+_ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "bool": 9}
 
 
 class OrtProgram:

@@ -89,7 +89,7 @@ def test_dense_with_images_and_videos_is_the_stock_model(name: str) -> None:
     torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), rtol=DENSE, atol=DENSE)
 
 
-def check(found: Any, turn: FamilyConversation, logits: torch.Tensor, sample: int = 0) -> None:
+def check(found: Any, turn: FamilyConversation, logits: torch.Tensor, sample: int = 0, near: float = NEAR) -> None:
     """Selections, logits, and the keys and values of every layer."""
     cache = found.past_key_values
     firsts = list(itertools.accumulate(turn.candidates, initial=0))[:-1]
@@ -98,15 +98,15 @@ def check(found: Any, turn: FamilyConversation, logits: torch.Tensor, sample: in
     for stage, expected in zip(cache.selection.stages, turn.stages, strict=True):
         at = [first + i for first, part in zip(firsts, expected, strict=True) for i in part]
         assert stage[sample][stage[sample] >= 0].tolist() == at
-    torch.testing.assert_close(torch.stack([step[sample] for step in found.logits]), logits, rtol=NEAR, atol=NEAR)
-    check_caches(cache, turn, sample)
+    torch.testing.assert_close(torch.stack([step[sample] for step in found.logits]), logits, rtol=near, atol=near)
+    check_caches(cache, turn, sample, near)
 
 
-def check_caches(cache: Any, turn: FamilyConversation, sample: int) -> None:
+def check_caches(cache: Any, turn: FamilyConversation, sample: int, near: float = NEAR) -> None:
     for layer, expected in enumerate(turn.cache.layers):
         rows = expected.keys.shape[2]
         for buffer, values in zip(cache.buffers[2 * layer : 2 * layer + 2], (expected.keys, expected.values), strict=True):
-            torch.testing.assert_close(buffer[sample, :, :rows], values[0], rtol=NEAR, atol=NEAR)
+            torch.testing.assert_close(buffer[sample, :, :rows], values[0], rtol=near, atol=near)
 
 
 # Three tokens at least enter a last stage: two are equally far from their mean.
@@ -194,7 +194,8 @@ def test_other_backends_do_as_eager_does_by_the_book(name: str, backend: str) ->
     ids, given = families.prompt(name, [3, (3, 4), 4])
     found = generate(optimized(name, config, backend), ids, given, 3, name)
     turn = by_the_book(name, config)
-    check(found, turn, turn.turn(ids, given, found.sequences[0, len(ids) :].tolist()))
+    # Other kernels sum in another order.
+    check(found, turn, turn.turn(ids, given, found.sequences[0, len(ids) :].tolist()), near=DENSE)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])

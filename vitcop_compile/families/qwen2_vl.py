@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .patched import MULTIPLE, PatchedImages
@@ -105,8 +106,14 @@ def merged(m: Any, x: Tensor) -> Tensor:
 
 
 def embedded(m: Any, x: Tensor, *tables: Tensor) -> Tensor:
-    """Patches [T, p, features] as the encoder's rows [T, p, C]."""
-    return m.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    """Patches [T, p, features] as the encoder's rows [T, p, C].
+
+    As the stock module, with a bias of zeros: without one the convolution of an exported ONNX graph is refused by onnxruntime.
+    """
+    proj = m.embed.proj
+    whole_patches = x.reshape(-1, proj.in_channels, *proj.kernel_size)
+    rows = F.conv3d(whole_patches, proj.weight, x.new_zeros(proj.out_channels), stride=proj.stride)
+    return rows.reshape(*x.shape[:2], -1)
 
 
 def decoded(m: Any, x: Tensor, positions: Tensor) -> Tensor:
