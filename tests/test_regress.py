@@ -303,6 +303,16 @@ def test_a_broken_baseline_is_refused(command: Command, name: str) -> None:
     assert "remove it and measure one anew with --update" in line or name == "other model"
 
 
+def test_a_number_that_a_baseline_does_not_know_yet_is_the_default(command: Command) -> None:
+    def without(name: str) -> Callable[[dict], None]:
+        return lambda content: content["shape"].pop(name)
+
+    command.edit(without("marks"))
+    command()
+    command.edit(without("layers"))
+    assert "of a model of another shape (layers 32, here 3)" in command.error()
+
+
 def test_a_missing_or_unreadable_baseline_is_refused(command: Command) -> None:
     command.path.write_text("{")
     assert f"{command.path}: Invalid JSON: EOF" in command.error()

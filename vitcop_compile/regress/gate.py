@@ -13,6 +13,7 @@ from ..bench.timing import Call, interleave, median_ratio
 from ..config import ViTCoPConfig
 from ..errors import ConfigError
 from ..optimized import OptimizedModel
+from ..schedule import ModelShape
 from . import facts as fact
 from .baseline import FORMAT, Baseline, Build, Record, Settings, Source, builder, here, load, machine, save, versions
 from .compare import MEASURES, Failure, Report, Timing, broken_promises, compare_facts, judge, timing_of
@@ -96,7 +97,7 @@ def update(
             dense = dense or _dense(build, settings, say)
             timed = measure_times({"dense": dense, "pruned": calls}, settings.rounds, repeats, told)
         records[preset] = Record(found, timed)
-    made = Baseline(FORMAT, settings, here(pruned.device), _shape(pruned), records)
+    made = Baseline(FORMAT, settings, here(pruned.device), _shape(pruned.schedule.shape), records)
     if not broken:
         save(made, Path(baseline))
     return made, broken
@@ -176,13 +177,15 @@ def _may_time(stored: Baseline, pruned: OptimizedModel, counts_only: bool, elsew
     return elsewhere == "compare"
 
 
-def _shape(optimized: OptimizedModel) -> dict[str, Any]:
-    """The model's shape as JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(optimized.schedule.shape)))
+def _shape(shape: ModelShape) -> dict[str, Any]:
+    """A shape as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(shape)))
 
 
 def _check_shape(optimized: OptimizedModel, stored: Baseline, path: str | Path) -> None:
-    pairs = {name: (stored.shape.get(name), value) for name, value in _shape(optimized).items()}
-    other = "; ".join(f"{name} {theirs}, here {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours)
+    # A baseline that is older than a number of shapes was made of a model that has the number's default.
+    theirs = _shape(ModelShape()) | stored.shape
+    pairs = {name: (theirs[name], value) for name, value in _shape(optimized.schedule.shape).items()}
+    other = "; ".join(f"{name} {before}, here {now}" for name, (before, now) in pairs.items() if before != now)
     if other:
         raise ConfigError(f"{path} is of a model of another shape ({other}): check the model it was made of")
