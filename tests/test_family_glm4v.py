@@ -154,6 +154,7 @@ def test_pruned_by_its_schedule() -> None:
     assert [stage.shape[1] for stage in chosen.stages] == list(schedule.group_tokens()[1:])
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_pruned_is_its_samples_alone() -> None:
     fast = optimize(model(), ViTCoPConfig.preset("1/3"))
     given = [REQUESTS[name] for name in ("image", "text")]

@@ -100,6 +100,7 @@ def test_dense_is_the_stock_model() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["max", "conv"])
 def test_other_poolings_are_the_stock_models(mode: str) -> None:
     stock_family.check_dense(model(mode), request(2))

@@ -83,6 +83,7 @@ def test_dense_is_the_stock_model() -> None:
     stock_family.check_dense(model(), request(SIZES[0]), request(*SIZES, seed=1), request(seed=2))
 
 
+@pytest.mark.slow
 def test_dense_features_of_an_earlier_layer_are_the_stock_models() -> None:
     stock_family.check_dense(model(-2), request(*SIZES[1:]))
 

@@ -63,6 +63,7 @@ def test_dense_is_the_stock_model() -> None:
     stock_family.check_dense(model(), request(1), request(2, 1), request(0, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.covers("batch", family="video_llava")
 @pytest.mark.parametrize("settings", [stock_family.CONFIG], ids=["pruned"])
 def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None:
