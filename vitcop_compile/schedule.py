@@ -255,13 +255,16 @@ class Schedule:
         last_full = stage.layer if stage and stage.side == "encoder" else shape.feature_layer
         flops = 0
         for segment, kept in zip(self.layout, self.segment_tokens, strict=True):
-            patches = shape.patches if shape.packed else segment.candidates
+            grouped = shape.group > 1 and segment.taps == shape.group
+            # Tiles are seen whole, however much of them the candidates are; else the candidates tell what is seen.
+            patches = shape.patches if shape.packed and not grouped else segment.candidates * segment.taps
             full, fewer = patches + shape.prefix_tokens, kept + shape.prefix_tokens
             layers = (_encoder_flops(shape, full if i <= last_full else fewer) for i in range(shape.feature_layer + 1))
             flops += segment.tiles * (2 * patches * shape.patch_features * shape.vision_hidden + sum(layers))
-            projected = kept * segment.taps + shape.lead
-            projector = shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden
-            flops += 2 * projected * (1 + shape.deepstack) * projector
+            # A group goes through a projector as one token, taps that are blended go through it each.
+            wide, rows = (segment.taps, kept) if grouped else (1, kept * segment.taps)
+            projector = wide * shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden
+            flops += 2 * (rows + shape.lead) * (1 + shape.deepstack) * projector
         return flops
 
     def dense_vision_flops(self) -> int:
