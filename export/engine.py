@@ -78,8 +78,8 @@ class EngineFolder:
         return padded
 
     def tower(self, tiles: int, slots: int) -> Runner:
-        """None: an image is one input of the encoder."""
-        raise InputError("the engine has no program for images in tiles")
+        """None: an image is one input of the encoder, whose tokens are its own."""
+        raise InputError("the engine has no program for images that are put together behind the encoder")
 
     def select(self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Runner:
         """None, as `tower`."""

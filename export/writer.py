@@ -108,11 +108,11 @@ def export(
 
 
 def check_images(host: Host, name: str) -> None:
-    """Raises UnsupportedError for images that are packed from tiles."""
+    """Raises UnsupportedError for images that are put together behind the encoder."""
     if host.shape.packed:
         raise UnsupportedError(
-            f"{name} packs its images from tiles, whose programs a folder does not hold yet: serve it with optimize(), of "
-            "which backend='onnxruntime' needs no compiler either"
+            f"{name} puts images together behind its encoder, by programs that a folder does not hold yet: serve it with "
+            "optimize(), of which backend='onnxruntime' needs no compiler either"
         )
 
 

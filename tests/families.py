@@ -55,10 +55,10 @@ def _qwen2_vl() -> Any:
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **_IDS))
 
 
-def _qwen2_5_vl() -> Any:
+def qwen2_5_vl(window_size: int = 56) -> Any:
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "out_hidden_size": 64,
-        "fullatt_block_indexes": [1], "window_size": 56, "tokens_per_second": 2,
+        "fullatt_block_indexes": [1], "window_size": window_size, "tokens_per_second": 2,
     }  # fmt: skip
     text = _TEXT | {"rope_parameters": _THREE}
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_IDS))
@@ -148,7 +148,7 @@ KINDS: dict[str, Kind] = {
         layer=0, videos=_patched_videos,
     ),
     "qwen2_5_vl": Kind(
-        _qwen2_5_vl, _patched_images,
+        qwen2_5_vl, _patched_images,
         Book(**_QWEN, keys=_packed_keys, tokens=_four_in_windows, grids=lambda _, given: _frames(given), norms="centered",
              three=True),
         layer=1, videos=_timed_videos,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 import re
@@ -20,7 +21,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 import vitcop_compile
 from vitcop_compile import ConfigError, InputError, ViTCoPConfig
 from vitcop_compile.families.registry import host_of
-from vitcop_compile.provider import candidate_bucket, slot_bucket
+from vitcop_compile.provider import candidate_bucket
 from vitcop_compile.schedule import resolve
 
 NEAR = 1e-5
@@ -230,7 +231,7 @@ def test_photos_of_two_thousand_sizes_share_programs(name: str) -> None:
         height = seeded.randint(150, 3000)
         layout = host.layout_of(height, min(3000, max(150, round(height * seeded.uniform(0.4, 2.5)))))
         (tile,) = host.blank([layout], torch.device("meta"), torch.float32).cut
-        slots = slot_bucket(len(tile.order), host.unit)
+        slots = len(tile.order)
         schedule = resolve(preset, host.shape, layout)
         assert schedule.vision is not None
         found["layout"].add(layout)
@@ -309,3 +310,67 @@ def test_warmup_of_several_images(name: str) -> None:
     fast = vitcop_compile.optimize(families.model(name), pruned(5, 3, 1, 2), backend="eager")
     fast.warmup(images=2, text_tokens=9, max_new_tokens=3)
     assert {key[0] for key in fast.compiled} == {"tower", "select", "prefill", "extend"}
+
+
+@pytest.mark.covers("beams")
+@pytest.mark.slow
+@ALL
+def test_beams_say_what_stock_beams_say(name: str) -> None:
+    ids, given = families.prompt(name, [3, (3, 4), 2, (2, 3), 4])
+    found, expected = (
+        generate(model, ids, given, 6, name, num_beams=2)
+        for model in (optimized(name, ViTCoPConfig.dense()), families.model(name))
+    )
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, rtol=DENSE, atol=DENSE)
+
+
+@ALL
+def test_images_that_change_places_in_a_batch_would_be_seen(name: str) -> None:
+    """A control."""
+    fast = optimized(name, pruned(8, 6, 3, 3))
+    prompts = [families.prompt(name, [3, (3, 4), 4], seed) for seed in (0, 1)]
+    ids = torch.tensor([own for own, _ in prompts])
+    given = {key: torch.cat([own[key] for _, own in prompts]) for key in prompts[0][1]}
+    alone = torch.cat([fast(input_ids=torch.tensor([own]), **one).logits for own, one in prompts])
+    torch.testing.assert_close(fast(input_ids=ids, **given).logits, alone, rtol=NEAR, atol=NEAR)
+    other = dict(given, pixel_values=torch.cat(given["pixel_values"].chunk(2)[::-1]))
+    assert (fast(input_ids=ids, **other).logits - alone).abs().amax((1, 2)).min() > 100 * NEAR
+
+
+@ALL
+def test_half_precision_is_the_stock_models(name: str) -> None:
+    model = copy.deepcopy(families.model(name)).bfloat16()
+    ids, given = families.prompt(name, [3, (3, 4), 2, (2, 3), 4])
+    prompt = torch.tensor([ids])
+    told = families.types(prompt) if KINDS[name].book.three else {}
+    halved = given | {"pixel_values": given["pixel_values"].bfloat16()}
+    with torch.no_grad():
+        expected = model(input_ids=prompt, **halved, **told).logits[:, -1:]
+    found = vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager")(input_ids=prompt, **given).logits
+    assert found.dtype == torch.bfloat16
+    # Eight bits of logits of about one.
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6)
+
+
+def test_windows_that_do_not_divide_a_bucket() -> None:
+    """Windows of 6 x 6 patches: an encoder's input is whole windows all the same."""
+    model = families.qwen2_5_vl(window_size=84).eval()
+    models.randomize(model, 0)
+    ids, given = families.prompt("qwen2_5_vl", [3, (3, 4), 2, (4, 4), 4])
+    expected, found = (
+        generate(one, ids, given, 4, "qwen2_5_vl")
+        for one in (model, vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager"))
+    )
+    torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), rtol=DENSE, atol=DENSE)
+
+
+def test_flops_are_those_of_the_patches_that_an_image_has() -> None:
+    fast = optimized("qwen2_vl", pruned(5, 3, 1, 2))
+    shape = fast.schedule.shape
+    for rows, columns in ((3, 4), (2, 6), (8, 8)):
+        schedule, patches = fast.schedule_of(fast.host.laid("image", 1, 2 * rows, 2 * columns)), 4 * rows * columns
+        # 2 layers, 32 wide, an MLP of 64; 1,176 numbers in a patch; a projector of four patches to 64, and of these to 64.
+        layer = 2 * patches * (4 * 32 * 32 + 2 * 32 * 64) + 4 * patches * patches * 32
+        assert schedule.vision_flops() == 2 * patches * 1176 * 32 + 2 * layer + 2 * 5 * (4 * 32 * 64 + 64 * 64)
+    assert shape.vision_layers == 2 and shape.group == 4

@@ -205,7 +205,9 @@ def test_no_program_has_an_operation_that_waits_or_a_symbol(name: str) -> None:
 
 
 def test_a_folder_of_tiled_images_is_refused_before_work(tmp_path: Any) -> None:
-    with pytest.raises(UnsupportedError, match="packs its images from tiles, whose programs a folder does not hold yet"):
+    with pytest.raises(
+        UnsupportedError, match="puts images together behind its encoder, by programs that a folder does not hold yet"
+    ):
         optimized("next").export(tmp_path / "folder", max_text_len=16, max_new_tokens=4)
     assert not list(tmp_path.iterdir())
 
@@ -214,5 +216,5 @@ def test_benchmarks_refuse_images_of_many_sizes() -> None:
     from vitcop_compile.bench import Request
     from vitcop_compile.bench.arms import inputs
 
-    with pytest.raises(UnsupportedError, match="has images of many sizes, and is not measured here"):
+    with pytest.raises(UnsupportedError, match="puts images together behind its encoder, and is not measured here"):
         inputs(tiled.model("next"), Request())

@@ -30,7 +30,7 @@ class Pack:
 @dataclass(frozen=True)
 class Tile:
     """How the patches of one input of an encoder of any size lie in it. order: int64 [slots], the row of its pixels that each
-    slot takes, -1 for padding; tables: what the encoder must know of each slot, [slots, ...]."""
+    slot of its program takes, -1 for padding; tables: what the encoder must know of each slot, [slots, ...]."""
 
     order: Tensor
     tables: tuple[Tensor, ...]

@@ -207,7 +207,8 @@ def align(
     ids = np.zeros((batch, rows), dtype=np.int64)
     visual = np.empty((batch, spliced), dtype=np.int64)
     last = np.empty(batch, dtype=np.int64)
-    source, candidates = np.zeros_like(ids), np.empty((batch, schedule.patches), dtype=np.int64)
+    placed = schedule.shape.position_dims > 1
+    source, candidates = np.zeros_like(ids if placed else ids[:0]), np.empty((batch, schedule.patches), dtype=np.int64)
     for row, sample in enumerate(samples):
         placeholder, stay = reading.placeholder[sample], reading.real[sample]
         if spliced:
@@ -215,14 +216,16 @@ def align(
             stay[placeholder] = stays
             spots = placeholder[stay]
             visual[row] = spots.nonzero()[0]
-            candidates[row] = placeholder.nonzero()[0][_candidates(schedule)]
+            if placed:
+                candidates[row] = placeholder.nonzero()[0][_candidates(schedule)]
         words = reading.words[sample][stay]
         ids[row, : len(words)] = words
-        source[row, : len(words)] = stay.nonzero()[0]
+        if placed:
+            source[row, : len(words)] = stay.nonzero()[0]
         last[row] = len(words) - 1
     np.put_along_axis(ids, visual, 0, axis=1)
     prompt = Prompt(*(torch.from_numpy(values).to(device, non_blocking=True) for values in (ids, last, visual)))
-    if schedule.shape.position_dims == 1:
+    if not placed:
         return prompt
     found, columns = (torch.from_numpy(values).to(device, non_blocking=True) for values in (source, candidates))
     if kept is not None:
@@ -251,6 +254,11 @@ def _align_among(ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Sched
     visual = slot.gather(1, compact(placeholder, spliced)[0])
     last = (mask.sum(1) - 1).clamp(0, rows - 1)
     return Prompt(out.contiguous(), last, visual)
+
+
+def among(ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """bool: which ids are one of `tokens`."""
+    return torch.stack([ids == token for token in tokens]).any(0)
 
 
 def check_ids(ids: object, device: torch.device) -> Tensor:

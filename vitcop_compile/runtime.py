@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -18,7 +17,7 @@ from .explain import explain
 from .host import Images
 from .isolation import plain
 from .layout import Layout
-from .prompt import check_ids, check_mask, check_vocabulary, finite, read, refuse_pixels
+from .prompt import among, check_ids, check_mask, check_vocabulary, finite, read, refuse_pixels
 from .provider import Ask, Provider
 from .schedule import Schedule
 from .turn import Turn, positions_of, run_turn
@@ -235,7 +234,7 @@ class CompiledModel(GenerationMixin):
                     f"input_ids holds {ids.shape[1]} tokens and the cache has seen {seen}: pass the whole conversation with "
                     "something new at its end"
                 )
-            found = tuple(_among(ids[:, :seen], self._host.token_ids).sum(1).tolist())
+            found = tuple(among(ids[:, :seen], self._host.token_ids).sum(1).tolist())
             if found != cache.placeholders:
                 raise InputError(
                     f"the part of input_ids that the cache has seen holds {found} image tokens, it was told of "
@@ -246,7 +245,7 @@ class CompiledModel(GenerationMixin):
         if images is None:
             return ids, None
         beams = self._running.beams
-        counts, old = _among(ids[::beams], self._host.token_ids).sum(1).tolist(), cache.images[::beams]
+        counts, old = among(ids[::beams], self._host.token_ids).sum(1).tolist(), cache.images[::beams]
         number = len(images.layouts)
         if not any(counts) and number == sum(old):
             return ids, None
@@ -375,11 +374,6 @@ class CompiledModel(GenerationMixin):
                 f"a prompt of {prompt} rows and {new_tokens} new tokens need {prompt + new_tokens} positions, the model has "
                 f"{limit}: shorten the prompt or lower max_new_tokens"
             )
-
-
-def _among(ids: Tensor, tokens: Sequence[int]) -> Tensor:
-    """bool: which ids are one of `tokens`."""
-    return torch.stack([ids == token for token in tokens]).any(0)
 
 
 def _one_cache(past_key_values: Any, cache: Any) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .host import Images, Pack
-from .provider import candidate_bucket, slot_bucket, tile_bucket
+from .provider import candidate_bucket, tile_bucket
 from .schedule import Schedule, Stage
 
 
@@ -59,7 +59,7 @@ def _through_towers(provider: Any, images: Images) -> tuple[list[tuple[Tensor, .
         ends = itertools.accumulate(images.tiles)
         starts = [(0, (end - count) * slots) for end, count in zip(ends, images.tiles, strict=True)]
         return [provider.tower(len(pixels), slots)(pixels)], starts
-    sizes = [slot_bucket(len(tile.order), provider.host.unit) for tile in images.cut]
+    sizes = [len(tile.order) for tile in images.cut]
     rows = list(itertools.accumulate((tile.rows for tile in images.cut), initial=0))
     towers: list[tuple[Tensor, ...]] = []
     at: dict[int, tuple[int, int]] = {}
@@ -68,8 +68,8 @@ def _through_towers(provider: Any, images: Images) -> tuple[list[tuple[Tensor, .
         at |= {tile: (len(towers), place * size) for place, tile in enumerate(own)}
         tiles = tile_bucket(len(own))
         order = [torch.where(images.cut[i].order < 0, -1, images.cut[i].order + rows[i]) for i in own]
-        given = [_stacked(order, tiles, size, -1)]
-        given += [_stacked(tables, tiles, size, 0) for tables in zip(*(images.cut[i].tables for i in own), strict=True)]
+        given = [_stacked(order, tiles, -1)]
+        given += [_stacked(tables, tiles, 0) for tables in zip(*(images.cut[i].tables for i in own), strict=True)]
         slot, *tables = (table.to(images.pixels.device) for table in given)
         pixels = images.pixels.index_select(0, slot.clamp_min(0).flatten()).unflatten(0, slot.shape)
         towers.append(provider.tower(tiles, size)(pixels, slot >= 0, *tables))
@@ -77,12 +77,9 @@ def _through_towers(provider: Any, images: Images) -> tuple[list[tuple[Tensor, .
     return towers, [at[first] for first, _ in zip(firsts, images.layouts)]
 
 
-def _stacked(rows: Sequence[Tensor], tiles: int, slots: int, fill: int) -> Tensor:
-    """Tensors [n, ...] as one [tiles, slots, ...], what is missing filled."""
-    out = rows[0].new_full((tiles, slots, *rows[0].shape[1:]), fill)
-    for place, values in enumerate(rows):
-        out[place, : len(values)] = values
-    return out
+def _stacked(rows: Sequence[Tensor], tiles: int, fill: int) -> Tensor:
+    """Tensors [slots, ...] as one [tiles, slots, ...], tiles that are missing filled."""
+    return F.pad(torch.stack(list(rows)), (0, 0) * rows[0].dim() + (0, tiles - len(rows)), value=fill)
 
 
 def gather(seen: Seen, samples: Sequence[int]) -> Part:

@@ -77,7 +77,9 @@ def inputs(model: Any, request: Request) -> dict[str, Any]:
 
     family = family_of(model)
     if family.shape.packed:
-        raise UnsupportedError(f"{type(model).__name__} has images of many sizes, and is not measured here: use a LLaVA-1.5")
+        raise UnsupportedError(
+            f"{type(model).__name__} puts images together behind its encoder, and is not measured here: use a LLaVA-1.5"
+        )
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, min(200, family.shape.vocab), (request.batch, request.text_tokens), generator=generator)
     text[text == family.image_token_id] = 3

@@ -34,7 +34,7 @@ def demo_command(
             host = model_host(model)  # before gigabytes of weights are loaded for nothing
             if host.shape.packed:
                 raise UnsupportedError(
-                    f"--model {model} cuts its images into tiles, which the demo cannot draw: use a LLaVA-1.5"
+                    f"--model {model} puts images together behind its encoder, which the demo cannot draw: use a LLaVA-1.5"
                 )
         options = Options(image, model, preset, backend, prompt, max_new_tokens, output, seed, dtype, rounds)
         with without_future_warnings():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .patched import PatchedImages
-from .qwen2_vl import decoded, in_order, patched, whole
+from .qwen2_vl import decoded, encoded, in_order, patched
 from .qwen3_vl import learned, resampled_tables
 from .registry import Call, Family, register
 from .shapes import check_types
@@ -81,14 +81,6 @@ def parts(model: Glm4vForConditionalGeneration | Glm46VForConditionalGeneration)
         rows = m.norm(m.embed(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         return rows + learned(m.positions, index, weight).to(rows.dtype)
 
-    def encode(m: Any, x: Tensor, real: Tensor, places: Tensor, *positions: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
-        rotary = m.rotary(rows, places.flatten(0, 1))
-        segments = whole(real)
-        for block in m.blocks:
-            rows = block(rows, cu_seqlens=segments, max_seqlen=1, position_embeddings=rotary)
-        return rows.unflatten(0, x.shape[:2])
-
     def project(m: Any, x: Tensor) -> Tensor:
         # A norm of single patches, so that it waits for what is kept.
         groups = m.norm(x.flatten(0, -3)).unflatten(1, (side, side)).permute(0, 3, 1, 2)
@@ -99,7 +91,7 @@ def parts(model: Glm4vForConditionalGeneration | Glm46VForConditionalGeneration)
         patches=Call(
             embed, embed=vision.patch_embed, norm=vision.post_conv_layernorm, positions=vision.embeddings.position_embedding
         ),
-        encoder=Call(encode, blocks=vision.blocks, rotary=vision.rotary_pos_emb),
+        encoder=Call(encoded, blocks=vision.blocks, rotary=vision.rotary_pos_emb),
         projector=Call(project, norm=vision.post_layernorm, downsample=vision.downsample, merger=vision.merger),
         embedding=model.get_input_embeddings(),
         decoder=Call(decoded, model=model.model.language_model),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..host import FixedImages, Images, check_device
-from .registry import Call, Family, register
+from .registry import Call, Family, causal, register
 from .shapes import grouped, pixels_of, shape_of
 
 if TYPE_CHECKING:
@@ -135,10 +135,7 @@ def parts(model: Idefics3ForConditionalGeneration | SmolVLMForConditionalGenerat
             norm=vision.post_layernorm,
         ),
         embedding=model.get_input_embeddings(),
-        decoder=Call(
-            lambda m, x, positions: m.model(inputs_embeds=x, position_ids=positions[0], use_cache=False).last_hidden_state,
-            model=model.model.text_model,
-        ),
+        decoder=causal(model.model.text_model),
         head=model.lm_head,
     )
 

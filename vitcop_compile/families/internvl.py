@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..host import FixedImages
-from .registry import Call, Family, register
+from .registry import Call, Family, causal, register
 from .shapes import grouped, pixels_of, shape_of
 
 if TYPE_CHECKING:
@@ -52,10 +52,7 @@ def parts(model: InternVLForConditionalGeneration) -> Family:
             **norms,
         ),
         embedding=model.get_input_embeddings(),
-        decoder=Call(
-            lambda m, x, positions: m.model(inputs_embeds=x, position_ids=positions[0], use_cache=False).last_hidden_state,
-            model=model.model.language_model,
-        ),
+        decoder=causal(model.model.language_model),
         head=model.lm_head,
     )
 

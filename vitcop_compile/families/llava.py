@@ -7,7 +7,7 @@ from typing import Any
 from transformers import LlavaForConditionalGeneration
 
 from ..host import FixedImages
-from .registry import Call, Family, register
+from .registry import Call, Family, causal, register
 from .shapes import PUBLISHED, pixels_of, shape_of
 
 # Rows of the encoder before its patches that become tokens of the language model: with "full" features the CLS token does.
@@ -30,10 +30,7 @@ def parts(model: LlavaForConditionalGeneration) -> Family:
         encoder=Call(lambda m, x: m.encoder(inputs_embeds=x).last_hidden_state, encoder=vision.encoder),
         projector=model.model.multi_modal_projector,
         embedding=model.get_input_embeddings(),
-        decoder=Call(
-            lambda m, x, positions: m.model(inputs_embeds=x, position_ids=positions[0], use_cache=False).last_hidden_state,
-            model=model.model.language_model,
-        ),
+        decoder=causal(model.model.language_model),
         head=model.lm_head,
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .registry import Call, Family, register
+from .registry import Call, Family, causal, register
 from .shapes import PUBLISHED, pixels_of, shape_of
 from .tiled import MULTIPLE, TiledImages, with_breaks
 
@@ -54,10 +54,7 @@ def parts(model: LlavaNextForConditionalGeneration) -> Family:
         encoder=Call(lambda m, x: m.encoder(inputs_embeds=x).last_hidden_state, encoder=vision.encoder),
         projector=model.model.multi_modal_projector,
         embedding=with_breaks(model.get_input_embeddings(), model.model.image_newline),
-        decoder=Call(
-            lambda m, x, positions: m.model(inputs_embeds=x, position_ids=positions[0], use_cache=False).last_hidden_state,
-            model=model.model.language_model,
-        ),
+        decoder=causal(model.model.language_model),
         head=model.lm_head,
     )
 

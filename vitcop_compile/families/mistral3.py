@@ -18,7 +18,7 @@ from ..host import Images, check_pixels
 from ..layout import Layout
 from .patched import MULTIPLE, PatchedImages
 from .qwen2_vl import in_order, whole
-from .registry import Call, Family, register
+from .registry import Call, Family, causal, register
 from .shapes import decoder_numbers, feature_layer_of
 from .tiled import sizes_of
 
@@ -149,10 +149,7 @@ def parts(model: Mistral3ForConditionalGeneration) -> Family:
         encoder=Call(encode, layers=layers, rotary=vision.patch_positional_embedding),
         projector=Call(project, projector=model.model.multi_modal_projector),
         embedding=model.get_input_embeddings(),
-        decoder=Call(
-            lambda m, x, positions: m.model(inputs_embeds=x, position_ids=positions[0], use_cache=False).last_hidden_state,
-            model=model.model.language_model,
-        ),
+        decoder=causal(model.model.language_model),
         head=model.lm_head,
     )
 

@@ -3,10 +3,9 @@ it."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..host import Images, Pack, Tile, check_device, check_size, grid_places
+from ..host import Images, Pack, Tile, check_device, check_size, grid_places, in_order
 from ..layout import Layout, Segment
+from ..provider import slot_bucket
 from ..schedule import ModelShape
 
 # What is kept of a segment is rounded up to a multiple of this, so that images of many sizes share programs.
 MULTIPLE = 16
 # Patches of an encoder's input come in steps of at least this.
-_UNIT = 64
+UNIT = 64
 _KINDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 # (rows, columns) of patches -> (order of a frame's patches in the encoder, -1 for padding; [slots, ...] for each of `tables`).
@@ -39,7 +39,7 @@ class PatchedImages:
     video_token_id: that of a video's placeholders, None if they are an image's and `mm_token_type_ids` tells; frames: whether
     every frame of a video is a run of placeholders of its own, with text between, and so an image of its own; resize(height,
     width) -> what the processor makes of a size, in pixels; patch: side of a patch in pixels; cut, positions: the model's own;
-    tables: what `cut` tells of every slot.
+    tables: what `cut` tells of every slot; unit: patches of an encoder's input come in multiples of it.
     """
 
     shape: ModelShape
@@ -52,6 +52,7 @@ class PatchedImages:
     cut: Cut = field(compare=False)
     stock_positions: Positions = field(compare=False)
     frames: bool = False
+    unit: int = UNIT
     fixed = False
     inputs = (
         "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids",
@@ -61,11 +62,6 @@ class PatchedImages:
     def token_ids(self) -> tuple[int, ...]:
         """Of images, and of videos."""
         return (self.token_id,) if self.video_token_id is None else (self.token_id, self.video_token_id)
-
-    @property
-    def unit(self) -> int:
-        """Patches of an encoder's input come in multiples of this."""
-        return _UNIT
 
     @property
     def layout(self) -> Layout:
@@ -89,11 +85,10 @@ class PatchedImages:
         kinds = {kind: self._of_kind(kind, given, device, dtype) for kind in _KINDS}
         seconds = None if self.frames else given.get("second_per_grid_ts")
         steps = iter([1.0] * len(kinds["video"]) if seconds is None else [float(value) for value in seconds])
-        left = {kind: iter(found) for kind, found in kinds.items()}
-        sizes = {kind: [math.prod(grid) for _, grid in found] for kind, found in kinds.items()}
-        order = list(self._order(self._told(ids, given.get("mm_token_type_ids"), sizes), sizes))
-        items = [(kind, *next(left[kind])) for kind in order]
-        items += [(kind, *item) for kind, rest in left.items() for item in rest]  # too many: refused with their tokens
+        sizes = [[math.prod(grid) // self.shape.group for _, grid in found] for found in kinds.values()]
+        told = self._told(ids, given.get("mm_token_type_ids"), all(sizes), bool(sizes[0]))
+        items = [(kind, *item) for kind, found in kinds.items() for item in found]
+        items = [items[number] for number in in_order(told, dict(enumerate(sizes, start=1)))]
         about = tuple(self._about(kind, grid, next(steps) if kind == "video" else None) for kind, _, grid in items)
         return self._images([(kind, grid) for kind, _, grid in items], torch.cat([pixels for _, pixels, _ in items]), about)
 
@@ -128,7 +123,7 @@ class PatchedImages:
             layouts.append(self.laid(kind, time, rows, columns))
             tile, pack = _cut(self, rows, columns)
             # Steps of time follow one another, each in its own slots of one program.
-            packs.append(tuple(_behind(pack, step, len(tile.order), self.unit) for step in range(time)))
+            packs.append(tuple(replace(pack, index=pack.index + step * len(tile.order)) for step in range(time)))
             cut += [tile] * time
         return Images(pixels, tuple(layouts), tuple(packs), tuple(cut), about)
 
@@ -169,46 +164,29 @@ class PatchedImages:
         """What positions depend on: the kind by its placeholders."""
         return (kind, grid, step) if self.video_token_id is not None else ("image", grid, None)
 
-    def _told(self, ids: Tensor, types: Any, sizes: dict[str, list[int]]) -> list[list[int]]:
-        """The kind of every token: 0 for text, 1 for images, 2 for videos."""
+    def _told(self, ids: Tensor, types: Any, both: bool, images: bool) -> Tensor:
+        """The kind of every token: 0 for text, 1 for images, 2 for videos. both, images: what there is."""
         if self.video_token_id is not None:
-            return (1 * (ids == self.token_id) + 2 * (ids == self.video_token_id)).tolist()
+            return 1 * (ids == self.token_id) + 2 * (ids == self.video_token_id)
         placeholder = ids == self.token_id
-        if not all(sizes.values()):
-            return (placeholder * (1 if sizes["image"] else 2)).tolist()
+        if not both:
+            return placeholder * (1 if images else 2)
         if not isinstance(types, Tensor) or types.shape != ids.shape:
             held = tuple(types.shape) if isinstance(types, Tensor) else type(types).__name__
             raise InputError(
                 f"mm_token_type_ids is {held}: images and videos have the same placeholders, pass the processor's, of the "
                 f"shape of input_ids, {tuple(ids.shape)}"
             )
-        return (placeholder * types.to(ids.device)).tolist()
-
-    def _order(self, told: list[list[int]], rows: dict[str, list[int]]) -> Iterator[str]:
-        """Kinds of images and videos as their placeholders come, as long as there are any."""
-        kinds = dict(enumerate(_KINDS, start=1))
-        left = {kind: iter(found) for kind, found in rows.items()}
-        for row in told:
-            for number, run in itertools.groupby(row):
-                count = len(list(run)) if number in kinds else 0
-                while count > 0 and (patches := next(left[kinds[number]], None)):
-                    count -= patches // self.shape.group
-                    yield kinds[number]
-
-
-def _behind(pack: Pack, step: int, slots: int, unit: int) -> Pack:
-    """`pack` of the step-th of tiles that stand one behind another."""
-    if not step:
-        return pack
-    from ..provider import slot_bucket
-
-    return Pack(pack.index + step * slot_bucket(slots, unit), pack.weight, pack.places)
+        return placeholder * types.to(ids.device)
 
 
 @lru_cache(maxsize=1024)
 def _cut(host: PatchedImages, rows: int, columns: int) -> tuple[Tile, Pack]:
-    """How a frame of so many patches lies in the encoder, and where its tokens come from."""
+    """How a frame of so many patches lies in the encoder, padded to its bucket, and where its tokens come from."""
     order, tables = host.cut(rows, columns)
+    padding = slot_bucket(len(order), host.unit) - len(order)
+    order = torch.cat((order, order.new_full((padding,), -1)))
+    tables = tuple(torch.cat((table, table.new_zeros(padding, *table.shape[1:]))) for table in tables)
     slot_of = torch.empty(rows * columns, dtype=torch.int64)
     real = order >= 0
     slot_of[order[real]] = real.nonzero()[:, 0]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .patched import PatchedImages
-from .qwen2_vl import decoded, embedded, in_order, merged, patched, whole
-from .registry import Call, Family, register
+from .patched import UNIT, PatchedImages
+from .qwen2_vl import family, in_order, patched, whole
+from .registry import Family, register
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -28,6 +29,7 @@ def host(config: Any, element_bytes: int | None = None) -> PatchedImages:
         cut=partial(in_windows, merge=vision.spatial_merge_size, window=vision.window_size, patch=vision.patch_size),
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
+        unit=math.lcm(UNIT, window_slots(vision)),
         # What a patch receives within a window says nothing of the image.
         scored_layers=tuple(vision.fullatt_block_indexes),
     )
@@ -56,8 +58,8 @@ def in_windows(rows: int, columns: int, merge: int, window: int, patch: int) -> 
 
 def parts(model: Qwen2_5_VLForConditionalGeneration) -> Family:
     """The stock modules of `model`, none of them changed."""
-    vision: Any = model.model.visual
-    slots, full = window_slots(vision.config), set(vision.config.fullatt_block_indexes)
+    vision: Any = model.config.vision_config
+    slots, full = window_slots(vision), set(vision.fullatt_block_indexes)
 
     def encode(m: Any, x: Tensor, real: Tensor, places: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
@@ -68,15 +70,7 @@ def parts(model: Qwen2_5_VLForConditionalGeneration) -> Family:
             rows = block(rows, cu_seqlens=segments, max_seqlen=1, position_embeddings=rotary)
         return rows.unflatten(0, x.shape[:2])
 
-    return Family(
-        host=host(model.config, model.dtype.itemsize),
-        patches=Call(embedded, embed=vision.patch_embed),
-        encoder=Call(encode, blocks=vision.blocks, rotary=vision.rotary_pos_emb),
-        projector=Call(merged, merger=vision.merger),
-        embedding=model.get_input_embeddings(),
-        decoder=Call(decoded, model=model.model.language_model),
-        head=model.lm_head,
-    )
+    return family(model, host(model.config, model.dtype.itemsize), encode)
 
 
 register("Qwen2_5_VLForConditionalGeneration", host, parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def patched(config: Any, element_bytes: int | None, model: Any, **more: Any) -> 
         "video_token_id": config.video_token_id,
         "resize": partial(smart_resize, factor=vision.patch_size * side),
     }
-    own |= {name: more.pop(name) for name in ("cut", "tables", "video_token_id", "resize", "frames") if name in more}
+    own |= {name: more.pop(name) for name in ("cut", "tables", "video_token_id", "resize", "frames", "unit") if name in more}
     features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     square = 32 // side * side
     # The keys of most of these models have a bias that dwarfs what tokens differ in: norms of them say nothing of a token.
@@ -121,20 +122,21 @@ def decoded(m: Any, x: Tensor, positions: Tensor) -> Tensor:
     return m.model(inputs_embeds=x, position_ids=positions, use_cache=False).last_hidden_state
 
 
-def parts(model: Qwen2VLForConditionalGeneration) -> Family:
-    """The stock modules of `model`, none of them changed."""
+def encoded(m: Any, x: Tensor, real: Tensor, places: Tensor, *tables: Tensor) -> Tensor:
+    """An encoder whose layers all attend to whole images."""
+    rows = x.flatten(0, 1)
+    rotary = m.rotary(rows, places.flatten(0, 1))
+    segments = whole(real)
+    for block in m.blocks:
+        rows = block(rows, cu_seqlens=segments, max_seqlen=1, position_embeddings=rotary)
+    return rows.unflatten(0, x.shape[:2])
+
+
+def family(model: Any, host: PatchedImages, encode: Callable[..., Tensor]) -> Family:
+    """The stock modules of a model whose parts are Qwen2-VL's but for its encoder's layers."""
     vision: Any = model.model.visual
-
-    def encode(m: Any, x: Tensor, real: Tensor, places: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
-        rotary = m.rotary(rows, places.flatten(0, 1))
-        segments = whole(real)
-        for block in m.blocks:
-            rows = block(rows, cu_seqlens=segments, max_seqlen=1, position_embeddings=rotary)
-        return rows.unflatten(0, x.shape[:2])
-
     return Family(
-        host=host(model.config, model.dtype.itemsize),
+        host=host,
         patches=Call(embedded, embed=vision.patch_embed),
         encoder=Call(encode, blocks=vision.blocks, rotary=vision.rotary_pos_emb),
         projector=Call(merged, merger=vision.merger),
@@ -142,6 +144,11 @@ def parts(model: Qwen2VLForConditionalGeneration) -> Family:
         decoder=Call(decoded, model=model.model.language_model),
         head=model.lm_head,
     )
+
+
+def parts(model: Qwen2VLForConditionalGeneration) -> Family:
+    """The stock modules of `model`, none of them changed."""
+    return family(model, host(model.config, model.dtype.itemsize), encoded)
 
 
 register("Qwen2VLForConditionalGeneration", host, parts)

@@ -92,6 +92,14 @@ def host_of(config: PretrainedConfig) -> Host:
     raise UnsupportedError(f"{', '.join(names)} is not a supported model: use one of {', '.join(sorted(FAMILIES))}")
 
 
+def causal(language: nn.Module) -> Call:
+    """A stock decoder whose positions are one number, behind its embedding and before its head."""
+    return Call(
+        lambda m, x, positions: m.model(inputs_embeds=x, position_ids=positions[0], use_cache=False).last_hidden_state,
+        model=language,
+    )
+
+
 class Call(nn.Module):
     """A module around a function of tensors, holding the modules, parameters and buffers it uses so that export finds them."""
 

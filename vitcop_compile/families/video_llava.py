@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
 from ..host import FixedImages, Images
-from .registry import Call, Family, register
+from .registry import Call, Family, causal, register
 from .shapes import PUBLISHED, pixels_of, shape_of
 
 if TYPE_CHECKING:
@@ -53,10 +53,7 @@ def parts(model: VideoLlavaForConditionalGeneration) -> Family:
         encoder=Call(lambda m, x: m.encoder(inputs_embeds=x).last_hidden_state, encoder=vision.encoder),
         projector=model.model.multi_modal_projector,
         embedding=model.get_input_embeddings(),
-        decoder=Call(
-            lambda m, x, positions: m.model(inputs_embeds=x, position_ids=positions[0], use_cache=False).last_hidden_state,
-            model=model.model.language_model,
-        ),
+        decoder=causal(model.model.language_model),
         head=model.lm_head,
     )
 
