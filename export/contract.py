@@ -1,82 +1,207 @@
-"""What the programs of an ONNX folder must take and give: it follows from the configuration, and nothing else is believed."""
+"""The programs of a folder, what each must take and give: it follows from the configuration, and nothing else is believed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..host import Host
+from ..layout import Layout
 from ..policies import POLICIES
-from ..schedule import Schedule
+from ..schedule import Schedule, Stage
+from ..vision import see
 from .manifest import NAME, FolderError, Manifest, ProgramSpec, TensorSpec
 
 # Text tokens a dynamic axis starts at: torch.export treats a size of 1 as a constant.
 LEAST_TEXT = 2
 
 
-def check_programs(manifest: Manifest) -> None:
-    """Raises FolderError, naming the tensor, where the programs listed are not those of config, shape and bounds."""
-    expected = expected_programs(manifest)
+class Wanted(NamedTuple):
+    """A program of a folder, and its spec. kind, key, count: as the runtime asks for it; count: images that "vision" takes,
+    tiles of "tower", segments of "select", and sequences of "prefill", "extend" and "decode", fewer of which go through it as
+    well; key: all else. layout: of a prefill's prompts; text: its fewest and most text tokens, or those of a turn.
+    """
+
+    kind: str
+    key: tuple[Any, ...]
+    count: int
+    spec: ProgramSpec
+    layout: Layout = ()
+    text: tuple[int, int] = (1, 1)
+
+
+def check_programs(manifest: Manifest, host: Host) -> list[Wanted]:
+    """The programs of a folder, as `wanted_programs` has them, with the specs listed.
+
+    Raises FolderError, naming the tensor, where those listed are not those of config, shape, layouts and bounds.
+    """
+    wanted = wanted_programs(manifest, host)
     kinds = [(spec.kind, spec.rows) for spec in manifest.programs]
-    if kinds != [(spec.kind, spec.rows) for spec in expected]:
-        raise FolderError(f"{NAME}: programs {kinds} are not those of max_text_len and prompt_buckets")
-    for found, right in zip(manifest.programs, expected, strict=True):
+    if kinds != [(program.kind, program.spec.rows) for program in wanted]:
+        raise FolderError(f"{NAME}: programs {kinds} are not those of layouts, batch_sizes, max_text_len and prompt_buckets")
+    for found, right in zip(manifest.programs, wanted, strict=True):
         for side in ("inputs", "outputs"):
-            listed, wanted = getattr(found, side), getattr(right, side)
-            if len(listed) != len(wanted):
-                raise FolderError(f"{NAME}: {found.kind} has {len(listed)} {side}, the schedule needs {len(wanted)}")
-            wrong = [pair for pair in zip(listed, wanted) if pair[0] != pair[1]]
+            listed, needed = getattr(found, side), getattr(right.spec, side)
+            if len(listed) != len(needed):
+                raise FolderError(f"{NAME}: {found.kind} has {len(listed)} {side}, the schedule needs {len(needed)}")
+            wrong = [pair for pair in zip(listed, needed) if pair[0] != pair[1]]
             if wrong:
                 raise FolderError(f"{NAME}: {found.kind} has {wrong[0][0]} in its {side}, the schedule needs {wrong[0][1]}")
+    return [program._replace(spec=spec) for program, spec in zip(wanted, manifest.programs, strict=True)]
 
 
-def expected_programs(manifest: Manifest) -> list[ProgramSpec]:
-    """The programs of a folder, in the order they are written; files are left as ""."""
-    programs = [_vision(manifest)]
-    if manifest.prompt_buckets is None:
-        spans = [(LEAST_TEXT, manifest.max_text_len)]
-    else:
-        spans = [(size, size) for size in manifest.prompt_buckets]
-    for least, most in spans:
-        programs.append(_prefill(manifest, least, most))
-        if most > 1:  # one token is a decoding step
-            programs.append(_extend(manifest, "extend", (least, most)))
-    return [*programs, _extend(manifest, "decode", None)]
+def wanted_programs(manifest: Manifest, host: Host) -> list[Wanted]:
+    """The programs of a folder, in the order they are written. Files are named for what makes a program one of several."""
+    found = _seeing(manifest, host)
+    schedules = {schedule.key: schedule for schedule in manifest.schedules}
+    for batch in manifest.batch_sizes:
+        suffix = f"_batch{batch}" if len(manifest.batch_sizes) > 1 else ""
+        for least, most in text_spans(manifest):
+            for number, schedule in enumerate(schedules.values()):
+                name = suffix + (f"_layout{number}" if len(schedules) > 1 else "")
+                for filled in (False, True)[: 1 + manifest.later_images]:
+                    found.append(_prefill(manifest, schedule, batch, (least, most), filled, name + "_later" * filled))
+            if most > 1:  # one token is a decoding step
+                found.append(_extend(manifest, "extend", batch, (least, most), suffix))
+        found.append(_extend(manifest, "decode", batch, None, suffix))
+    return found
 
 
-def _states(schedule: Schedule) -> int:
-    """Tensors of state that the vision program gives."""
-    return POLICIES[schedule.vision.policy].adds if schedule.vision else 0
+def text_spans(manifest: Manifest) -> list[tuple[int, int]]:
+    """Fewest and most text tokens of every prefill and extend program: one of each with dynamic rows, or one for each bucket.
+
+    TensorRT takes one for all buckets: an engine holds its weights once and a profile for every bucket.
+    """
+    buckets = manifest.prompt_buckets
+    if buckets is None:
+        return [(LEAST_TEXT, manifest.max_text_len)]
+    return [(size, size) for size in buckets] if manifest.product == "onnx" else [(buckets[0], buckets[-1])]
 
 
-def _vision(manifest: Manifest) -> ProgramSpec:
-    batch = manifest.batch_size
-    pixels = TensorSpec("pixels", manifest.dtype, (batch, *manifest.image.pixel_shape))
-    kept = (_ints("kept", batch, manifest.schedule.image_tokens),) if manifest.schedule.vision else ()
-    return ProgramSpec("vision", "", None, (pixels,), (_features(manifest), *kept, *_state(manifest)))
+class _Noting:
+    """Stands for the programs of the vision side: notes which are asked for, and answers on the meta device."""
+
+    def __init__(self, host: Host):
+        self.host = host
+        self.asked: dict[tuple[Any, ...], None] = {}
+
+    def vision(self, *key: Any) -> Callable[..., list[Tensor]]:
+        return self._noted("vision", *key)
+
+    def tower(self, *key: Any) -> Callable[..., list[Tensor]]:
+        return self._noted("tower", *key)
+
+    def select(self, *key: Any) -> Callable[..., list[Tensor]]:
+        return self._noted("select", *key)
+
+    def _noted(self, kind: str, *key: Any) -> Callable[..., list[Tensor]]:
+        self.asked[(kind, *key)] = None
+        # Of what a program says, the caller reads no more than the tiles and slots of a tower.
+        return lambda *inputs: [torch.empty(key[:2] if kind == "tower" else (0,), device="meta")]
 
 
-def _prefill(manifest: Manifest, least: int, most: int) -> ProgramSpec:
-    schedule, batch, n = manifest.schedule, manifest.batch_size, manifest.schedule.image_tokens
-    lead = schedule.shape.lead
+def _seeing(manifest: Manifest, host: Host) -> list[Wanted]:
+    """The programs of the vision side: those that batches of one layout each go through, found by sending them."""
+    noting = _Noting(host)
+    for batch in manifest.batch_sizes:
+        for images, schedule in zip(manifest.layouts, manifest.schedules, strict=True):
+            blank = host.blank(list(images) * batch, torch.device("meta"), getattr(torch, manifest.dtype))
+            see(noting, blank, [len(images)] * batch, [schedule] * batch)
+    makers = {"vision": _vision, "tower": _tower, "select": _select}
+    order = sorted(noting.asked, key=lambda key: list(makers).index(key[0]))
+    several = sum(key[0] == "vision" for key in order) > 1
+    found = [makers[key[0]](manifest, host, *key[1:], *([several] if key[0] == "vision" else [])) for key in order]
+    # Selections may differ in their policy's options alone.
+    names = [program.spec.file for program in found]
+    for place, program in enumerate(found):
+        if (same := names[:place].count(program.spec.file)) > 0:
+            found[place] = program._replace(spec=_renamed(program.spec, f"_{same}"))
+    return found
+
+
+def _vision(manifest: Manifest, host: Host, images: int, several: bool) -> Wanted:
+    schedule = manifest.schedule_of(host.layout)
+    stage = schedule.vision
+    n = schedule.image_tokens
+    features = TensorSpec("features", manifest.dtype, (images, n + manifest.shape.lead, manifest.shape.feature_width))
+    found = (features, *_chosen(stage, images, n))
+    pixels = TensorSpec("pixels", manifest.dtype, (images, *host.pixel_shape))
+    name = f"vision_{images}" if several else "vision"
+    return Wanted("vision", (), images, _spec("vision", name, (pixels,), found))
+
+
+def _tower(manifest: Manifest, host: Host, tiles: int, slots: int) -> Wanted:
+    whole = (tiles, slots)
+    given = [TensorSpec("pixels", manifest.dtype, (tiles, *host.pixel_shape))]
+    if host.tables:
+        given = [TensorSpec("pixels", manifest.dtype, (*whole, *host.pixel_shape)), TensorSpec("real", "bool", whole)]
+        given += [
+            TensorSpec(f"table_{i}", str(dtype).removeprefix("torch."), (*whole, *size))
+            for i, (size, dtype) in enumerate(host.tables)
+        ]
+    return Wanted("tower", (slots,), tiles, _spec("tower", f"tower_{tiles}x{slots}", given, _patches(manifest, tiles, slots)))
+
+
+def _select(
+    manifest: Manifest, host: Host, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None
+) -> Wanted:
+    whole = (segments, candidates)
+    given = [*_patches(manifest, tiles, slots), _ints("index", *whole, taps)]
+    if taps > 1 and manifest.shape.group == 1:
+        given.append(TensorSpec("weight", "float32", (*whole, taps)))
+    if stage is not None:
+        given.append(TensorSpec("places", "float32", (*whole, 2)))
+    kept = candidates if stage is None else stage.total
+    features = TensorSpec("features", manifest.dtype, (segments, kept, manifest.shape.feature_width))
+    name = f"select_{tiles}x{slots}_{segments}x{candidates}_{kept}"
+    spec = _spec("select", name, given, (features, *_chosen(stage, segments, kept)))
+    return Wanted("select", (tiles, slots, candidates, taps, stage), segments, spec)
+
+
+def _patches(manifest: Manifest, tiles: int, slots: int) -> list[TensorSpec]:
+    """What a tower says of its patches."""
+    shape = manifest.shape
+    found = [TensorSpec("hidden", manifest.dtype, (tiles, slots, shape.vision_width))]
+    if manifest.schedule.vision is not None:
+        found.append(TensorSpec("score", "float32", (tiles, slots)))
+        found.append(TensorSpec("keys", manifest.dtype, (tiles, slots, shape.key_features or shape.vision_hidden)))
+    return found
+
+
+def _chosen(stage: Stage | None, count: int, kept: int) -> list[TensorSpec]:
+    """What a vision stage says beside the features of what it keeps."""
+    return [] if stage is None else [_ints("kept", count, kept), *_state(stage, count, kept)]
+
+
+def _prefill(manifest: Manifest, schedule: Schedule, batch: int, span: tuple[int, int], filled: bool, suffix: str) -> Wanted:
+    least, most = span
+    n, lead = schedule.image_tokens, schedule.shape.lead * len(schedule.layout)
     rows: int | str = n + most if least == most else "rows"
     stages = schedule.decoder_stages
-    given = (
+    groups = _removed(schedule)
+    written = [rows - removed if isinstance(rows, int) else f"rows-{removed}" if removed else rows for removed in groups]
+    given = [
         _ints("ids", batch, rows),
         _ints("last", batch),
         _ints("positions", manifest.position_dims, batch, rows),
-        _features(manifest),
+        TensorSpec("features", manifest.dtype, (batch, n + lead, schedule.shape.feature_width)),
         _ints("visual", batch, n + lead),
-        *(_state(manifest) if stages else ()),
-    )
-    found = (_ints(f"stage_{stage.layer}", batch, stage.total) for stage in stages)
-    written = []
-    for removed in schedule.removed_rows():
-        written.append(rows - removed if isinstance(rows, int) else f"rows-{removed}" if removed else rows)
-    return ProgramSpec(
-        "prefill", "", (n + least, n + most), given, (_logits(manifest), *found, *_key_values(manifest, "", written))
-    )
+        *(_state(schedule.vision, batch, n) if stages else ()),
+    ]
+    if filled:
+        given += [_ints("length", batch), _ints("removed", len(groups), batch), *_caches(manifest, "", batch)]
+    found = [_ints(f"stage_{stage.layer}", batch, stage.total) for stage in stages]
+    name = f"prefill{suffix}" + (f"_{rows}" if isinstance(rows, int) else "")
+    outputs = (_logits(manifest, batch), *found, *_caches(manifest, "new_" * filled, batch, written))
+    spec = _spec("prefill", name, given, outputs, (n + least, n + most))
+    return Wanted("prefill", (schedule.key, filled), batch, spec, schedule.layout, span)
 
 
-def _extend(manifest: Manifest, kind: str, span: tuple[int, int] | None) -> ProgramSpec:
+def _extend(manifest: Manifest, kind: str, batch: int, span: tuple[int, int] | None, suffix: str) -> Wanted:
     """More tokens on filled caches; one token without a `span`."""
-    batch, schedule = manifest.batch_size, manifest.schedule
     least, most = span or (1, 1)
     rows: int | str = most if least == most else "rows"
     given = (
@@ -84,36 +209,48 @@ def _extend(manifest: Manifest, kind: str, span: tuple[int, int] | None) -> Prog
         _ints("last", batch),
         _ints("length", batch),
         _ints("position", batch),
-        _ints("removed", len(schedule.group_tokens()), batch),
-        *_key_values(manifest, "", [manifest.cache_rows[group] for group in schedule.groups]),
+        _ints("removed", len(manifest.cache_rows), batch),
+        *_caches(manifest, "", batch),
     )
-    written = [rows] * manifest.shape.layers
-    return ProgramSpec(kind, "", span, given, (_logits(manifest), *_key_values(manifest, "new_", written)))
+    name = f"{kind}{suffix}" + (f"_{rows}" if span and least == most else "")
+    outputs = (_logits(manifest, batch), *_caches(manifest, "new_", batch, [rows] * len(manifest.cache_rows)))
+    return Wanted(kind, (), batch, _spec(kind, name, given, outputs, span), text=(least, most))
 
 
-def _key_values(manifest: Manifest, prefix: str, rows: list[int | str] | list[int]) -> list[TensorSpec]:
-    """Keys and values of every layer, of so many rows each."""
-    shape, batch = manifest.shape, manifest.batch_size
-    return [
-        TensorSpec(f"{prefix}{name}_{layer}", manifest.dtype, (batch, shape.kv_heads, count, shape.head_dim))
-        for layer, count in enumerate(rows)
+def _removed(schedule: Schedule) -> list[int]:
+    """Tokens of a prompt that each group of layers lacks."""
+    return [schedule.image_tokens - tokens for tokens in schedule.group_tokens()]
+
+
+def _caches(manifest: Manifest, prefix: str, batch: int, rows: Sequence[int | str] | None = None) -> list[TensorSpec]:
+    """Caches, of so many rows in each group of layers or their own: positions, where masks are made of them, keys, values."""
+    shape, rows = manifest.shape, manifest.cache_rows if rows is None else rows
+    places = [_ints(f"{prefix}place_{group}", batch, count) for group, count in enumerate(rows)] if shape.marks else []
+    return places + [
+        TensorSpec(f"{prefix}{name}_{layer}", manifest.dtype, (batch, shape.kv_heads, rows[group], shape.head_dim))
+        for layer, group in enumerate(manifest.schedule.groups)
         for name in ("key", "value")
     ]
 
 
-def _features(manifest: Manifest) -> TensorSpec:
-    shape = (manifest.batch_size, manifest.schedule.image_tokens + manifest.shape.lead, manifest.shape.hidden)
-    return TensorSpec("features", manifest.dtype, shape)
+def _state(stage: Stage | None, count: int, kept: int) -> list[TensorSpec]:
+    adds = 0 if stage is None else POLICIES[stage.policy].adds
+    return [_ints(f"state_{i}", count, kept) for i in range(adds)]
 
 
-def _state(manifest: Manifest) -> list[TensorSpec]:
-    schedule = manifest.schedule
-    return [_ints(f"state_{i}", manifest.batch_size, schedule.image_tokens) for i in range(_states(schedule))]
-
-
-def _logits(manifest: Manifest) -> TensorSpec:
-    return TensorSpec("logits", manifest.dtype, (manifest.batch_size, 1, manifest.shape.vocab))
+def _logits(manifest: Manifest, batch: int) -> TensorSpec:
+    return TensorSpec("logits", manifest.dtype, (batch, 1, manifest.shape.vocab))
 
 
 def _ints(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name, "int64", shape)
+
+
+def _spec(
+    kind: str, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], rows: tuple[int, int] | None = None
+) -> ProgramSpec:
+    return ProgramSpec(kind, f"{name}.onnx", rows, tuple(inputs), tuple(outputs))
+
+
+def _renamed(spec: ProgramSpec, suffix: str) -> ProgramSpec:
+    return ProgramSpec(spec.kind, spec.file.replace(".onnx", f"{suffix}.onnx"), spec.rows, spec.inputs, spec.outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,39 +15,55 @@ from transformers import AutoConfig, GenerationConfig
 
 from ..backends import writing_rows
 from ..errors import InputError
-from ..host import FixedImages
+from ..families import FAMILIES
+from ..host import Host
 from ..layout import Layout
 from ..provider import Ask, Plan
 from ..runtime import CompiledModel
 from ..schedule import Schedule, Stage
-from .contract import LEAST_TEXT, check_programs
-from .manifest import FolderError, Manifest, ProgramSpec
+from .contract import LEAST_TEXT, Wanted, check_programs
+from .manifest import NAME, FolderError, Manifest, ProgramSpec
 from .ort import OrtProgram
 
 Runner = Callable[..., Sequence[Tensor]]
 
 
+# Inputs whose axis of sequences is not the first, and those that have none: what a tower says of all its tiles.
+_AXES: dict[str, int | None] = {"positions": 1, "removed": 1, "hidden": None, "score": None, "keys": None}
+
+
 class EngineFolder:
     """Provides the programs of a folder, loaded when first used and kept.
 
-    Every program takes a whole batch: all of its prompts hold one image, or none does.
+    A program serves fewer images, segments or sequences than it takes as well, filled up with copies of the last; a decoding
+    step takes as many as it was made for.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, load: Callable[[Path, ProgramSpec], Runner], device: torch.device):
-        self._folder, self.manifest, self._load = folder, manifest, load
-        self.host = FixedImages(manifest.shape, manifest.image.token_id, manifest.image.pixel_shape)
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        host: Host,
+        programs: Sequence[Wanted],
+        load: Callable[[Path, ProgramSpec], Runner],
+        device: torch.device,
+    ):
+        self._folder, self.manifest, self.host, self._load = folder, manifest, host, load
+        # The smallest that is large enough is the first that is found.
+        self._programs = sorted(programs, key=lambda program: program.count)
         self.position_dims = manifest.position_dims
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.schedule = manifest.schedule
+        self._rows = manifest.cache_rows
         self._schedules = {self.schedule.layout: self.schedule}
         self._loaded: dict[str, Runner] = {}
-        self._around: dict[str, Runner] = {}
+        self._around: dict[tuple[str, int], Runner] = {}
         self._loading = threading.Lock()
 
     def schedule_of(self, layout: Layout) -> Schedule:
-        """That of a prompt with the images of `layout`, of which programs take one at most."""
+        """That of a prompt with the images of `layout`."""
         if layout not in self._schedules:
-            self._schedules[layout] = self.manifest.config.schedule(self.manifest.shape, layout)
+            self._schedules[layout] = self.manifest.schedule_of(layout)
         return self._schedules[layout]
 
     def plan(self, ask: Ask) -> Plan:
@@ -60,80 +77,87 @@ class EngineFolder:
         elif ask.new is not None and ask.new > folder.max_new_tokens:
             raise InputError(f"max_new_tokens={ask.new} exceeds max_new_tokens={folder.max_new_tokens} of the engine")
         if folder.prompt_buckets is None:
-            return Plan(max(LEAST_TEXT, ask.text), folder.cache_rows)
-        return Plan(next(size for size in folder.prompt_buckets if ask.text <= size), folder.cache_rows)
+            return Plan(max(LEAST_TEXT, ask.text), self._rows)
+        return Plan(next(size for size in folder.prompt_buckets if ask.text <= size), self._rows)
 
     def vision(self, images: int) -> Runner:
-        """The vision program, for fewer images than it takes as well: beams see those of their prompt once."""
-        size, program = self.manifest.batch_size, self._get(self.manifest.program("vision"))
-        if images > size:
-            self._check_batch(images)
-        if images == size:
-            return program
-
-        def padded(pixels: Tensor) -> Sequence[Tensor]:
-            filled = torch.cat((pixels, pixels[-1:].expand(size - images, *pixels.shape[1:])))
-            return [found[:images] for found in program(filled)]
-
-        return padded
+        """The vision program for so many images."""
+        program = self._find("vision", (), images)
+        return _filled_up(self._get(program.spec), program, images)
 
     def tower(self, tiles: int, slots: int) -> Runner:
-        """None: an image is one input of the encoder, whose tokens are its own."""
-        raise InputError("the engine has no program for images that are put together behind the encoder")
+        """The tower program for so many tiles or more: it says something of all that it takes."""
+        program = self._find("tower", (slots,), tiles)
+        return _filled_up(self._get(program.spec), program, program.count)
 
     def select(self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Runner:
-        """None, as `tower`."""
-        return self.tower(tiles, slots)
+        """The program that selects from segments that are alike."""
+        program = self._find("select", (tiles, slots, candidates, taps, stage), segments)
+        return _filled_up(self._get(program.spec), program, segments)
 
     def prefill(self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool = False) -> Runner:
         """The prefill program for `text` text rows; its keys and values are written into the caches here."""
-        self._check_batch(batch)
-        spec = self.manifest.program("prefill", text + schedule.image_tokens)
-        return self._writing(spec, filled=False)
+        return self._writing(self._find("prefill", (schedule.key, filled), batch, text), batch, filled)
 
     def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Runner:
         """The program for so many more tokens, 1 a decoding step; its new keys and values are written into the caches here."""
-        self._check_batch(batch)
-        spec = self.manifest.program("decode") if tokens == 1 else self.manifest.program("extend", tokens)
-        return self._writing(spec, filled=True)
+        kind = "decode" if tokens == 1 else "extend"
+        return self._writing(self._find(kind, (), batch, tokens), batch, filled=True)
 
     def bytes_per_step(self) -> int:
-        """Bytes of keys and values that a decode step hands to the host and the host writes into the caches."""
-        outputs = self.manifest.program("decode").outputs[1:]
+        """Bytes of keys and values that a decode step hands to the host and the host writes into the caches, for the smallest
+        batch."""
+        outputs = self._find("decode", (), 1).spec.outputs[1:]
         return sum(torch.Size(spec.shape).numel() for spec in outputs) * self.dtype.itemsize  # type: ignore[arg-type, misc]
+
+    def _find(self, kind: str, key: tuple[Any, ...], count: int, text: int | None = None) -> Wanted:
+        """The smallest program that takes so many, and so much text. Raises InputError."""
+        for program in self._programs:
+            same = (program.kind, program.key) == (kind, key) and program.count >= count
+            if same and (text is None or program.text[0] <= text <= program.text[1]):
+                return program
+        most = {"vision": "images", "tower": "tiles", "select": "segments"}.get(kind, "sequences")
+        raise InputError(
+            f"the engine has no {kind} program for {count} {most} {f'of {key} ' if key else ''}: it was exported for "
+            f"{self._prompts()} in batches of {self._batches()}; ask for those, or export again with layouts= and batch_size= "
+            "of these"
+        )
 
     def _check_kind(self, ask: Ask) -> None:
         """Raises InputError for what no program of a folder takes, whatever the numbers."""
-        self._check_batch(ask.batch)
-        if ask.images > 1:
+        if ask.batch not in self.manifest.batch_sizes:
             raise InputError(
-                f"{ask.images} images in a prompt, the engine takes one: ask about each alone, or call optimize(), whose "
-                "model takes several"
+                f"{ask.batch} sequences (prompts times beams), the engine was built for {self._batches()}: export again"
             )
-        if not ask.alike:
+        known = {schedule.key for schedule in self.manifest.schedules}
+        for layout in ask.layouts:
+            if layout and self.schedule_of(layout).key not in known:
+                raise InputError(
+                    f"a prompt with images of {_tokens(layout)} tokens, the engine takes {self._prompts()}: resize or leave "
+                    "out images, export again with layouts= of these, or call optimize(), whose model takes any"
+                )
+        if ask.held and ask.images and not self.manifest.later_images:
             raise InputError(
-                "some prompts of the batch hold an image and others none, the engine takes a batch of one kind: ask in a "
-                "request for each kind, or call optimize(), whose model takes both at once"
+                "a later turn holds an image, the engine takes some in the first prompt alone: if these are the first of the "
+                "conversation, pass all of that without a cache, export again with later_images=True, or call optimize()"
             )
-        if ask.held and ask.images:
+        if ask.rows and ask.rows != self._rows:
             raise InputError(
-                "a later turn holds an image, the engine takes one in the first prompt alone: if it is the first of the "
-                "conversation, pass all of that without a cache, or call optimize(), whose model takes images in every turn"
-            )
-        if ask.rows and ask.rows != self.manifest.cache_rows:
-            raise InputError(
-                f"the cache has {ask.rows} rows by group of layers, the engine's have {self.manifest.cache_rows}: a cache "
-                "goes back to the model that returned it"
+                f"the cache has {ask.rows} rows by group of layers, the engine's have {self._rows}: a cache goes back to the "
+                "model that returned it"
             )
 
-    def _check_batch(self, batch: int) -> None:
-        size = self.manifest.batch_size
-        if batch != size:
-            raise InputError(f"{batch} sequences (prompts times beams), the engine was built for {size}: export again")
+    def _prompts(self) -> str:
+        """What prompts may hold, in words."""
+        return " or ".join(_tokens(schedule.layout) for schedule in self.manifest.schedules) + " tokens of images"
+
+    def _batches(self) -> str:
+        return " or ".join(map(str, self.manifest.batch_sizes))
 
     def _check_room(self, ask: Ask) -> None:
         """Raises InputError if a later turn and its new tokens do not fit behind what the caches hold."""
-        free = min(rows - held for rows, held in zip(ask.rows, ask.held, strict=True))
+        visual = ask.visual or (0,) * len(ask.rows)
+        free = min(rows - held - tokens for rows, held, tokens in zip(ask.rows, ask.held, visual, strict=True))
         new = ask.new or 1
         if ask.text + new > free:
             folder = self.manifest
@@ -143,14 +167,16 @@ class EngineFolder:
                 "with more"
             )
 
-    def _writing(self, spec: ProgramSpec, filled: bool) -> Runner:
-        if spec.file not in self._around:
-            program = self._get(spec)
-            step = writing_rows(program, self.schedule.groups, filled=filled)
+    def _writing(self, program: Wanted, batch: int, filled: bool) -> Runner:
+        name = (program.spec.file, batch)
+        if name not in self._around:
+            loaded = self._get(program.spec)
+            around = _filled_up(loaded, program, batch)
+            step = writing_rows(around, self.schedule.groups, filled=filled, marks=self.manifest.shape.marks)
             # A runner that can replay a whole decoding step, the writes included, brings its own wrapper.
-            graphed = getattr(program, "graphed", None) if spec.kind == "decode" else None
-            self._around.setdefault(spec.file, step if graphed is None else graphed(step))
-        return self._around[spec.file]
+            graphed = getattr(loaded, "graphed", None) if program.kind == "decode" else None
+            self._around.setdefault(name, step if graphed is None else graphed(step))
+        return self._around[name]
 
     def _get(self, spec: ProgramSpec) -> Runner:
         if spec.file not in self._loaded:
@@ -160,11 +186,40 @@ class EngineFolder:
         return self._loaded[spec.file]
 
 
+def _filled_up(program: Runner, wanted: Wanted, count: int) -> Runner:
+    """A program for `count` of what it takes as many as `wanted` says, or more, of which so many results are given."""
+    axes = [_AXES.get(spec.name, 0) for spec in wanted.spec.inputs]
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        filled = [
+            tensor if axis is None or tensor.shape[axis] == wanted.count else _repeated(tensor, axis, wanted.count)
+            for tensor, axis in zip(inputs, axes, strict=True)
+        ]
+        found = program(*filled)
+        return found if count == wanted.count else [tensor[:count] for tensor in found]
+
+    same = count == wanted.count and wanted.kind != "tower"
+    return program if same else run
+
+
+def _repeated(tensor: Tensor, axis: int, count: int) -> Tensor:
+    """So many along an axis, by copies of the last."""
+    last = tensor.narrow(axis, tensor.shape[axis] - 1, 1)
+    shape = list(tensor.shape)
+    shape[axis] = count - shape[axis]
+    return torch.cat((tensor, last.expand(shape)), axis)
+
+
+def _tokens(layout: Layout) -> str:
+    """Tokens of the segments of a prompt, in words."""
+    counts = [segment.tokens for segment in layout]
+    return " + ".join(f"{len(list(run))} x {count}" for count, run in itertools.groupby(counts))
+
+
 class EngineModel(CompiledModel):
     """Programs loaded from a folder that `vitcop_compile.export.export` wrote, with transformers' `generate()`.
 
-    The batch size, the longest turn and the room for new tokens are those of the export. Prompts of a batch hold one image
-    each, or none; turns after the first are text.
+    Batch sizes, what prompts may hold beside text, the longest turn and the room for new tokens are those of the export.
     """
 
     def __init__(self, engines: EngineFolder, config: Any, generation_config: GenerationConfig):
@@ -197,13 +252,32 @@ class EngineModel(CompiledModel):
             generation = GenerationConfig.from_pretrained(root, local_files_only=True)
         except Exception as error:  # with verify=False the files may hold anything
             raise FolderError(f"config.json or generation_config.json of {root} cannot be read: {error}") from None
+        host = _host(manifest, config)
+        programs = check_programs(manifest, host)
         load: Callable[[Path, ProgramSpec], Runner]
         if manifest.product == "onnx":
-            check_programs(manifest)
             device = torch.device("cpu")
             load = partial(OrtProgram, threads=threads, prepack=prepack)
         else:
             from .tensorrt_runtime import loader
 
             device, load = loader(manifest)
-        return cls(EngineFolder(root, manifest, load, device), config, generation)
+        return cls(EngineFolder(root, manifest, host, programs, load, device), config, generation)
+
+
+def _host(manifest: Manifest, config: Any) -> Host:
+    """What the runtime knows of the images of a folder. Raises FolderError where config.json is not that of `vitcop.json`."""
+    entry = FAMILIES.get(manifest.architecture)
+    if entry is None:
+        raise FolderError(f"{NAME}: architecture {manifest.architecture!r} is none of {', '.join(sorted(FAMILIES))}")
+    try:
+        host = entry.host(config, getattr(torch, manifest.dtype).itemsize)
+        known = [tuple(image) for images in manifest.layouts for image in images]
+        blank = host.blank(known, torch.device("meta"), getattr(torch, manifest.dtype))
+    except Exception as error:  # a config of another model lacks whatever the family reads
+        raise FolderError(f"config.json is not that of {manifest.architecture}: {error}") from None
+    if host.shape != manifest.shape:
+        raise FolderError(f"{NAME}: shape {manifest.shape} is not that of config.json, {host.shape}: export again")
+    if blank.layouts != tuple(known) or (host.fixed and any(layout != host.layout for layout in known)):
+        raise FolderError(f"{NAME}: layouts are none of {manifest.architecture}: export again")
+    return host

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import types
 import typing
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from ..config import ViTCoPConfig
 from ..errors import VitcopError
+from ..layout import Layout, Segment
 from ..schedule import ModelShape, Schedule
 
 _Kind = TypeVar("_Kind")
@@ -23,7 +25,8 @@ CONFIGS = ("config.json", "generation_config.json")
 DTYPES = ("float32", "float16", "bfloat16")
 PRODUCTS = ("onnx", "tensorrt", "tensorrt_rtx")
 OPSETS = range(18, 25)
-PROGRAMS = ("vision", "prefill", "extend", "decode")
+SEEING = ({"vision"}, {"tower", "select"})  # kinds of programs of the vision side: of images that are a tile each, of others
+PROGRAMS = {"prefill", "extend", "decode"}
 
 
 class FolderError(VitcopError):
@@ -55,27 +58,21 @@ class ProgramSpec:
 
 
 @dataclass(frozen=True)
-class ImageInput:
-    """How a prompt refers to an image: the placeholder's id, the shape of one image's pixels, its patches."""
-
-    token_id: int
-    pixel_shape: tuple[int, ...]
-    patches: int
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """Everything `vitcop.json` says. position_dims: of a token's position; kv_rows: rows of every layer's cache; `files` maps
-    every other file of the folder to (SHA-256, bytes)."""
+    """Everything `vitcop.json` says. position_dims: of a token's position; batch_sizes: sequences that programs take,
+    ascending; layouts: what a prompt may hold beside text, the segments of each image of each such prompt; later_images:
+    whether turns after the first may hold it too; kv_rows: rows of every layer's cache; `files` maps every other file of the
+    folder to (SHA-256, bytes)."""
 
     product: str
     architecture: str
     config: ViTCoPConfig
     shape: ModelShape
-    image: ImageInput
     position_dims: int
     dtype: str
-    batch_size: int
+    batch_sizes: tuple[int, ...]
+    layouts: tuple[tuple[Layout, ...], ...]
+    later_images: bool
     max_text_len: int
     prompt_buckets: tuple[int, ...] | None
     max_new_tokens: int
@@ -86,30 +83,42 @@ class Manifest:
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The schedule of a prompt of each of `layouts`, resolved anew from config and shape."""
+        return tuple(self.schedule_of(tuple(itertools.chain(*images))) for images in self.layouts)
+
+    @property
     def schedule(self) -> Schedule:
-        """The schedule of a prompt with one image, resolved anew from config and shape."""
-        return self.config.schedule(self.shape)
+        """The first of them."""
+        return self.schedules[0]
+
+    def schedule_of(self, layout: Layout) -> Schedule:
+        """That of a prompt with these segments."""
+        return self.config.schedule(self.shape, layout)
 
     @property
     def cache_rows(self) -> tuple[int, ...]:
-        """Rows of the KV caches of each group of layers."""
-        return tuple(tokens + self.max_text_len + self.max_new_tokens for tokens in self.schedule.group_tokens())
+        """Rows of the KV caches of each group of layers: those of the largest prompt with its new tokens."""
+        most = map(max, zip(*(schedule.group_tokens() for schedule in self.schedules), strict=True))
+        return tuple(tokens + self.max_text_len + self.max_new_tokens for tokens in most)
 
     @property
-    def resolved(self) -> dict[str, Any]:
-        """The schedule in numbers, for readers of `vitcop.json` that cannot resolve it."""
-        schedule = self.schedule
-        return {
-            "image_tokens": schedule.image_tokens,
-            "stages": [dataclasses.asdict(stage) for stage in schedule.stages],
-            "visual_tokens": list(schedule.visual_tokens()),
-        }
+    def resolved(self) -> list[dict[str, Any]]:
+        """The schedules in numbers, for readers of `vitcop.json` that cannot resolve them."""
+        return [
+            {
+                "image_tokens": schedule.image_tokens,
+                "stages": [dataclasses.asdict(stage) for stage in schedule.stages],
+                "visual_tokens": list(schedule.visual_tokens()),
+            }
+            for schedule in self.schedules
+        ]
 
     def to_json(self) -> str:
         """The text of `vitcop.json`, with a digest over all of it."""
         values: dict[str, Any] = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
         values["config"] = json.loads(self.config.to_json())
-        values["schedule"] = self.resolved
+        values["schedules"] = self.resolved
         values = json.loads(json.dumps(values))
         return json.dumps(values | {"digest": _digest(values)}, indent=2) + "\n"
 
@@ -131,7 +140,7 @@ class Manifest:
             raise FolderError(
                 f"{NAME}: format_version {version!r} cannot be read, this package reads {FORMAT_VERSION}: export again with it"
             )
-        known = {f.name for f in dataclasses.fields(cls)} | {"format_version", "schedule", "digest"}
+        known = {f.name for f in dataclasses.fields(cls)} | {"format_version", "schedules", "digest"}
         if unknown := sorted(values.keys() - known):
             raise FolderError(f"{NAME}: unknown fields {unknown}; the folder may need a newer vitcop-compile")
         if missing := sorted(known - values.keys()):
@@ -139,13 +148,13 @@ class Manifest:
         if values.pop("digest") != _digest(values):
             raise FolderError(f"{NAME} was changed after it was written: its digest does not match; export the folder again")
         values.pop("format_version")
-        resolved = values.pop("schedule")
+        resolved = values.pop("schedules")
         try:
             manifest = _parse(values)
             _check_types(manifest, Manifest, "")
             manifest._check()
             if resolved != json.loads(json.dumps(manifest.resolved)):
-                raise FolderError(f"{NAME}: schedule does not follow from config and shape: export the folder again")
+                raise FolderError(f"{NAME}: schedules do not follow from config, shape and layouts: export the folder again")
         except FolderError:
             raise
         except (VitcopError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -176,23 +185,24 @@ class Manifest:
             raise FolderError(f"{NAME}: product {self.product!r} is none of {', '.join(PRODUCTS)}")
         if self.dtype not in DTYPES:
             raise FolderError(f"{NAME}: dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        for name in ("position_dims", "batch_size", "max_text_len", "max_new_tokens", "opset"):
+        for name in ("position_dims", "max_text_len", "max_new_tokens", "opset"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise FolderError(f"{NAME}: {name}={value!r} is not a positive count")
+        if not self.batch_sizes or self.batch_sizes[0] < 1 or list(self.batch_sizes) != sorted(set(self.batch_sizes)):
+            raise FolderError(f"{NAME}: batch_sizes={self.batch_sizes} are not ascending positive counts")
+        if not self.layouts or not all(images and all(images) for images in self.layouts):
+            raise FolderError(f"{NAME}: layouts hold a prompt or an image with nothing in it")
         if self.opset not in OPSETS:
             raise FolderError(f"{NAME}: opset={self.opset} is none of {OPSETS.start} to {OPSETS.stop - 1}")
-        schedule = self.schedule
-        if self.kv_rows != schedule.kv_rows(self.max_text_len, self.max_new_tokens):
-            raise FolderError(f"{NAME}: kv_rows do not follow from config, shape, max_text_len and max_new_tokens")
+        if self.kv_rows != tuple(self.cache_rows[group] for group in self.schedule.groups):
+            raise FolderError(f"{NAME}: kv_rows do not follow from config, shape, layouts, max_text_len and max_new_tokens")
         kinds = {spec.kind for spec in self.programs}
-        if kinds != set(PROGRAMS):
-            raise FolderError(f"{NAME}: programs {sorted(kinds)} are not {sorted(PROGRAMS)}")
+        if kinds not in [PROGRAMS | seeing for seeing in SEEING]:
+            raise FolderError(f"{NAME}: programs {sorted(kinds)} are not {sorted(PROGRAMS)} and those that see images")
         needed = [*(spec.file for spec in self.programs), *CONFIGS]
         if unlisted := [file for file in needed if file not in self.files]:
             raise FolderError(f"{NAME}: files {unlisted} have no checksum")
-        if self.image.patches != schedule.shape.patches:
-            raise FolderError(f"{NAME}: {self.image.patches} patches of an image, the shape has {schedule.shape.patches}")
 
 
 def file_digest(path: Path) -> str:
@@ -224,20 +234,28 @@ _TUPLES = ("grid", "scored_layers")  # of the fields of a shape
 
 def _parse(values: dict[str, Any]) -> Manifest:
     """Builds the dataclasses from JSON values whose digest is right; a wrong type still ends in an error, not in a run."""
-    shape, image, config, buckets = values["shape"], values["image"], values["config"], values["prompt_buckets"]
+    shape, config, buckets = values["shape"], values["config"], values["prompt_buckets"]
     settings = ViTCoPConfig.from_json(json.dumps(config))
     if json.loads(settings.to_json()) != config:
         raise FolderError(f"{NAME}: config lacks fields: export the folder again")
     parsed = values | {
         "config": settings,
         "shape": _build(ModelShape, shape | {name: _tuple(shape[name]) for name in _TUPLES if name in shape}),
-        "image": _build(ImageInput, image | {"pixel_shape": _tuple(image["pixel_shape"])}),
+        "batch_sizes": _tuple(values["batch_sizes"]),
+        "layouts": tuple(
+            tuple(tuple(_segment(part) for part in _tuple(image)) for image in _tuple(images))
+            for images in _tuple(values["layouts"])
+        ),
         "prompt_buckets": None if buckets is None else _tuple(buckets),
         "kv_rows": _tuple(values["kv_rows"]),
         "programs": tuple(_program(spec) for spec in _tuple(values["programs"])),
         "files": {name: _tuple(entry) for name, entry in values["files"].items()},
     }
     return _build(Manifest, parsed)
+
+
+def _segment(values: dict[str, Any]) -> Segment:
+    return _build(Segment, values | {name: _tuple(values[name]) for name in ("grid", "protected")})
 
 
 def _program(values: dict[str, Any]) -> ProgramSpec:

@@ -107,11 +107,12 @@ def build_folder(folder: Path, manifest: Manifest, progress: Progress, product: 
     engines = []
     version = ""
     for onnx, found in zip(manifest.programs, operators, strict=True):
-        spec = dataclasses.replace(onnx, file=f"{onnx.kind}/engine.plan", profiles=_profiles(onnx, manifest))
-        task = progress.add_task(f"building {spec.kind} with {product}", total=None)
+        name = Path(onnx.file).stem
+        spec = dataclasses.replace(onnx, file=f"{name}/engine.plan", profiles=_profiles(onnx, manifest))
+        task = progress.add_task(f"building {name} with {product}", total=None)
 
-        def report(text: str, task: Any = task, kind: str = spec.kind) -> None:
-            progress.update(task, description=f"building {kind} with {product}: {text}")
+        def report(text: str, task: Any = task, name: str = name) -> None:
+            progress.update(task, description=f"building {name} with {product}: {text}")
 
         version = build_engine(folder / onnx.file, folder / spec.file, spec, found, product, options, report)
         progress.remove_task(task)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,10 @@ from torch.export import ExportedProgram
 
 from ..errors import ConfigError, UnsupportedError
 from ..host import Host
+from ..layout import Layout
 from ..schedule import Schedule
-from .contract import LEAST_TEXT, check_programs
-from .manifest import NAME, ImageInput, Manifest, ProgramSpec, file_digest
+from .contract import LEAST_TEXT, Wanted, check_programs, text_spans, wanted_programs
+from .manifest import NAME, Manifest, file_digest
 from .onnx import OPSETS, WEIGHTS, WeightStore, require_packages, write_onnx
 from .staging import staged
 
@@ -33,33 +36,40 @@ def export(
     output_dir: str | Path,
     *,
     format: str = "onnx",
-    batch_size: int = 1,
+    batch_size: int | Sequence[int] = 1,
     max_text_len: int = 512,
     max_new_tokens: int = 256,
     prompt_buckets: Sequence[int] | None = None,
+    layouts: Sequence[Sequence[Layout]] | None = None,
+    later_images: bool = False,
     opset: int = 18,
     processor: Any = None,
     **build_options: Any,
 ) -> Path:
     """Writes `model` as a folder that deploys without its Python: "onnx", or "tensorrt" engines.
 
-    batch_size: sequences per call (prompts times beams), all with one image or all without; max_text_len: text tokens of the
-    longest turn; max_new_tokens: rows for generated tokens; later turns of text use what is left of both; prompt_buckets:
+    batch_size: sequences per call (prompts times beams), one number or several; max_text_len: text tokens of the longest turn;
+    max_new_tokens: rows for generated tokens; later turns use what is left of both, and of the visual tokens; prompt_buckets:
     static lengths of a turn's text, ending in max_text_len, in place of a dynamic axis: ONNX files for each, or an
-    optimization profile for each in a TensorRT engine; opset: 18 to 24; processor: saved beside the engines; build_options:
-    of `tensorrt.BuildOptions`. Visual budgets are static. Returns the folder, which appears whole or not at all.
+    optimization profile for each in a TensorRT engine; layouts: what a prompt may hold beside text, for each such prompt the
+    layouts of its images as `layout_of` gives them, by default one image, where images have one size; later_images: whether
+    later turns may hold it too, which takes prompt_buckets; opset: 18 to 24; processor: saved beside the engines;
+    build_options: of `tensorrt.BuildOptions`. Visual budgets are static. Returns the folder, which appears whole or not at
+    all.
 
     Raises ConfigError for numbers that do not fit, UnsupportedError for a format or a missing package, before any work.
     """
     if model.programs.attn_implementation != "sdpa":
         chosen = model.programs.attn_implementation
         raise UnsupportedError(f"attn_implementation={chosen!r} cannot leave torch: call optimize() with 'sdpa'")
-    buckets = check_options(model.programs.schedule, format, batch_size, max_text_len, max_new_tokens, prompt_buckets, opset)
+    host, name = model.host, type(model.model).__name__
+    prompts = check_layouts(host, layouts, name)
+    schedules = [model.schedule_of(tuple(itertools.chain(*images))) for images in prompts]
+    batches, buckets = check_options(schedules, format, batch_size, max_text_len, max_new_tokens, prompt_buckets, opset)
     if model.dtype == torch.bfloat16 and opset < _BFLOAT16_OPSET:
         raise UnsupportedError(
             f"opset={opset} has no bfloat16 convolution: choose opset {_BFLOAT16_OPSET} or later, or float16"
         )
-    check_images(model.host, type(model.model).__name__)
     model.check_weights()
     target = Path(output_dir)
     finish: Callable[[Path, Manifest, Progress], Manifest] | None = None
@@ -69,121 +79,125 @@ def export(
         finish = finisher(model.dtype, **build_options)
     elif build_options:
         raise ConfigError(f"{', '.join(build_options)} are options of format='tensorrt', not of {format!r}")
-    spans = _spans(format, max_text_len, buckets)
+    if format == "tensorrt" and buckets and buckets[0] < LEAST_TEXT:
+        raise ConfigError(f"prompt_buckets={buckets}: the first must be at least {LEAST_TEXT} for format={format!r}")
+    manifest = Manifest(
+        product=format,
+        architecture=name,
+        config=model.pruning_config,
+        shape=host.shape,
+        position_dims=host.shape.position_dims,
+        dtype=str(model.dtype).removeprefix("torch."),
+        batch_sizes=batches,
+        layouts=prompts,
+        later_images=later_images,
+        max_text_len=max_text_len,
+        prompt_buckets=buckets,
+        max_new_tokens=max_new_tokens,
+        opset=opset,
+        kv_rows=(),
+        programs=(),
+        versions=_versions(),
+    )
+    if later_images and (vary := [span for span in text_spans(manifest) if span[0] != span[1]]):
+        raise ConfigError(
+            f"later_images=True and text of {vary[0][0]} to {vary[0][1]} tokens: turns with images on filled caches have "
+            "static lengths; pass prompt_buckets, of which format='tensorrt' takes one here"
+        )
+    rows = manifest.cache_rows
+    manifest = dataclasses.replace(manifest, kv_rows=tuple(rows[group] for group in manifest.schedule.groups))
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with staged(target) as folder, Progress(*columns, transient=True) as progress:
         store = WeightStore(folder / WEIGHTS)
         specs = []
-        for kind, rows, make, inputs, outputs in _programs(model, batch_size, max_text_len, max_new_tokens, spans):
-            task = progress.add_task(f"exporting {kind}{'' if rows is None else f' ({rows[1]} rows)'} to ONNX", total=None)
-            file = f"{kind}_{rows[1]}.onnx" if rows and rows[0] == rows[1] else f"{kind}.onnx"
-            taken, given = write_onnx(make(), folder / file, store, inputs, outputs, opset)
-            specs.append(ProgramSpec(kind, file, rows, taken, given))
+        for wanted in wanted_programs(manifest, host):
+            task = progress.add_task(f"exporting {Path(wanted.spec.file).stem} to ONNX", total=None)
+            inputs, outputs = ([spec.name for spec in side] for side in (wanted.spec.inputs, wanted.spec.outputs))
+            program = _exporter(model, wanted, rows)
+            taken, given = write_onnx(program, folder / wanted.spec.file, store, inputs, outputs, opset)
+            specs.append(dataclasses.replace(wanted.spec, inputs=taken, outputs=given))
             progress.remove_task(task)
+        manifest = dataclasses.replace(manifest, programs=tuple(specs))
+        check_programs(manifest, host)
         _save_configs(model, folder, processor)
-        schedule = model.programs.schedule
-        manifest = Manifest(
-            product="onnx",
-            architecture=type(model.model).__name__,
-            config=model.pruning_config,
-            shape=schedule.shape,
-            image=ImageInput(model.host.token_id, model.host.pixel_shape, schedule.shape.patches),
-            position_dims=model.programs.family.shape.position_dims,
-            dtype=str(model.dtype).removeprefix("torch."),
-            batch_size=batch_size,
-            max_text_len=max_text_len,
-            prompt_buckets=buckets,
-            max_new_tokens=max_new_tokens,
-            opset=opset,
-            kv_rows=schedule.kv_rows(max_text_len, max_new_tokens),
-            programs=tuple(specs),
-            versions=_versions(),
-        )
-        if format == "onnx":
-            check_programs(manifest)
         if finish is not None:
             manifest = finish(folder, manifest, progress)
         _seal(folder, manifest)
     return target
 
 
-def check_images(host: Host, name: str) -> None:
-    """Raises UnsupportedError for images that are put together behind the encoder."""
-    if host.shape.packed:
-        raise UnsupportedError(
-            f"{name} puts images together behind its encoder, by programs that a folder does not hold yet: serve it with "
-            "optimize(), of which backend='onnxruntime' needs no compiler either"
-        )
+def check_layouts(host: Host, layouts: Sequence[Sequence[Layout]] | None, name: str) -> tuple[tuple[Layout, ...], ...]:
+    """What prompts may hold, by default one image where there is one size. Raises ConfigError."""
+    if layouts is None:
+        if not host.fixed:
+            raise ConfigError(
+                f"{name} takes images of any size, and a folder holds programs for some: say which by layouts=, such as "
+                "[[model.layout_of(height, width)]] for a prompt with one image, or what model.layouts_of(**inputs) says of a "
+                "processor's inputs (--image-size HEIGHTxWIDTH)"
+            )
+        return ((host.layout,),)
+    found = tuple(dict.fromkeys(tuple(tuple(image) for image in images) for images in layouts))
+    if not found or not all(images and all(images) for images in found):
+        raise ConfigError(f"layouts={layouts!r}: pass what at least one prompt holds, an image at least; text needs none")
+    return found
 
 
-def _programs(
-    model: OptimizedModel, batch: int, text: int, new: int, spans: list[tuple[int, int]]
-) -> Iterator[tuple[str, tuple[int, int] | None, Callable[[], ExportedProgram], list[str], list[str]]]:
-    """(kind, rows of a turn, export, input names, output names) of every program of a folder."""
-    programs, schedule = model.programs, model.schedule
-    layers = range(schedule.shape.layers)
-    state = [f"state_{i}" for i in range(programs.states)]
-    kept = ["kept"] if schedule.vision else []
-    yield "vision", None, lambda: programs.export_vision(batch, exact=False), ["pixels"], ["features", *kept, *state]
-    caches = [f"{name}_{layer}" for layer in layers for name in ("key", "value")]
-    stages = [f"stage_{stage.layer}" for stage in schedule.decoder_stages]
-    image = ["ids", "last", "positions", "features", "visual", *(state if stages else [])]
-    longer = ["ids", "last", "length", "position", "removed", *caches]
-    new_rows = [f"new_{name}" for name in caches]
-    n, rows = schedule.image_tokens, [tokens + text + new for tokens in schedule.group_tokens()]
-    for least, most in spans:
-        dynamic = None if least == most else least
-
-        def prefill(most: int = most, dynamic: int | None = dynamic) -> ExportedProgram:
-            return programs.export_prefill(batch, most, in_place=False, least_text=dynamic)
-
-        def extend(most: int = most, dynamic: int | None = dynamic) -> ExportedProgram:
-            return programs.export_extend(batch, most, rows, in_place=False, least_tokens=dynamic)
-
-        yield "prefill", (n + least, n + most), prefill, image, ["logits", *stages, *caches]
-        if most > 1:  # one token is a decoding step
-            yield "extend", (least, most), extend, longer, ["logits", *new_rows]
-    yield "decode", None, lambda: programs.export_extend(batch, 1, rows, in_place=False), longer, ["logits", *new_rows]
-
-
-def _spans(format: str, text: int, buckets: tuple[int, ...] | None) -> list[tuple[int, int]]:
-    """Fewest and most text tokens of every prefill and extend file: one of each with dynamic rows, or one for each bucket.
-
-    TensorRT takes one file for all buckets: an engine holds its weights once and a profile for every bucket.
-    """
-    if buckets is None:
-        return [(LEAST_TEXT, text)]
-    if format == "onnx":
-        return [(size, size) for size in buckets]
-    if buckets[0] < LEAST_TEXT:
-        raise ConfigError(f"prompt_buckets={buckets}: the first must be at least {LEAST_TEXT} for format={format!r}")
-    return [(buckets[0], buckets[-1])]
+def _exporter(model: OptimizedModel, wanted: Wanted, rows: Sequence[int]) -> ExportedProgram:
+    """What a program of a folder is written from; rows: those of the caches by group."""
+    programs, (least, most) = model.programs, wanted.text
+    dynamic = None if least == most else least
+    match wanted.kind:
+        case "vision":
+            return programs.export_vision(wanted.count, exact=False)
+        case "tower":
+            return programs.export_tower(wanted.count, *wanted.key)
+        case "select":
+            tiles, slots, *rest = wanted.key
+            return programs.export_select(tiles, slots, wanted.count, *rest, exact=False)
+        case "prefill":
+            filled = wanted.key[1]
+            held = rows if filled else None
+            return programs.export_prefill(
+                wanted.count, most, wanted.layout, held, filled=filled, in_place=False, least_text=dynamic
+            )
+    return programs.export_extend(wanted.count, most, rows, in_place=False, least_tokens=dynamic)
 
 
 def check_options(
-    schedule: Schedule, format: str, batch: int, text: int, new: int, buckets: Sequence[int] | None, opset: int
-) -> tuple[int, ...] | None:
-    """The text buckets, after every check of `export`'s options that needs no model. Raises as `export` does."""
+    schedules: Sequence[Schedule],
+    format: str,
+    batch: int | Sequence[int],
+    text: int,
+    new: int,
+    buckets: Sequence[int] | None,
+    opset: int,
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """(batch sizes, text buckets), after every check of `export`'s options that needs no model. Raises as `export` does."""
     if format not in FORMATS:
         raise UnsupportedError(f"format={format!r} is unknown: use one of {', '.join(FORMATS)}")
     if opset not in OPSETS:
         raise UnsupportedError(f"opset={opset} is out of range: choose {OPSETS.start} to {OPSETS.stop - 1}")
     require_packages()
-    for name, value, least in (("batch_size", batch, 1), ("max_text_len", text, LEAST_TEXT), ("max_new_tokens", new, 1)):
+    batches = tuple(batch) if isinstance(batch, Sequence) else (batch,)
+    counts = [("batch_size", value, 1) for value in batches]
+    for name, value, least in (*counts, ("max_text_len", text, LEAST_TEXT), ("max_new_tokens", new, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r} is not a count of at least {least}")
-    total, limit = schedule.image_tokens + text + new, schedule.shape.most_tokens
+    if not batches or list(batches) != sorted(set(batches)):
+        raise ConfigError(f"batch_size={batches}: pass one count, or ascending ones")
+    most, limit = max(schedule.image_tokens for schedule in schedules), schedules[0].shape.most_tokens
+    total = most + text + new
     if total > limit:
         raise ConfigError(
-            f"{schedule.image_tokens} image tokens, max_text_len={text} and max_new_tokens={new} need {total} positions, the "
+            f"{most} image tokens, max_text_len={text} and max_new_tokens={new} need {total} positions, the "
             f"model has {limit}: lower one of them"
         )
     if buckets is None:
-        return None
+        return batches, None
     values = tuple(buckets)
     if not values or list(values) != sorted(set(values)) or values[0] < 1 or values[-1] != text:
         raise ConfigError(f"prompt_buckets={values}: pass ascending lengths that end in max_text_len={text}")
-    return values
+    return batches, values
 
 
 def _save_configs(model: OptimizedModel, folder: Path, processor: Any) -> None:

@@ -92,7 +92,7 @@ def attend_apart(
     batch, heads, count, width = query.shape
     groups, rows = key.shape[1], key_cache.shape[2]
     shared = heads // groups
-    grouped = query.reshape(batch, groups, shared * count, width) * scale
+    grouped = _in_groups(query, groups) * scale
     if held is None:
         held = torch.arange(rows, device=query.device) < at[:, :1, None, None]
     elif count != 1:
@@ -107,7 +107,21 @@ def attend_apart(
         new = torch.where(before, new, torch.finfo(torch.float32).min)
     weights = torch.cat((old, new), -1).softmax(-1).to(query.dtype)
     out = weights[..., :rows] @ value_cache + weights[..., rows:] @ value
-    return out.reshape(batch, heads, count, width)
+    if shared == 1 or isinstance(count, int):
+        return out.reshape(batch, heads, count, width)
+    return torch.stack([out[:, :, i * count : (i + 1) * count] for i in range(shared)], 2).flatten(1, 2)
+
+
+def _in_groups(query: Tensor, groups: int) -> Tensor:
+    """Queries [B, heads, s, hd], those that share a key behind one another: [B, groups, shared * s, hd]."""
+    batch, heads, count, width = query.shape
+    shared = heads // groups
+    if shared == 1:
+        return query
+    if isinstance(count, int):
+        return query.reshape(batch, groups, shared * count, width)
+    # To know whether it could be a view, `reshape` would fix an axis that is to vary.
+    return torch.cat(query.unflatten(1, (groups, shared)).unbind(2), 2)
 
 
 def attach_cache(

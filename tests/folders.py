@@ -63,7 +63,7 @@ def without_collection() -> Iterator[None]:
 
 def generate(model: Any, ids: Tensor, images: Tensor | None = None, steps: int = STEPS, **settings: Any) -> tuple[Any, Any]:
     """(new tokens [B, steps], logits [B, steps, V]), greedy by default. An engine's batch is filled with copies."""
-    if isinstance(model, EngineModel) and ids.shape[0] == 1 < model.manifest.batch_size:
+    if isinstance(model, EngineModel) and ids.shape[0] == 1 < max(model.manifest.batch_sizes):
         ids, images = ids.repeat(2, 1), None if images is None else images.repeat(2, 1, 1, 1)
     settings = {"do_sample": False, "max_new_tokens": steps} | settings | ({} if images is None else {"pixel_values": images})
     out = model.generate(ids, return_dict_in_generate=True, output_logits=True, **settings)

@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-COLUMNS = ("image", "several", "video", "batch", "turns", "beams", "pruned by hand", "inductor", "onnxruntime", "RTX build")
+COLUMNS = (
+    "image",
+    "several",
+    "video",
+    "batch",
+    "turns",
+    "beams",
+    "pruned by hand",
+    "inductor",
+    "onnxruntime",
+    "folder",
+    "RTX build",
+)
 FAMILIES = {
     "llava": "LLaVA-1.5", "next": "LLaVA-NeXT", "onevision": "LLaVA-OneVision", "next_video": "LLaVA-NeXT-Video",
     "video_llava": "Video-LLaVA", "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL",

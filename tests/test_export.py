@@ -211,9 +211,9 @@ def test_manifest(fast: Any) -> None:
     values = json.loads((folder("pair") / "vitcop.json").read_text())
     assert (values["format_version"], values["product"], values["dtype"], values["opset"]) == (2, "onnx", "float32", 18)
     assert values["kv_rows"] == [TEXT + BUDGET + NEW - shift for shift in SHIFTS]
-    assert values["schedule"]["visual_tokens"] == [BUDGET - shift for shift in SHIFTS]
-    assert [stage["tokens"] for stage in values["schedule"]["stages"]] == [[BUDGET], [18], [7]]
-    assert (values["batch_size"], values["prompt_buckets"]) == (2, [10, TEXT])
+    assert values["schedules"][0]["visual_tokens"] == [BUDGET - shift for shift in SHIFTS]
+    assert [stage["tokens"] for stage in values["schedules"][0]["stages"]] == [[BUDGET], [18], [7]]
+    assert (values["batch_sizes"], values["prompt_buckets"]) == ([2], [10, TEXT])
     assert {"torch", "transformers", "onnx", "onnxruntime", "vitcop-compile"} <= values["versions"].keys()
     present = {file.name for file in folder("pair").iterdir()} - {"vitcop.json"}
     assert present == values["files"].keys()

@@ -18,6 +18,7 @@ from vitcop_compile.export import EngineModel, export
 
 from vitcop_compile import InputError
 from vitcop_compile.cache import PrunedCache
+from vitcop_compile.provider import Ask
 
 ROOM = TEXT + NEW  # rows beside the image
 
@@ -35,7 +36,7 @@ def engine() -> Callable[[str], EngineModel]:
 
 def converse(model: Any, ids: Tensor, images: Tensor | None, turns: list[list[int]], new: int = 4) -> list[Tensor]:
     """Logits [B, new, V] of every turn, each on the cache of the one before; the batch of an engine is filled with copies."""
-    batch = model.manifest.batch_size if isinstance(model, EngineModel) else 1
+    batch = max(model.manifest.batch_sizes) if isinstance(model, EngineModel) else 1
     ids, images = ids.repeat(batch, 1), None if images is None else images.repeat(batch, 1, 1, 1)
     found, settings = [], {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     given: dict[str, Any] = {} if images is None else {"pixel_values": images}
@@ -93,7 +94,7 @@ def test_turns_of_unequal_lengths(engine: Callable, fast: Any) -> None:
 def test_caches_are_full_to_the_last_row(name: str, engine: Callable, fast: Any) -> None:
     """All rows can be used, none twice, and the cache stays where it is."""
     model = engine(name)
-    batch = model.manifest.batch_size
+    batch = max(model.manifest.batch_sizes)
     logits = []
     for one in (model, fast):
         rows = batch if one is model else 1
@@ -120,26 +121,29 @@ def test_caches_are_full_to_the_last_row(name: str, engine: Callable, fast: Any)
 
 
 def test_two_images_in_a_prompt(engine: Callable) -> None:
-    with pytest.raises(InputError, match=r"2 images in a prompt, the engine takes one: ask about each alone, or .*optimize"):
+    with pytest.raises(InputError, match=r"images of 2 x 64 tokens, the engine takes 1 x 64 tokens of images: .*optimize"):
         engine("dynamic")(input_ids=torch.cat((prompt(2, 3), prompt(2, 3)), 1), pixel_values=pixels(2))
 
 
 def test_prompts_with_and_without_an_image(engine: Callable, fast: Any) -> None:
-    """Refused before a cache is taken: the same cache then serves a batch of one kind."""
-    model, cache = engine("pair"), PrunedCache()
-    ids, mask = pad([prompt(4, 5), torch.tensor([text(6)])], "left")
-    with pytest.raises(InputError, match=r"some prompts of the batch hold an image and others none.*request for each kind"):
-        model(input_ids=ids, attention_mask=mask, pixel_values=pixels(), past_key_values=cache)
-    assert not cache.filled
-    found = model(input_ids=prompt().repeat(2, 1), pixel_values=pixels().repeat(2, 1, 1, 1), past_key_values=cache).logits
-    torch.testing.assert_close(found[:1], fast(input_ids=prompt(), pixel_values=pixels()).logits, atol=1e-3, rtol=0)
+    """Each goes alone through programs for two, and says what it says alone; so do later turns."""
+    model, plain = engine("pair"), [text(6)]
+    ids, mask = pad([prompt(4, 5), torch.tensor(plain)], "left")
+    found = model(input_ids=ids, attention_mask=mask, pixel_values=pixels())
+    later = torch.tensor([text(5), text(5, 7)])
+    after = model(input_ids=later, past_key_values=found.past_key_values)
+    for row, alone in enumerate(({"input_ids": prompt(4, 5), "pixel_values": pixels()}, {"input_ids": torch.tensor(plain)})):
+        expected = fast(**alone)
+        torch.testing.assert_close(found.logits[row : row + 1], expected.logits, atol=1e-3, rtol=0)
+        expected = fast(input_ids=later[row : row + 1], past_key_values=expected.past_key_values)
+        torch.testing.assert_close(after.logits[row : row + 1], expected.logits, atol=1e-3, rtol=0)
 
 
 def test_an_image_in_a_later_turn(engine: Callable) -> None:
     model = engine("dynamic")
     cache = model(input_ids=torch.tensor([text(5)])).past_key_values
     seen, held = cache.get_seq_length(), cache.held
-    with pytest.raises(InputError, match=r"a later turn holds an image.*without a cache, or call optimize"):
+    with pytest.raises(InputError, match=r"a later turn holds an image.*later_images=True, or call optimize"):
         model(input_ids=prompt(2, 3), pixel_values=pixels(), past_key_values=cache)
     assert (cache.get_seq_length(), cache.held) == (seen, held)
 
@@ -149,11 +153,14 @@ def test_a_part_of_a_batch(engine: Callable) -> None:
     rows = engines.manifest.cache_rows
     for ask in (
         lambda: engines.vision(3),
-        lambda: engines.prefill(1, 10, engines.schedule, rows),
-        lambda: engines.extend(1, 1, rows),
+        lambda: engines.prefill(3, 10, engines.schedule, rows),
+        lambda: engines.extend(3, 1, rows),
     ):
-        with pytest.raises(InputError, match=r"[13] sequences \(prompts times beams\), the engine was built for 2"):
+        with pytest.raises(InputError, match=r"no (vision|prefill|decode) program for 3 (images|sequences) .*batches of 2"):
             ask()
+    for batch in (1, 3):
+        with pytest.raises(InputError, match=rf"{batch} sequences \(prompts times beams\), the engine was built for 2"):
+            engines.plan(Ask(batch, 4, 0, 1))
 
 
 def test_room_of_later_turns(engine: Callable) -> None:

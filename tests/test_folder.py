@@ -190,9 +190,9 @@ def test_no_manifest(copy: Path, tmp_path: Path) -> None:
 
 
 FIELDS = [
-    "product", "architecture", "config", "shape", "image", "position_dims", "dtype", "batch_size", "max_text_len",
-    "prompt_buckets", "max_new_tokens", "opset", "kv_rows", "programs", "versions", "files",
-    "schedule", "format_version", "digest",
+    "product", "architecture", "config", "shape", "layouts", "later_images", "position_dims", "dtype", "batch_sizes",
+    "max_text_len", "prompt_buckets", "max_new_tokens", "opset", "kv_rows", "programs", "versions", "files",
+    "schedules", "format_version", "digest",
 ]  # fmt: skip
 
 
@@ -206,9 +206,7 @@ def test_a_field_removed_changed_or_retyped(field: str, copy: Path) -> None:
     write(copy, {key: value for key, value in values.items() if key != field}, seal=field != "digest")
     refused(copy)
     for wrong in WRONG:
-        if (field, wrong) in (("versions", {}), ("prompt_buckets", None)) or (
-            field == "architecture" and isinstance(wrong, str)
-        ):
+        if (field, wrong) in (("versions", {}), ("prompt_buckets", None)):
             continue  # what a folder may say
         write(copy, values | {field: wrong}, seal=field != "digest")
         refused(copy)
@@ -234,13 +232,10 @@ def replaced(value: Any, path: tuple, new: Callable[[Any], Any]) -> Any:
 
 
 def may_say(path: tuple, wrong: Any) -> bool:
-    """Whether a well-sealed value is one that a folder may hold: names, versions and settings that no shape depends on."""
-    if path[0] in ("versions", "architecture"):
+    """Whether a well-sealed value is one that a folder may hold: versions, and settings that no shape depends on."""
+    if path[0] == "versions":
         return isinstance(wrong, str) or wrong == {} or (wrong is ... and len(path) == 2)
-    if path[0] == "shape" and len(path) == 2:
-        shapes = ("layers", "hidden", "kv_heads", "head_dim", "vocab", "grid")
-        return isinstance(wrong, int) and path[1] not in shapes
-    return path[0] == "config" or path == ("image", "token_id")
+    return path[0] == "config"
 
 
 @given(data=st.data())

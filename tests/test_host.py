@@ -184,7 +184,7 @@ def test_a_size_that_is_none(size: str) -> None:
 
 def test_commands_for_one_size_refuse_others_before_loading(configured: Path, tmp_path: Path) -> None:
     for command, words in (
-        (("export", "--model", configured, "--output-dir", tmp_path / "out"), "by programs that a folder does not hold yet"),
+        (("export", "--model", configured, "--output-dir", tmp_path / "out"), "say which by layouts=, such as"),
         (("demo", "--model", configured), "which the demo cannot draw"),
     ):
         done = run(*command)

@@ -19,7 +19,7 @@ CANDIDATES = 64
 class Ask(NamedTuple):
     """What a turn needs. batch: sequences; text: text tokens of the longest; images: of the one with most; new: tokens to be
     generated, None if nobody knows; held: rows that the caches hold by group, () before the first turn; rows: those they have;
-    alike: whether all have the same images; visual: visual tokens by group of layers, the most of any, () without."""
+    visual: visual tokens by group of layers, the most of any, () without; layouts: those of the samples, each once."""
 
     batch: int
     text: int
@@ -27,8 +27,8 @@ class Ask(NamedTuple):
     new: int | None
     held: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
-    alike: bool = True
     visual: tuple[int, ...] = ()
+    layouts: tuple[Layout, ...] = ()
 
 
 class Plan(NamedTuple):

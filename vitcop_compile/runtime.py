@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any, Self
 
@@ -71,6 +72,20 @@ class CompiledModel(GenerationMixin):
     def layout_of(self, height: int, width: int, images: int = 1) -> Layout:
         """How an image of so many pixels lies in a prompt of so many images. Raises InputError for sizes below 1."""
         return self._host.layout_of(height, width, images)
+
+    def layouts_of(self, input_ids: Tensor, **given: Any) -> list[tuple[Layout, ...]]:
+        """How the images of a request lie in each of its prompts, in order: what `warmup` and an export take.
+
+        input_ids: int64 [B, T]; given: what the processor says beside them. Raises InputError as `forward` does.
+        """
+        ids = check_ids(input_ids, self.device)
+        named = {name: given[name] for name in self._host.inputs if name in given}
+        images = self._images(ids, named.pop(self._host.inputs[0], None), named)
+        found = () if images is None else images.layouts
+        real = check_mask(given.get("attention_mask"), ids)
+        counts = read(ids, real, self._host.token_ids, self._vocab, found, self._fixed).images
+        ends = itertools.accumulate(counts)
+        return [found[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
     def explain(self) -> str:
         """The schedule as a table: tokens, KV rows and FLOPs per group of layers."""
@@ -330,7 +345,7 @@ class CompiledModel(GenerationMixin):
         rows = [text + tokens[0] for text, tokens in zip(reading.text, visual, strict=True)]
         self._check_length(max(map(sum, zip(rows, cache.lengths or [0] * batch, strict=True))), new or 1)
         most = tuple(map(max, zip(*visual, strict=True)))
-        ask = Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows, len(found) == 1, most)
+        ask = Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows, most, tuple(found))
         plan = provider.plan(ask)
         if not cache.filled or plan.rows != cache.rows:
             shapes = self.schedule.cache_shapes(batch, plan.rows)

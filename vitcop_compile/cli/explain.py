@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..explain import TEXT_TOKENS, table
 from ..host import FixedImages, Host
 from ..schedule import ModelShape
-from .shared import PRESET_NAMES, console, errors_as_lines, model_host, settings_of_share
+from .shared import PRESET_NAMES, console, errors_as_lines, image_size_of, model_host, settings_of_share
 
 
 def explain_command(
@@ -37,21 +37,13 @@ def explain_command(
     with errors_as_lines():
         settings = _settings(preset, retention, mean_tokens, config)
         host = _LLAVA if model is None else model_host(model)
-        sizes = [_size(text) for text in image_size or ()]
+        sizes = [image_size_of(text) for text in image_size or ()]
         layout = tuple(segment for size in sizes for segment in host.layout_of(*size, len(sizes))) or host.layout
         console().print(table(settings.schedule(_shape(host, layers), layout), text_tokens))
 
 
 # LLaVA-1.5-7B's.
 _LLAVA = FixedImages(ModelShape(), 32000, (3, 336, 336))
-
-
-def _size(text: str) -> tuple[int, int]:
-    """(height, width) of "WIDTHxHEIGHT"."""
-    width, found, height = text.lower().partition("x")
-    if not found or not width.isdecimal() or not height.isdecimal():
-        raise ConfigError(f"--image-size {text} is not WIDTHxHEIGHT, such as 1344x896")
-    return int(height), int(width)
 
 
 def _settings(preset: str | None, retention: float | None, mean_tokens: float | None, path: Path | None) -> ViTCoPConfig:

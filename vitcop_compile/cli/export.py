@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import typer
 from PIL import Image
 from rich.text import Text
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from .. import picture, toy
@@ -20,13 +21,16 @@ from ..errors import ConfigError, InputError
 from ..export import EngineModel, FolderError, export
 from ..export.manifest import DTYPES
 from ..export.staging import check_target
-from ..export.writer import FORMATS, check_images, check_options
+from ..export.writer import FORMATS, check_layouts, check_options
+from ..host import Host
+from ..layout import Layout
 from ..pipeline import optimize
 from .shared import (
     PRESET_NAMES,
     cannot_load,
     console,
     errors_as_lines,
+    image_size_of,
     model_host,
     settings_of_share,
     without_future_warnings,
@@ -47,15 +51,18 @@ class _Asked:
     output_dir: Path
     format: str
     dtype: str
-    batch_size: int
+    batch_size: list[int]
     max_text_len: int
     max_new_tokens: int
     prompt_buckets: list[int] | None
+    image_sizes: list[tuple[int, int]]
+    images: list[int]
+    later_images: bool
     opset: int
 
 
 def export_command(
-    model: Annotated[str, typer.Option(help="A LLaVA-1.5 folder or model on the hub.")],
+    model: Annotated[str, typer.Option(help="A folder or a model on the hub, of a supported family.")],
     output_dir: Annotated[Path, typer.Option(help="The folder to write; it appears whole or not at all.")],
     retention: Annotated[
         str, typer.Option(help=f"A published setting ({PRESET_NAMES}), or the share of the visual tokens to keep.")
@@ -64,12 +71,22 @@ def export_command(
     dtype: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; default: float32 for onnx, float16 for tensorrt.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences per call: prompts times beams.")] = 1,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Sequences per call: prompts times beams, default 1; repeat, ascending.")
+    ] = None,
     max_text_len: Annotated[int, typer.Option(help="Text tokens of the longest prompt.")] = 512,
     max_new_tokens: Annotated[int, typer.Option(help="Cache rows for generated tokens.")] = 256,
     prompt_bucket: Annotated[
         list[int] | None, typer.Option(help="A static prompt length in place of a dynamic axis; repeat, ascending.")
     ] = None,
+    image_size: Annotated[
+        list[str] | None,
+        typer.Option(help="WIDTHxHEIGHT of the images that prompts hold, where a model takes any size; repeat for several."),
+    ] = None,
+    images: Annotated[
+        list[int] | None, typer.Option(help="Images of a prompt, all of one size, default 1; repeat for several counts.")
+    ] = None,
+    later_images: Annotated[bool, typer.Option(help="Whether turns after the first may hold images too.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 24.")] = 18,
 ) -> None:
     """Write a pruned model as a folder of ONNX graphs or TensorRT engines."""
@@ -80,10 +97,13 @@ def export_command(
             output_dir=output_dir,
             format=format,
             dtype=_dtype(dtype, format),
-            batch_size=batch_size,
+            batch_size=batch_size or [1],
             max_text_len=max_text_len,
             max_new_tokens=max_new_tokens,
             prompt_buckets=prompt_bucket,
+            image_sizes=[image_size_of(text) for text in image_size or ()],
+            images=images or [1],
+            later_images=later_images,
             opset=opset,
         )
         _check_before_loading(asked)
@@ -109,7 +129,7 @@ def run_command(
         photo = None if image is None else picture.load_image(image)
         engine = EngineModel.from_pretrained(folder, verify=verify)
         inputs, streamer = _request(engine, folder, prompt, photo)
-        names = ("input_ids", "attention_mask", "pixel_values")
+        names = ("input_ids", "attention_mask", *engine.engines.host.inputs)
         asked: dict[str, Any] = {name: inputs[name].to(engine.device) for name in names if name in inputs}
         new = engine.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
         engine.generate(**asked, max_new_tokens=new, do_sample=False, streamer=streamer)
@@ -154,14 +174,25 @@ def _check_before_loading(asked: _Asked) -> None:
     """Everything that can be refused before gigabytes of weights are loaded for nothing."""
     check_target(asked.output_dir)
     host = model_host(asked.model)
-    check_images(host, f"--model {asked.model}")
-    schedule = asked.config.schedule(host.shape, host.layout)
+    prompts = check_layouts(host, _layouts(asked, host), f"--model {asked.model}")
+    schedules = [asked.config.schedule(host.shape, tuple(itertools.chain(*images))) for images in prompts]
     numbers = (asked.batch_size, asked.max_text_len, asked.max_new_tokens)
-    check_options(schedule, asked.format, *numbers, asked.prompt_buckets, asked.opset)
+    check_options(schedules, asked.format, *numbers, asked.prompt_buckets, asked.opset)
     if asked.format == "tensorrt":
         from ..export.tensorrt import finisher  # not above: an ONNX export needs none of it
 
         finisher(getattr(torch, asked.dtype))
+
+
+def _layouts(asked: _Asked, host: Host) -> list[list[Layout]] | None:
+    """What prompts may hold: so many images of each size; None if nothing is said of sizes, and one image is meant."""
+    for count in asked.images:
+        if count < 1:
+            raise ConfigError(f"--images {count} is below 1: text needs none of them, ask for 1 or more")
+    if not asked.image_sizes and not host.fixed:
+        return None
+    sizes = asked.image_sizes or [(1, 1)]  # of an image that any size is made to be
+    return [[host.layout_of(*size, images=count)] * count for size in sizes for count in asked.images]
 
 
 def _export(asked: _Asked) -> tuple[Path, Any]:
@@ -184,6 +215,8 @@ def _export(asked: _Asked) -> tuple[Path, Any]:
         max_text_len=asked.max_text_len,
         max_new_tokens=asked.max_new_tokens,
         prompt_buckets=asked.prompt_buckets,
+        layouts=_layouts(asked, optimized.host),
+        later_images=asked.later_images,
         opset=asked.opset,
         processor=processor,
     )
@@ -194,6 +227,8 @@ def _request(engine: Any, folder: Path, prompt: str, photo: Image.Image | None) 
     """What `generate` takes, and what prints its answer."""
     listed = engine.manifest.files
     if not {"processor_config.json", "preprocessor_config.json", "tokenizer_config.json"} & listed.keys():
+        if engine.manifest.architecture != LlavaForConditionalGeneration.__name__:
+            raise InputError(f"{folder} has no processor files: export with the processor of {engine.manifest.architecture}")
         # The bytes of the prompt stand in for a tokenizer, as in the demo.
         inputs = toy.request(_QUESTION.format(image=_PLACEHOLDER, text=prompt), photo or _blank(), engine.config)
         if photo is None:

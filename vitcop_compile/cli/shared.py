@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import AutoConfig
 
 from ..config import PRESETS, ViTCoPConfig
-from ..errors import UnsupportedError, VitcopError
+from ..errors import ConfigError, UnsupportedError, VitcopError
 from ..families.registry import host_of
 from ..host import Host
 
@@ -62,6 +62,14 @@ def model_host(model: str) -> Host:
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
     return host_of(config)
+
+
+def image_size_of(text: str) -> tuple[int, int]:
+    """(height, width) of "WIDTHxHEIGHT"."""
+    width, found, height = text.lower().partition("x")
+    if not found or not width.isdecimal() or not height.isdecimal():
+        raise ConfigError(f"--image-size {text} is not WIDTHxHEIGHT, such as 1344x896")
+    return int(height), int(width)
 
 
 def cannot_load(model: str, error: Exception) -> UnsupportedError:
