@@ -96,7 +96,7 @@ def test_several_batches_layouts_and_images_in_later_turns(tmp_path: Path) -> No
         found = torch.stack([step[sample] for step in later.logits])
         torch.testing.assert_close(found, logits, rtol=NEAR, atol=NEAR)
     with pytest.raises(InputError, match=r"2 sequences \(prompts times beams\), the engine was built for 1 or 3"):
-        engine.generate(ids[:2], max_new_tokens=2)
+        engine.generate(torch.tensor([[3, 4, 5]] * 2), max_new_tokens=2)
 
 
 def test_a_folder_of_any_size_must_be_told_sizes(tmp_path: Path) -> None:

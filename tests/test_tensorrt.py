@@ -19,7 +19,7 @@ from vitcop_compile.export import (
     tensorrt,
     writer,
 )
-from vitcop_compile.export.manifest import NAME, PROGRAMS
+from vitcop_compile.export.manifest import NAME
 from vitcop_compile.export.ort import OrtProgram
 from vitcop_compile.export.writer import _seal
 
@@ -185,8 +185,13 @@ def folder_of_stubs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(tensorrt, "product_of", lambda name: ("tensorrt_rtx", None))
         monkeypatch.setattr(tensorrt, "check_graph", lambda path, kind: {})
-        monkeypatch.setattr(writer, "_programs", lambda *args: ((kind, None, lambda: None, [], []) for kind in PROGRAMS))
-        monkeypatch.setattr(writer, "write_onnx", lambda program, path, *rest: (path.write_bytes(b""), ((), ()))[1])
+        monkeypatch.setattr(writer, "_exporter", lambda model, wanted, rows: wanted.spec)
+
+        def write(spec, path, *rest):
+            path.write_bytes(b"")
+            return spec.inputs, spec.outputs
+
+        monkeypatch.setattr(writer, "write_onnx", write)
 
         def build(onnx, plan, *rest):
             plan.parent.mkdir()

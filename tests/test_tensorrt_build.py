@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import importlib.util
-import itertools
 import sys
 import types
 
@@ -199,8 +198,9 @@ def test_builder_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
 def test_crash_of_the_rtx_builder_leaves_no_folder(tmp_path, monkeypatch):
     crash = "import os; os.kill(os.getpid(), 11)"
     monkeypatch.setattr(tensorrt, "_command", lambda: [sys.executable, "-c", crash])
-    every = writer._programs
-    monkeypatch.setattr(writer, "_programs", lambda *args: itertools.islice(every(*args), 1))
+    every = writer.wanted_programs
+    monkeypatch.setattr(writer, "wanted_programs", lambda *args: every(*args)[:1])
+    monkeypatch.setattr(writer, "check_programs", lambda *args: None)
     tiny = vc.optimize(small_llava(**SIZE, image_size=56, dtype=torch.float16), vc.ViTCoPConfig.preset("1/3"))
     with pytest.raises(UnsupportedError, match=r"vision, built with tensorrt_rtx: the builder's process was ended by SIGSEGV"):
         export(tiny, tmp_path / "out", format="tensorrt", max_text_len=8, max_new_tokens=4, product="tensorrt_rtx")
