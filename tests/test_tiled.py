@@ -77,10 +77,10 @@ def test_dense_text_is_the_stock_model(name: str) -> None:
     assert ours.sequences.tolist() == theirs.sequences.tolist()
 
 
-def assert_as_told(out: Any, ids: list[int], given: dict[str, Any], told: TiledConversation) -> None:
+def assert_as_told(out: Any, ids: list[int], given: dict[str, Any], told: TiledConversation, near: float = NEAR) -> None:
     """Logits, keys and values, and what stayed in every stage."""
     said = out.sequences[0, len(ids) :].tolist()
-    torch.testing.assert_close(torch.cat(out.logits), told.turn(ids, given, said), atol=NEAR, rtol=0)
+    torch.testing.assert_close(torch.cat(out.logits), told.turn(ids, given, said), atol=near, rtol=0)
     cache = out["past_key_values"]
     firsts = [0]
     for segment in told.candidates[:-1]:
@@ -92,7 +92,7 @@ def assert_as_told(out: Any, ids: list[int], given: dict[str, Any], told: TiledC
     assert [stage[0].tolist() for stage in cache.selection.stages] == through[1:]
     for layer, stock in enumerate(told.cache.layers):
         for ours, theirs in zip(cache.buffers[2 * layer : 2 * layer + 2], (stock.keys, stock.values), strict=True):
-            torch.testing.assert_close(ours[0, :, : theirs.shape[2]], theirs[0], atol=NEAR, rtol=0)
+            torch.testing.assert_close(ours[0, :, : theirs.shape[2]], theirs[0], atol=near, rtol=0)
 
 
 @pytest.mark.covers("pruned by hand")

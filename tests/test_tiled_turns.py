@@ -14,6 +14,7 @@ from PIL import Image
 from reference_llava import PRESETS, Settings
 from reference_tiled import TiledConversation
 from test_tiled import BOTH, CONFIG, NEAR, assert_as_told, by_the_book, generate, optimized, request
+from vitcop_compile.export import EngineModel
 
 from vitcop_compile import InputError, UnsupportedError, ViTCoPConfig
 
@@ -204,12 +205,19 @@ def test_no_program_has_an_operation_that_waits_or_a_symbol(name: str) -> None:
     assert sum("scaled_dot_product" in target for target in tower) == programs.family.shape.feature_layer + 1
 
 
-def test_a_folder_of_tiled_images_is_refused_before_work(tmp_path: Any) -> None:
-    with pytest.raises(
-        UnsupportedError, match="puts images together behind its encoder, by programs that a folder does not hold yet"
-    ):
-        optimized("next").export(tmp_path / "folder", max_text_len=16, max_new_tokens=4)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.covers("folder")
+@pytest.mark.slow
+@BOTH
+def test_a_folder_does_what_stock_layers_do_when_pruned_by_hand(name: str, tmp_path: Any) -> None:
+    """Tiles, line breaks and all, of an image and of two."""
+    fast = optimized(name)
+    prompts = [request(name, sizes, seed) for seed, sizes in enumerate(([(40, 100)], [(40, 100), (168, 150)]))]
+    layouts = [fast.layouts_of(torch.tensor([ids]), **given)[0] for ids, given in prompts]
+    fast.export(tmp_path / "f", layouts=layouts, max_text_len=64, max_new_tokens=4)
+    engine = EngineModel.from_pretrained(tmp_path / "f")
+    for ids, given in prompts:
+        told = TiledConversation(tiled.model(name), by_the_book)
+        assert_as_told(generate(engine, ids, given, 3), ids, given, told, near=1e-4)  # sums of other kernels
 
 
 def test_benchmarks_refuse_images_of_many_sizes() -> None:
