@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -157,13 +157,17 @@ class Host(Protocol):
 @dataclass(frozen=True)
 class FixedImages:
     """Images of one size: each is one input of the encoder, and its tokens are the encoder's, or made of these as `pack`
-    says."""
+    says.
+
+    tiles: (height, width) -> into how many such images the processor cuts one by default, None for one.
+    """
 
     shape: ModelShape
     token_id: int
     pixel_shape: tuple[int, ...]
     inputs: tuple[str, ...] = ("pixel_values",)
     pack: Pack | None = field(default=None, compare=False)
+    tiles: Callable[[int, int], int] | None = field(default=None, compare=False)
     fixed = True
     tables = ()
 
@@ -174,13 +178,13 @@ class FixedImages:
 
     @property
     def layout(self) -> Layout:
-        """The only one."""
+        """That of every tile."""
         return (self.shape.image,)
 
     def layout_of(self, height: int, width: int, images: int = 1) -> Layout:
-        """The only one, whatever the size: processors resize."""
+        """That of each tile, whatever the size: processors resize."""
         check_size(height, width)
-        return self.layout
+        return self.layout * (1 if self.tiles is None else self.tiles(height, width))
 
     def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
         """The images of `pixel_values` [images, channels, height, width]."""
