@@ -27,7 +27,6 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as kinds
 from transformers import (
-    AutoImageProcessor,
     Gemma3Processor,
     Glm4vProcessor,
     Idefics3Processor,
@@ -145,10 +144,9 @@ class _Pixtral:
 
     def __init__(self, config: Any, tokenizer: Any, **more: Any):
         self.tokenizer, self.template = tokenizer, more["chat_template"]
-        patch, self.step = config.vision_config.patch_size, config.vision_config.patch_size * config.spatial_merge_size
+        self.step = config.vision_config.patch_size * config.spatial_merge_size
         longest = {"longest_edge": config.vision_config.image_size}
         self.images = PixtralImageProcessorPil(size=longest, patch_size={"height": self.step, "width": self.step})
-        assert patch
 
     def apply_chat_template(self, messages: Any, **more: Any) -> Any:
         text = self.tokenizer.apply_chat_template(
@@ -170,7 +168,8 @@ _GLM = {
     "video_end_token_id": "<|end_of_video|>",
 }  # fmt: skip
 _INTERNVL = {
-    "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+    "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
 }  # fmt: skip
 _GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
 _BETWEEN = (
@@ -230,9 +229,7 @@ def processor(name: str) -> Any:
     """The stock processor for the family's tiny model, with a chat template."""
     stock = STOCK[name]
     with _without_videos():
-        return stock.processor(
-            config(name), tokenizer(stock), chat_template=_CHAT.replace("PLACEHOLDER", stock.placeholder)
-        )
+        return stock.processor(config(name), tokenizer(stock), chat_template=_CHAT.replace("PLACEHOLDER", stock.placeholder))
 
 
 @cache
@@ -309,7 +306,7 @@ def test_what_the_processor_makes_of_an_image_is_what_its_size_tells(name: str) 
     assert len(found) > 3 or name == "gemma3"
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", [name if name == "next" else models.slow(name) for name in STOCK])
 def test_a_photograph_says_what_it_says_to_the_stock_model(name: str) -> None:
     given = asked(name, STOCK[name].size)
     expected = said(name, model(name), given)
@@ -317,11 +314,30 @@ def test_a_photograph_says_what_it_says_to_the_stock_model(name: str) -> None:
     assert torch.equal(found.sequences, expected.sequences)
     assert len(set(found.sequences[0, -8:].tolist())) > 2
     torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), atol=stock_family.NEAR, rtol=1e-4)
-    # And pruned, by the schedule of its size.
-    preset = ViTCoPConfig.preset("1/3")
+
+
+@pytest.mark.slow
+@ALL
+def test_a_photograph_is_pruned_by_the_schedule_of_its_size(name: str) -> None:
+    given, preset = asked(name, STOCK[name].size), ViTCoPConfig.preset("1/3")
+    with torch.no_grad():
+        dense = model(name)(**given).logits[:, -1]
     fast = models.optimize(model(name), preset)
-    pruned = said(name, fast, given)
+    found = fast(**given)
     schedule = resolve(preset, fast.host.shape, fast.layout_of(*STOCK[name].size))
-    assert pruned.past_key_values.selection.kept.shape == (1, schedule.image_tokens)
-    assert all(logits.isfinite().all() for logits in pruned.logits)
-    assert (torch.cat(pruned.logits)[0] - torch.cat(expected.logits)[0]).abs().max() > 10 * stock_family.NEAR
+    assert found.past_key_values.selection.kept.shape == (1, schedule.image_tokens)
+    assert found.logits.isfinite().all()
+    assert (found.logits[:, -1] - dense).abs().max() > 10 * stock_family.NEAR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["next", "onevision"])
+def test_a_photograph_so_narrow_that_its_tiles_are_all_padding(name: str) -> None:
+    """The stock models take its overview alone, though its tiles are seen."""
+    size = (77, 1000)
+    (segment,) = host_of(config(name)).layout_of(*size)
+    assert (segment.tokens, segment.tiles) == (tiled.GRID**2, 4)
+    given = asked(name, size)
+    expected = said(name, model(name), given, 2)
+    found = said(name, models.optimize(model(name), ViTCoPConfig.dense()), given, 2)
+    torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), atol=stock_family.NEAR, rtol=1e-4)

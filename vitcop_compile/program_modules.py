@@ -43,9 +43,9 @@ class Select(nn.Module):
     [S, n]...); without a stage, all features alone.
 
     index: int64 [S, N, taps], patches of all tiles, -1 in rows of padding; weight: fp32 [S, N, taps], if taps are blended;
-    places: fp32 [S, N, 2], if there is a stage. Only what is kept goes through the projector: before it is blended, as in the
-    stock models, or as groups [.., taps, C] that the projector makes one token of each. A group's score and features are the
-    means of its patches'.
+    places: fp32 [S, N, 2 or 3], if there is a stage. Only what is kept goes through the projector: before it is blended, as in
+    the stock models, or as groups [.., taps, C] that the projector makes one token of each. A group's score and features are
+    the means of its patches'.
     """
 
     def __init__(self, family: Family, stage: Stage | None, taps: int, exact: bool):

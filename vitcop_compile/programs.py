@@ -87,10 +87,18 @@ class Programs:
         return program
 
     def export_select(
-        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None, exact: bool = True
+        self,
+        tiles: int,
+        slots: int,
+        segments: int,
+        candidates: int,
+        taps: int,
+        stage: Stage | None,
+        exact: bool = True,
+        axes: int = 2,
     ) -> ExportedProgram:
         """The program that selects, or without a `stage` takes all, from so many segments of at most `candidates` tokens each,
-        among tiles of `slots` patches; `exact` as in `ops.density_peaks`."""
+        among tiles of `slots` patches; `exact` as in `ops.density_peaks`; axes: coordinates of a candidate's place."""
         shape = self.family.shape
         hidden = self._zeros(tiles, slots, shape.vision_width)
         index = self._ints(segments, candidates, taps)
@@ -101,7 +109,7 @@ class Programs:
             inputs += [score, self._zeros(tiles, slots, shape.key_features or shape.vision_hidden)]
         inputs.append(index)
         inputs += [wide(index.shape, dtype=torch.float32)] * (taps > 1 and shape.group == 1)
-        inputs += [wide((segments, candidates, 2), dtype=torch.float32)] * (stage is not None)
+        inputs += [wide((segments, candidates, axes), dtype=torch.float32)] * (stage is not None)
         program = _export(Select(self.family, stage, taps, exact), tuple(inputs))
         _expect("features", _shapes(program)[0][:2], (segments, candidates if stage is None else stage.total))
         return program

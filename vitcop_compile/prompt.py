@@ -239,6 +239,7 @@ def _align_among(ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Sched
     A protected token that the encoder does not know, such as a line break, becomes the id behind the vocabulary. Tensor
     operations only, and no index leaves its tensor, whatever the ids are.
     """
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     vocab, spliced = schedule.shape.vocab, schedule.image_tokens + schedule.shape.lead * len(schedule.layout)
     places = places_of(schedule, ids.device)
     rank = (placeholder.cumsum(1) - 1).clamp(0, places.stays.shape[0] - 1)
@@ -252,8 +253,11 @@ def _align_among(ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Sched
     out = ids.new_zeros(ids.shape[0], rows + 1)
     out = out.scatter(1, torch.where(mask, slot, rows), words)[:, :rows]
     visual = slot.gather(1, compact(placeholder, spliced)[0])
+    source = None
+    if schedule.shape.position_dims > 1:
+        source = ids.new_zeros(ids.shape[0], rows + 1).scatter(1, torch.where(mask, slot, rows), columns)[:, :rows]
     last = (mask.sum(1) - 1).clamp(0, rows - 1)
-    return Prompt(out.contiguous(), last, visual)
+    return Prompt(out.contiguous(), last, visual, source)
 
 
 def among(ids: Tensor, tokens: Sequence[int]) -> Tensor:

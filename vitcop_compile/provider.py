@@ -63,7 +63,7 @@ class Provider(Protocol):
     def tower(self, tiles: int, slots: int) -> Callable[..., Any]: ...
 
     def select(
-        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None
+        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None, axes: int = 2
     ) -> Callable[..., Any]: ...
 
     def prefill(

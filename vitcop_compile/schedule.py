@@ -256,8 +256,10 @@ class Schedule:
         flops = 0
         for segment, kept in zip(self.layout, self.segment_tokens, strict=True):
             grouped = shape.group > 1 and segment.taps == shape.group
-            # Tiles are seen whole, however much of them the candidates are; else the candidates tell what is seen.
-            patches = shape.patches if shape.packed and not grouped else segment.candidates * segment.taps
+            # Tiles are seen whole, however much of them the candidates are; else the candidates tell what is seen, in a clip
+            # frame by frame.
+            clip = segment.tiles if segment.grid[0] > 1 else 1
+            patches = shape.patches if shape.packed and not grouped else segment.candidates * segment.taps // clip
             full, fewer = patches + shape.prefix_tokens, kept + shape.prefix_tokens
             layers = (_encoder_flops(shape, full if i <= last_full else fewer) for i in range(shape.feature_layer + 1))
             flops += segment.tiles * (2 * patches * shape.patch_features * shape.vision_hidden + sum(layers))

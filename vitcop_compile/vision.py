@@ -41,10 +41,11 @@ def see(provider: Any, images: Images, counts: Sequence[int], schedules: Sequenc
     towers, starts = _through_towers(provider, images)
     wanted, where = _wanted(images, counts, schedules, starts)
     parts = []
-    for (tower, candidates, taps, stage), entries in wanted.items():
+    for (tower, candidates, taps, stage, axes), entries in wanted.items():
         seen = towers[tower]
         tiles, slots = seen[0].shape[:2]
-        program = provider.select(tiles, slots, len(entries), candidates, taps, stage)
+        timed = () if axes == 2 else (axes,)
+        program = provider.select(tiles, slots, len(entries), candidates, taps, stage, *timed)
         features, *selection = program(*seen, *_tables(entries, candidates, stage is not None, images.pixels.device))
         parts.append(Part(features, selection[0] if selection else None, tuple(selection[1:])))
     return Seen(tuple(parts), where)
@@ -111,10 +112,10 @@ def _rows(values: Tensor, at: list[int]) -> Tensor:
 
 def _wanted(
     images: Images, counts: Sequence[int], schedules: Sequence[Schedule], starts: list[tuple[int, int]]
-) -> tuple[dict[tuple[int, int, int, Stage | None], list[tuple[int, Pack]]], tuple[tuple[tuple[int, int], ...], ...]]:
+) -> tuple[dict[tuple[int, int, int, Stage | None, int], list[tuple[int, Pack]]], tuple[tuple[tuple[int, int], ...], ...]]:
     """Segments by the tower that saw them and the program that selects from them, each with the first patch of its image among
     all of the tower; and where each sample finds its own."""
-    wanted: dict[tuple[int, int, int, Stage | None], list[tuple[int, Pack]]] = {}
+    wanted: dict[tuple[int, int, int, Stage | None, int], list[tuple[int, Pack]]] = {}
     where, image = [], 0
     for count, schedule in zip(counts, schedules, strict=True):
         own: list[tuple[int, int]] = []
@@ -127,6 +128,7 @@ def _wanted(
                     candidate_bucket(segment.candidates) if stage else segment.candidates,
                     segment.taps,
                     stage.of_segment(len(own)) if stage else None,
+                    pack.places.shape[1] if stage else 2,
                 )
                 entries = wanted.setdefault(key, [])
                 own.append((list(wanted).index(key), len(entries)))
@@ -137,8 +139,8 @@ def _wanted(
 
 
 def _tables(entries: list[tuple[int, Pack]], candidates: int, chosen: bool, device: torch.device) -> list[Tensor]:
-    """index [S, candidates, taps], -1 for padding, weight likewise if there are several taps, places [S, candidates, 2] if
-    something is chosen."""
+    """index [S, candidates, taps], -1 for padding, weight likewise if there are several taps, places [S, candidates, 2 or 3]
+    if something is chosen."""
 
     def stacked(values: list[Tensor], fill: float) -> Tensor:
         padded = [F.pad(value, (0, 0, 0, candidates - value.shape[0]), value=fill) for value in values]

@@ -1,0 +1,53 @@
+"""A conversation by the book in which the frames of a video share their budgets; shares no code with the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import reference_llava as book
+import torch
+from reference_families import FamilyConversation
+from torch import Tensor
+
+
+class ClipConversation(FamilyConversation):
+    """As `FamilyConversation`, but a video is one segment: its tokens are ranked together, clustered with time as a coordinate
+    beside row and column, and keep a number of the clip. Text may stand between frames."""
+
+    def _embed(self, ids: list[int], pixels: Any) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+        config, embed = self.model.config, self.model.get_input_embeddings()
+        self.kept, self.own, self.columns, self.candidates, self.given = [], [], [], [], pixels or {}
+        frames = iter(self._see(pixels) if pixels is not None else ())
+        videos = iter(self._frames_of_videos())
+        visual = [at for at, entry in enumerate(ids) if entry in (config.image_token_id, config.video_token_id)]
+        # By column of the prompt: what stands there, and of which segment it is.
+        rows: dict[int, Tensor] = {at: embed(torch.tensor([entry])) for at, entry in enumerate(ids) if at not in visual}
+        members: list[list[int]] = []
+        labels = []
+        while visual:
+            time = next(videos) if ids[visual[0]] == config.video_token_id else 1
+            clip = [next(frames) for _ in range(time)]
+            high, wide = clip[0][3]
+            longer, each = max(high, wide), high * wide
+            at, visual = visual[: time * each], visual[time * each :]
+            features, keys = (torch.cat([frame[part] for frame in clip]) for part in (0, 1))
+            scores = [score for frame in clip for score in frame[2]]
+            settings = self.settings_of(len(scores))
+            kept = sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[: settings.n])
+            places = [(i // each / longer, i % each // wide / longer, i % wide / longer) for i in kept]
+            labels.append(book.cluster(keys[kept], places, settings.centers, settings.density_width, settings.reach))
+            self.kept.append(kept)
+            self.own.append(settings)
+            self.candidates.append(len(scores))
+            rows |= {at[i]: features[i][None] for i in kept}
+            members.append([at[i] for i in kept])
+        assert next(frames, None) is None
+        self.columns = sorted(rows)
+        where = {column: row for row, column in enumerate(self.columns)}
+        hidden = torch.cat([rows[column] for column in self.columns])[None]
+        return hidden, [[where[column] for column in own] for own in members], labels
+
+    def _frames_of_videos(self) -> list[int]:
+        if "video_grid_thw" in self.given:
+            return self.given["video_grid_thw"][:, 0].tolist()
+        return [len(video) for video in self.given.get("pixel_values_videos", ())]
