@@ -17,7 +17,9 @@ class ClipConversation(FamilyConversation):
     def _embed(self, ids: list[int], pixels: Any) -> tuple[Tensor, list[list[int]], list[list[int]]]:
         config, embed = self.model.config, self.model.get_input_embeddings()
         self.kept, self.own, self.columns, self.candidates, self.given = [], [], [], [], pixels or {}
-        frames = iter(self._see(pixels) if pixels is not None else ())
+        seen = {token: iter(self._of_kind(pixels or {}, kind)) for token, kind in (
+            (config.image_token_id, "image"), (config.video_token_id, "video"),
+        )}  # fmt: skip
         videos = iter(self._frames_of_videos())
         visual = [at for at, entry in enumerate(ids) if entry in (config.image_token_id, config.video_token_id)]
         # By column of the prompt: what stands there, and of which segment it is.
@@ -25,8 +27,9 @@ class ClipConversation(FamilyConversation):
         members: list[list[int]] = []
         labels = []
         while visual:
-            time = next(videos) if ids[visual[0]] == config.video_token_id else 1
-            clip = [next(frames) for _ in range(time)]
+            token = ids[visual[0]]
+            time = next(videos) if token == config.video_token_id else 1
+            clip = [next(seen[token]) for _ in range(time)]
             high, wide = clip[0][3]
             longer, each = max(high, wide), high * wide
             at, visual = visual[: time * each], visual[time * each :]
@@ -41,11 +44,16 @@ class ClipConversation(FamilyConversation):
             self.candidates.append(len(scores))
             rows |= {at[i]: features[i][None] for i in kept}
             members.append([at[i] for i in kept])
-        assert next(frames, None) is None
+        assert all(next(left, None) is None for left in seen.values())
         self.columns = sorted(rows)
         where = {column: row for row, column in enumerate(self.columns)}
         hidden = torch.cat([rows[column] for column in self.columns])[None]
         return hidden, [[where[column] for column in own] for own in members], labels
+
+    def _of_kind(self, given: dict[str, Any], kind: str) -> list[Any]:
+        """The images alone, or the frames of videos alone, by the stock encoder."""
+        own = {name: value for name, value in given.items() if ("video" in name or "second" in name) == (kind == "video")}
+        return self._see(own) if own else []
 
     def _frames_of_videos(self) -> list[int]:
         if "video_grid_thw" in self.given:

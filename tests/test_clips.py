@@ -67,7 +67,7 @@ def test_a_pooled_clip_is_what_stock_layers_give_when_pruned_by_hand(name: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+@pytest.mark.parametrize("backend", ["onnxruntime"])
 def test_other_backends_do_as_eager_does(backend: str) -> None:
     ids, given = families.prompt("qwen2_vl", PROMPTS["a clip"])
     found = generate(optimized("qwen2_vl", POOLED, backend), ids, given, 3, "qwen2_vl")

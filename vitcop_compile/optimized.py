@@ -36,9 +36,9 @@ _ROWS = 256
 class CompiledOnDemand:
     """Provides programs through a backend, one for every batch size and bucket that comes up. `compiled` holds them by key.
 
-    Keys: ("vision", images), ("tower", tiles, slots), ("select", tiles, slots, segments, candidates, taps, stage), of clips
-    with the number 3 behind, ("prefill", batch, text rows, visual tokens, cache rows, filled), ("extend", batch, tokens, cache
-    rows), with the rows of the caches by group of layers and visual tokens as in `Schedule.key`.
+    Keys: ("vision", images), ("tower", tiles, slots), ("select", tiles, slots, segments, candidates, taps, stage, axes),
+    ("prefill", batch, text rows, visual tokens, cache rows, filled), ("extend", batch, tokens, cache rows), with the rows of
+    the caches by group of layers and visual tokens as in `Schedule.key`.
     """
 
     def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int], program_bytes: int):
@@ -103,9 +103,8 @@ class CompiledOnDemand:
         self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None, axes: int = 2
     ) -> Callable[..., Any]:
         """The program that selects from segments that are alike; axes: coordinates of a candidate's place."""
-        key = (tiles, slots, segments, candidates, taps, stage)
-        timed = () if axes == 2 else (axes,)
-        return self._get(("select", *key, *timed), lambda: self.programs.export_select(*key, self.backend.exact, axes=axes))
+        key = (tiles, slots, segments, candidates, taps, stage, axes)
+        return self._get(("select", *key), lambda: self.programs.export_select(*key, self.backend.exact))
 
     def prefill(
         self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool = False

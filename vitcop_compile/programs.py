@@ -94,8 +94,8 @@ class Programs:
         candidates: int,
         taps: int,
         stage: Stage | None,
-        exact: bool = True,
         axes: int = 2,
+        exact: bool = True,
     ) -> ExportedProgram:
         """The program that selects, or without a `stage` takes all, from so many segments of at most `candidates` tokens each,
         among tiles of `slots` patches; `exact` as in `ops.density_peaks`; axes: coordinates of a candidate's place."""

@@ -44,7 +44,7 @@ def see(provider: Any, images: Images, counts: Sequence[int], schedules: Sequenc
     for (tower, candidates, taps, stage, axes), entries in wanted.items():
         seen = towers[tower]
         tiles, slots = seen[0].shape[:2]
-        timed = () if axes == 2 else (axes,)
+        timed = () if axes == 2 else (axes,)  # a third axis is time, which clips alone have
         program = provider.select(tiles, slots, len(entries), candidates, taps, stage, *timed)
         features, *selection = program(*seen, *_tables(entries, candidates, stage is not None, images.pixels.device))
         parts.append(Part(features, selection[0] if selection else None, tuple(selection[1:])))
