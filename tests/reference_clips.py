@@ -1,13 +1,53 @@
-"""A conversation by the book in which the frames of a video share their budgets; shares no code with the package."""
+"""Conversations by the book about videos: whose frames share their budgets, and whose frames have a tower of their own; shares
+no code with the package."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import reference_llava as book
 import torch
 from reference_families import FamilyConversation
+from reference_turns import Conversation
 from torch import Tensor
+
+
+class FrameConversation(Conversation):
+    """Of Video-LLaVA: frames go through the tower of videos, one by one, and their CLS tokens stay in front of them. `turn`
+    takes what the processor gave as its pixels."""
+
+    def _embed(self, ids: list[int], pixels: Any) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+        config, inner, embed = self.model.config, self.model.model, self.model.get_input_embeddings()
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        given = pixels or {}
+        left = {
+            config.image_token_id: (iter(given.get("pixel_values", ())), inner.image_tower, 0),
+            config.video_token_id: (iter([f for video in given.get("pixel_values_videos", ()) for f in video]),
+                                    inner.video_tower, 1),
+        }  # fmt: skip
+        parts, spans, labels, self.kept = [], [], [], []
+        at = rows = 0
+        while at < len(ids):
+            if ids[at] not in left:
+                parts.append(embed(torch.tensor([[ids[at]]])))
+                at, rows = at + 1, rows + 1
+                continue
+            pictures, tower, lead = left[ids[at]]
+            assert set(ids[at : at + patches + lead]) == {ids[at]}
+            found, one = book.Result(), SimpleNamespace(vision_tower=tower, multi_modal_projector=inner.multi_modal_projector)
+            picture = next(pictures)[None]
+            features = book._see(SimpleNamespace(model=one, config=config), picture, self.settings, found)
+            if lead:
+                hidden = tower(picture, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+                parts.append(inner.multi_modal_projector(hidden[:, :1]))
+            parts.append(features)
+            spans.append(list(range(rows + lead, rows + lead + len(found.kept))))
+            labels.append(found.labels)
+            self.kept.append(found.kept)
+            at, rows = at + patches + lead, rows + lead + len(found.kept)
+        self.own = [self.settings] * len(spans)
+        return torch.cat(parts, 1), spans, labels
 
 
 class ClipConversation(FamilyConversation):

@@ -53,7 +53,6 @@ def by_the_book(name: str, config: ViTCoPConfig) -> ClipConversation:
         ("qwen2_vl", "a clip"),
         models.slow("qwen2_vl", "clips and an image"),
         models.slow("qwen2_5_vl", "a clip"),
-        models.slow("qwen2_5_vl", "clips and an image"),
     ],
 )
 def test_a_pooled_clip_is_what_stock_layers_give_when_pruned_by_hand(name: str, kind: str) -> None:
@@ -199,6 +198,7 @@ def test_frames_in_another_order_would_be_seen(name: str) -> None:
     assert (logits[0] - logits[1]).abs().max() > 100 * NEAR
 
 
+@pytest.mark.slow
 def test_frames_that_the_prompt_does_not_name_are_refused() -> None:
     fast = models.optimize(qwen3_vl.model(), ViTCoPConfig(prune=False, clips="pooled"))
     given = dict(qwen3_vl.REQUESTS["video"])

@@ -36,9 +36,9 @@ _ROWS = 256
 class CompiledOnDemand:
     """Provides programs through a backend, one for every batch size and bucket that comes up. `compiled` holds them by key.
 
-    Keys: ("vision", images), ("tower", tiles, slots), ("select", tiles, slots, segments, candidates, taps, stage, axes),
-    ("prefill", batch, text rows, visual tokens, cache rows, filled), ("extend", batch, tokens, cache rows), with the rows of
-    the caches by group of layers and visual tokens as in `Schedule.key`.
+    Keys: ("vision", images), ("frames", frames), ("tower", tiles, slots), ("select", tiles, slots, segments, candidates, taps,
+    stage, axes), ("prefill", batch, text rows, visual tokens, cache rows, filled), ("extend", batch, tokens, cache rows), with
+    the rows of the caches by group of layers and visual tokens as in `Schedule.key`.
     """
 
     def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int], program_bytes: int):
@@ -94,6 +94,10 @@ class CompiledOnDemand:
     def vision(self, images: int) -> Callable[..., Any]:
         """The vision program for so many images."""
         return self._get(("vision", images), lambda: self.programs.export_vision(images, self.backend.exact))
+
+    def frames(self, frames: int) -> Callable[..., Any]:
+        """The vision program for so many frames of videos that have an encoder of their own."""
+        return self._get(("frames", frames), lambda: self.programs.export_frames(frames, self.backend.exact))
 
     def tower(self, tiles: int, slots: int) -> Callable[..., Any]:
         """The tower program for so many tiles of so many patches."""

@@ -20,6 +20,7 @@ Program = Callable[..., Any]
 FIELDS = {
     "vision": ("images",),
     "tower": ("tiles", "slots"),
+    "frames": ("frames",),
     "select": ("tiles", "slots", "segments", "candidates", "taps", "stage", "axes"),
     "prefill": ("batch", "text rows", "visual tokens", "cache rows", "filled"),
     "extend": ("batch", "tokens", "cache rows"),

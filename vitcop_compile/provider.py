@@ -41,7 +41,8 @@ class Plan(NamedTuple):
 class Provider(Protocol):
     """Where programs come from: compiled on demand, or loaded from a folder of engines.
 
-    vision(pixels) -> (features, kept, state...) or (features,). Where images are packed from tiles, in its place tower(pixels
+    vision(pixels) -> (features, kept, state...) or (features,), and frames likewise where those of videos have an encoder of
+    their own. Where images are packed from tiles, in its place tower(pixels
     [, real, tables...]) -> (patches, score, features) or (patches,), and select of these, index, [weight,] [places] -> as of
     vision. prefill(ids, last, positions, features, visual, state..., [length, removed,] caches...) -> (logits, index per
     stage...); extend(ids, last, length, position, removed, caches...) -> (logits,). Caches are updated in place.
@@ -59,6 +60,8 @@ class Provider(Protocol):
     def plan(self, ask: Ask) -> Plan: ...
 
     def vision(self, images: int) -> Callable[..., Any]: ...
+
+    def frames(self, frames: int) -> Callable[..., Any]: ...
 
     def tower(self, tiles: int, slots: int) -> Callable[..., Any]: ...
 

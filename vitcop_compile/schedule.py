@@ -78,11 +78,15 @@ class ModelShape:
         """Width of what the projector returns."""
         return self.hidden * (1 + self.deepstack)
 
+    def segment(self, kind: str, grid: tuple[int, int, int], lead: int) -> Segment:
+        """One of so many candidates behind `lead` of what stands before the patches."""
+        return Segment(kind, grid, math.prod(grid) + lead, tuple(range(lead)), taps=self.group, lead=lead)
+
     @property
     def image(self) -> Segment:
         """An image that is one input of the encoder."""
         rows, columns = (side // math.isqrt(self.group) for side in self.grid)
-        return Segment("image", (1, rows, columns), rows * columns + self.lead, tuple(range(self.lead)), taps=self.group)
+        return self.segment("image", (1, rows, columns), self.lead)
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,20 @@ class Schedule:
 
     @property
     def key(self) -> tuple[tuple[int, ...], ...]:
-        """What decides about a prefill program: visual tokens by segment that enter it, and leave each of its stages."""
-        return (self.segment_tokens, *(stage.tokens for stage in self.decoder_stages))
+        """What decides about a prefill program: visual tokens by segment that enter it, and leave each of its stages, and
+        where segments differ in what leads them, how many of these they have."""
+        leads = tuple(segment.lead for segment in self.layout)
+        return (
+            self.segment_tokens, *(stage.tokens for stage in self.decoder_stages), *((leads,) if self._uneven(leads) else ())
+        )  # fmt: skip
+
+    def _uneven(self, leads: tuple[int, ...]) -> bool:
+        return any(lead != self.shape.lead for lead in leads)
+
+    @property
+    def lead(self) -> int:
+        """Rows of what leads the segments, of all together."""
+        return sum(segment.lead for segment in self.layout)
 
     @property
     def segment_tokens(self) -> tuple[int, ...]:
@@ -266,7 +282,7 @@ class Schedule:
             # A group goes through a projector as one token, taps that are blended go through it each.
             wide, rows = (segment.taps, kept) if grouped else (1, kept * segment.taps)
             projector = wide * shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden
-            flops += 2 * (rows + shape.lead) * (1 + shape.deepstack) * projector
+            flops += 2 * (rows + segment.lead) * (1 + shape.deepstack) * projector
         return flops
 
     def dense_vision_flops(self) -> int:

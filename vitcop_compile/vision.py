@@ -34,10 +34,7 @@ class Seen(NamedTuple):
 def see(provider: Any, images: Images, counts: Sequence[int], schedules: Sequence[Schedule]) -> Seen:
     """Runs the vision programs of `provider` on the images of samples, `counts` each in order, by their `schedules`."""
     if not images.packs:
-        features, *selection = provider.vision(len(images.layouts))(images.pixels)
-        part = Part(features, selection[0] if selection else None, tuple(selection[1:]))
-        ends = itertools.accumulate(counts)
-        return Seen((part,), tuple(tuple((0, i) for i in range(e - n, e)) for e, n in zip(ends, counts, strict=True)))
+        return _through_encoders(provider, images, counts)
     towers, starts = _through_towers(provider, images)
     wanted, where = _wanted(images, counts, schedules, starts)
     parts = []
@@ -49,6 +46,27 @@ def see(provider: Any, images: Images, counts: Sequence[int], schedules: Sequenc
         features, *selection = program(*seen, *_tables(entries, candidates, stage is not None, images.pixels.device))
         parts.append(Part(features, selection[0] if selection else None, tuple(selection[1:])))
     return Seen(tuple(parts), where)
+
+
+def _through_encoders(provider: Any, images: Images, counts: Sequence[int]) -> Seen:
+    """Images that are a tile each, and frames of videos that have an encoder of their own."""
+    framed = [layout[0].kind == "video" for layout in images.layouts]
+    parts: list[Part] = []
+    at: dict[int, tuple[int, int]] = {}
+    for program, own in (
+        (provider.vision, [i for i, frame in enumerate(framed) if not frame]),
+        (provider.frames if any(framed) else None, [i for i, frame in enumerate(framed) if frame]),
+    ):
+        if not own:
+            continue
+        pixels = _rows(images.pixels, own)
+        features, *selection = program(len(own))(pixels)
+        at |= {image: (len(parts), row) for row, image in enumerate(own)}
+        parts.append(Part(features, selection[0] if selection else None, tuple(selection[1:])))
+    ends = itertools.accumulate(counts)
+    return Seen(
+        tuple(parts), tuple(tuple(at[i] for i in range(end - count, end)) for end, count in zip(ends, counts, strict=True))
+    )
 
 
 def _through_towers(provider: Any, images: Images) -> tuple[list[tuple[Tensor, ...]], list[tuple[int, int]]]:
