@@ -47,6 +47,7 @@ def by_the_book(name: str, config: ViTCoPConfig) -> ClipConversation:
     return ClipConversation(families.model(name), kind.book, lambda _: settings, config.scope == "pooled")
 
 
+@pytest.mark.covers("pruned by hand")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -65,6 +66,7 @@ def test_a_pooled_clip_is_what_stock_layers_give_when_pruned_by_hand(name: str, 
     assert len(turn.kept[0]) == 11 and len(set(of_frames)) > 1
 
 
+@pytest.mark.covers("onnxruntime", family="qwen2_vl")
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime"])
 def test_other_backends_do_as_eager_does(backend: str) -> None:

@@ -120,7 +120,7 @@ def test_pruned_meets_its_schedule() -> None:
     assert schedule.vision.policy == "cls_attention" and schedule.vision.side == "encoder"
 
 
-@pytest.mark.covers("pruned by hand", family="video_llava")
+@pytest.mark.covers("pruned by hand", "backend", family="video_llava")
 @pytest.mark.parametrize("backend", ["eager", models.slow("onnxruntime")])
 @pytest.mark.parametrize("scope", ["per_image", models.slow("pooled")])
 def test_pruned_frames_are_what_stock_layers_give_when_pruned_by_hand(scope: str, backend: str) -> None:

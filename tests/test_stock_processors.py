@@ -306,6 +306,7 @@ def test_what_the_processor_makes_of_an_image_is_what_its_size_tells(name: str) 
     assert len(found) > 3 or name == "gemma3"
 
 
+@pytest.mark.covers("image")
 @pytest.mark.parametrize("name", [name if name == "next" else models.slow(name) for name in STOCK])
 def test_a_photograph_says_what_it_says_to_the_stock_model(name: str) -> None:
     given = asked(name, STOCK[name].size)

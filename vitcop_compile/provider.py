@@ -41,11 +41,12 @@ class Plan(NamedTuple):
 class Provider(Protocol):
     """Where programs come from: compiled on demand, or loaded from a folder of engines.
 
-    vision(pixels) -> (features, kept, state...) or (features,), and frames likewise where those of videos have an encoder of
-    their own. Where images are packed from tiles, in its place tower(pixels
+    vision(pixels) -> (features, kept, state...) or (features,). Where images are packed from tiles, in its place tower(pixels
     [, real, tables...]) -> (patches, score, features) or (patches,), and select of these, index, [weight,] [places] -> as of
     vision. prefill(ids, last, positions, features, visual, state..., [length, removed,] caches...) -> (logits, index per
-    stage...); extend(ids, last, length, position, removed, caches...) -> (logits,). Caches are updated in place.
+    stage...); extend(ids, last, length, position, removed, caches...) -> (logits,). Caches are updated in place. A
+    provider for videos has more: `frames(count)` as vision, where they have an encoder of their own, and where the frames of a
+    clip are one segment select with a last argument, 3, the coordinates of a candidate's place.
     """
 
     position_dims: int
@@ -61,12 +62,10 @@ class Provider(Protocol):
 
     def vision(self, images: int) -> Callable[..., Any]: ...
 
-    def frames(self, frames: int) -> Callable[..., Any]: ...
-
     def tower(self, tiles: int, slots: int) -> Callable[..., Any]: ...
 
     def select(
-        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None, axes: int = 2
+        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None
     ) -> Callable[..., Any]: ...
 
     def prefill(

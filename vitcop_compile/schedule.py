@@ -171,12 +171,8 @@ class Schedule:
         """What decides about a prefill program: visual tokens by segment that enter it, and leave each of its stages, and
         where segments differ in what leads them, how many of these they have."""
         leads = tuple(segment.lead for segment in self.layout)
-        return (
-            self.segment_tokens, *(stage.tokens for stage in self.decoder_stages), *((leads,) if self._uneven(leads) else ())
-        )  # fmt: skip
-
-    def _uneven(self, leads: tuple[int, ...]) -> bool:
-        return any(lead != self.shape.lead for lead in leads)
+        uneven = () if set(leads) <= {self.shape.lead} else (leads,)
+        return (self.segment_tokens, *(stage.tokens for stage in self.decoder_stages), *uneven)
 
     @property
     def lead(self) -> int:

@@ -53,14 +53,10 @@ def _through_encoders(provider: Any, images: Images, counts: Sequence[int]) -> S
     framed = [layout[0].kind == "video" for layout in images.layouts]
     parts: list[Part] = []
     at: dict[int, tuple[int, int]] = {}
-    for program, own in (
-        (provider.vision, [i for i, frame in enumerate(framed) if not frame]),
-        (provider.frames if any(framed) else None, [i for i, frame in enumerate(framed) if frame]),
-    ):
-        if not own:
-            continue
-        pixels = _rows(images.pixels, own)
-        features, *selection = program(len(own))(pixels)
+    for kind in dict.fromkeys(framed):
+        own = [i for i, frame in enumerate(framed) if frame == kind]
+        program = provider.frames(len(own)) if kind else provider.vision(len(own))
+        features, *selection = program(_rows(images.pixels, own))
         at |= {image: (len(parts), row) for row, image in enumerate(own)}
         parts.append(Part(features, selection[0] if selection else None, tuple(selection[1:])))
     ends = itertools.accumulate(counts)
