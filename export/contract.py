@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ LEAST_TEXT = 2
 
 class Wanted(NamedTuple):
     """A program of a folder, and its spec. kind, key, count: as the runtime asks for it; count: images that "vision" takes,
-    tiles of "tower", segments of "select", and sequences of "prefill", "extend" and "decode", fewer of which go through it as
+    frames of "frames", tiles of "tower", segments of "select", and sequences of "prefill", "extend" and "decode", fewer of which go through it as
     well; key: all else. layout: of a prefill's prompts; text: its fewest and most text tokens, or those of a turn.
     """
 
@@ -91,6 +92,9 @@ class _Noting:
     def vision(self, *key: Any) -> Callable[..., list[Tensor]]:
         return self._noted("vision", *key)
 
+    def frames(self, *key: Any) -> Callable[..., list[Tensor]]:
+        return self._noted("frames", *key)
+
     def tower(self, *key: Any) -> Callable[..., list[Tensor]]:
         return self._noted("tower", *key)
 
@@ -110,10 +114,9 @@ def _seeing(manifest: Manifest, host: Host) -> list[Wanted]:
         for images, schedule in zip(manifest.layouts, manifest.schedules, strict=True):
             blank = host.blank(list(images) * batch, torch.device("meta"), getattr(torch, manifest.dtype))
             see(noting, blank, [len(images)] * batch, [schedule] * batch)
-    makers = {"vision": _vision, "tower": _tower, "select": _select}
+    makers = {"vision": partial(_encoder, "vision"), "frames": partial(_encoder, "frames"), "tower": _tower, "select": _select}
     order = sorted(noting.asked, key=lambda key: list(makers).index(key[0]))
-    several = sum(key[0] == "vision" for key in order) > 1
-    found = [makers[key[0]](manifest, host, *key[1:], *([several] if key[0] == "vision" else [])) for key in order]
+    found = [makers[kind](manifest, host, *key) for kind, *key in order]
     # Selections may differ in their policy's options alone.
     names = [program.spec.file for program in found]
     for place, program in enumerate(found):
@@ -122,15 +125,16 @@ def _seeing(manifest: Manifest, host: Host) -> list[Wanted]:
     return found
 
 
-def _vision(manifest: Manifest, host: Host, images: int, several: bool) -> Wanted:
-    schedule = manifest.schedule_of(host.layout)
-    stage = schedule.vision
+def _encoder(kind: str, manifest: Manifest, host: Host, count: int) -> Wanted:
+    """Images, or frames of videos that have an encoder of their own, through all of it."""
+    every = [image for images in manifest.layouts for image in images]
+    schedule = manifest.schedule_of(next(image for image in every if (image[0].kind == "video") == (kind == "frames"))[:1])
     n = schedule.image_tokens
-    features = TensorSpec("features", manifest.dtype, (images, n + manifest.shape.lead, manifest.shape.feature_width))
-    found = (features, *_chosen(stage, images, n))
-    pixels = TensorSpec("pixels", manifest.dtype, (images, *host.pixel_shape))
-    name = f"vision_{images}" if several else "vision"
-    return Wanted("vision", (), images, _spec("vision", name, (pixels,), found))
+    features = TensorSpec("features", manifest.dtype, (count, n + schedule.lead, manifest.shape.feature_width))
+    found = (features, *_chosen(schedule.vision, count, n))
+    pixels = TensorSpec("pixels", manifest.dtype, (count, *host.pixel_shape))
+    alone = kind == "vision" and manifest.batch_sizes == (1,) and {len(images) for images in manifest.layouts} == {1}
+    return Wanted(kind, (), count, _spec(kind, kind if alone else f"{kind}_{count}", (pixels,), found))
 
 
 def _tower(manifest: Manifest, host: Host, tiles: int, slots: int) -> Wanted:
@@ -146,19 +150,27 @@ def _tower(manifest: Manifest, host: Host, tiles: int, slots: int) -> Wanted:
 
 
 def _select(
-    manifest: Manifest, host: Host, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None
+    manifest: Manifest,
+    host: Host,
+    tiles: int,
+    slots: int,
+    segments: int,
+    candidates: int,
+    taps: int,
+    stage: Stage | None,
+    axes: int = 2,
 ) -> Wanted:
     whole = (segments, candidates)
     given = [*_patches(manifest, tiles, slots), _ints("index", *whole, taps)]
     if taps > 1 and manifest.shape.group == 1:
         given.append(TensorSpec("weight", "float32", (*whole, taps)))
     if stage is not None:
-        given.append(TensorSpec("places", "float32", (*whole, 2)))
+        given.append(TensorSpec("places", "float32", (*whole, axes)))
     kept = candidates if stage is None else stage.total
     features = TensorSpec("features", manifest.dtype, (segments, kept, manifest.shape.feature_width))
     name = f"select_{tiles}x{slots}_{segments}x{candidates}_{kept}"
     spec = _spec("select", name, given, (features, *_chosen(stage, segments, kept)))
-    return Wanted("select", (tiles, slots, candidates, taps, stage), segments, spec)
+    return Wanted("select", (tiles, slots, candidates, taps, stage, axes), segments, spec)
 
 
 def _patches(manifest: Manifest, tiles: int, slots: int) -> list[TensorSpec]:
@@ -178,7 +190,7 @@ def _chosen(stage: Stage | None, count: int, kept: int) -> list[TensorSpec]:
 
 def _prefill(manifest: Manifest, schedule: Schedule, batch: int, span: tuple[int, int], filled: bool, suffix: str) -> Wanted:
     least, most = span
-    n, lead = schedule.image_tokens, schedule.shape.lead * len(schedule.layout)
+    n, lead = schedule.image_tokens, schedule.lead
     rows: int | str = n + most if least == most else "rows"
     stages = schedule.decoder_stages
     groups = _removed(schedule)

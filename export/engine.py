@@ -16,7 +16,7 @@ from transformers import AutoConfig, GenerationConfig
 from ..backends import writing_rows
 from ..errors import InputError
 from ..families import FAMILIES
-from ..host import Host
+from ..host import Host, with_clips
 from ..layout import Layout
 from ..provider import Ask, Plan
 from ..runtime import CompiledModel
@@ -85,14 +85,21 @@ class EngineFolder:
         program = self._find("vision", (), images)
         return _filled_up(self._get(program.spec), program, images)
 
+    def frames(self, frames: int) -> Runner:
+        """The vision program for so many frames of videos that have an encoder of their own."""
+        program = self._find("frames", (), frames)
+        return _filled_up(self._get(program.spec), program, frames)
+
     def tower(self, tiles: int, slots: int) -> Runner:
         """The tower program for so many tiles or more: it says something of all that it takes."""
         program = self._find("tower", (slots,), tiles)
         return _filled_up(self._get(program.spec), program, program.count)
 
-    def select(self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None) -> Runner:
-        """The program that selects from segments that are alike."""
-        program = self._find("select", (tiles, slots, candidates, taps, stage), segments)
+    def select(
+        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None, axes: int = 2
+    ) -> Runner:
+        """The program that selects from segments that are alike; axes: coordinates of a candidate's place."""
+        program = self._find("select", (tiles, slots, candidates, taps, stage, axes), segments)
         return _filled_up(self._get(program.spec), program, segments)
 
     def prefill(self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool = False) -> Runner:
@@ -116,7 +123,7 @@ class EngineFolder:
             same = (program.kind, program.key) == (kind, key) and program.count >= count
             if same and (text is None or program.text[0] <= text <= program.text[1]):
                 return program
-        most = {"vision": "images", "tower": "tiles", "select": "segments"}.get(kind, "sequences")
+        most = {"vision": "images", "frames": "frames", "tower": "tiles", "select": "segments"}.get(kind, "sequences")
         raise InputError(
             f"the engine has no {kind} program for {count} {most} {f'of {key} ' if key else ''}: it was exported for "
             f"{self._prompts()} in batches of {self._batches()}; ask for those, or export again with layouts= and batch_size= "
@@ -272,12 +279,14 @@ def _host(manifest: Manifest, config: Any) -> Host:
         raise FolderError(f"{NAME}: architecture {manifest.architecture!r} is none of {', '.join(sorted(FAMILIES))}")
     try:
         host = entry.host(config, getattr(torch, manifest.dtype).itemsize)
+        host = with_clips(host) if manifest.config.clips == "pooled" else host
         known = [tuple(image) for images in manifest.layouts for image in images]
         blank = host.blank(known, torch.device("meta"), getattr(torch, manifest.dtype))
     except Exception as error:  # a config of another model lacks whatever the family reads
         raise FolderError(f"config.json is not that of {manifest.architecture}: {error}") from None
     if host.shape != manifest.shape:
         raise FolderError(f"{NAME}: shape {manifest.shape} is not that of config.json, {host.shape}: export again")
-    if blank.layouts != tuple(known) or (host.fixed and any(layout != host.layout for layout in known)):
+    strange = host.fixed and any(segment not in host.layout for layout in known for segment in layout)
+    if blank.layouts != tuple(known) or strange:
         raise FolderError(f"{NAME}: layouts are none of {manifest.architecture}: export again")
     return host

@@ -25,7 +25,8 @@ CONFIGS = ("config.json", "generation_config.json")
 DTYPES = ("float32", "float16", "bfloat16")
 PRODUCTS = ("onnx", "tensorrt", "tensorrt_rtx")
 OPSETS = range(18, 25)
-SEEING = ({"vision"}, {"tower", "select"})  # kinds of programs of the vision side: of images that are a tile each, of others
+# Kinds of programs of the vision side: of images that are a tile each, of videos that have an encoder of their own, of others.
+SEEING = ({"vision"}, {"frames"}, {"vision", "frames"}, {"tower", "select"})
 PROGRAMS = {"prefill", "extend", "decode"}
 
 

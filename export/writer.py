@@ -149,6 +149,8 @@ def _exporter(model: OptimizedModel, wanted: Wanted, rows: Sequence[int]) -> Exp
     match wanted.kind:
         case "vision":
             return programs.export_vision(wanted.count, exact=False)
+        case "frames":
+            return programs.export_frames(wanted.count, exact=False)
         case "tower":
             return programs.export_tower(wanted.count, *wanted.key)
         case "select":

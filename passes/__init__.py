@@ -65,7 +65,7 @@ def encoder_passes(schedule: Schedule, attn_implementation: str = "sdpa", exact:
         ("clean", clean),
         ("truncate_encoder", partial(truncate_encoder, feature_layer=shape.feature_layer)),
         ("prune", partial(prune, stages=stages, incoming=(segment.candidates,), prefix=prefix, site=site)),
-        ("drop_prefix", partial(drop_prefix, prefix=prefix - shape.lead)),
+        ("drop_prefix", partial(drop_prefix, prefix=prefix - segment.lead)),
         ("lower_attention", partial(lower_attention, name=attn_implementation)),
     )
 

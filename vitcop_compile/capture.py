@@ -21,13 +21,15 @@ _BATCH, _TOKENS = 2, 11
 class Capture:
     """encoder: ([B, t, C]) -> [B, t, C] and decoder: ([B, t, D], positions [dims, B, t] [, marks [B, 2, 1, t]], and of each of
     `shape.deepstack` more features [B, t, D]) -> [B, t, D], with B and t symbolic.
-    An encoder of images of any size is none: `capture_encoder` traces it at the sizes of a program.
+    An encoder of images of any size is none: `capture_encoder` traces it at the sizes of a program. frames: as encoder, that
+    of the frames of videos where they have their own.
 
     Parameters are the model's own. Graphs are copied before they are rewritten; a capture is never changed.
     """
 
     encoder: fx.GraphModule | None
     decoder: fx.GraphModule
+    frames: fx.GraphModule | None = None
 
 
 def capture(family: Family, model: PreTrainedModel) -> Capture:
@@ -38,11 +40,13 @@ def capture(family: Family, model: PreTrainedModel) -> Capture:
     shape = family.shape
     positions = torch.arange(_TOKENS, device=parameter.device).repeat(shape.position_dims, _BATCH, 1)
     marks = [positions.new_zeros(_BATCH, 2, 1, _TOKENS)] if shape.marks else []
-    stated = anchored(family.encoder, family.decoder, window=shape.window, marks=shape.marks)
-    with tracing(family.encoder, family.decoder), stated:
+    seeing = [family.encoder] if family.frames is None else [family.encoder, family.frames.encoder]
+    stated = anchored(*seeing, family.decoder, window=shape.window, marks=shape.marks)
+    with tracing(*seeing, family.decoder), stated:
         encoder = None if family.host.tables else _trace(family.encoder, pixels)
         more = [torch.zeros_like(embeddings) for _ in range(shape.deepstack)]
-        return Capture(encoder, _trace(family.decoder, embeddings, positions, *marks, *more))
+        frames = None if family.frames is None else _trace(family.frames.encoder, pixels)
+        return Capture(encoder, _trace(family.decoder, embeddings, positions, *marks, *more), frames)
 
 
 def capture_encoder(family: Family, patches: torch.Tensor, *tables: torch.Tensor) -> fx.GraphModule:

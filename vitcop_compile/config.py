@@ -24,6 +24,9 @@ PRESETS: dict[str, tuple[float, float, float]] = {
     "2/9": (0.4, 0.15, 0.2222),
     "1/9": (0.3, 0.12, 0.1111),
 }
+# What the vision stage may keep of a clip whose frames share a budget: all pairs are compared, which takes 64 MiB at 1,024,
+# 180 MiB at 2,048 and 630 MiB at 4,096, and seconds of a core.
+CLIP_TOKENS = 4096
 # Of `optimize` without a config, and of every command.
 DEFAULT_PRESET = "1/9"
 
@@ -67,6 +70,10 @@ class ViTCoPConfig:
     prune: False keeps every token (the dense baseline through the same compiler).
     scope: whose budgets the decoder's are: "per_image", every image of a prompt has its own; "pooled", the images of a prompt
         share one for all their tokens, as in the published code. With one image it is the same.
+    clips: whose budgets the frames of a video have: "per_frame", its own each; "pooled", those of the clip, which is then one
+        segment: one selection among all frames, clusters near each other in time as in space, counts of `budgets` and
+        `mean_tokens` those of the clip. All pairs of what the vision stage keeps are compared, so it keeps no more than
+        `CLIP_TOKENS` of a clip.
 
     Raises ConfigError for values out of range.
     """
@@ -87,6 +94,7 @@ class ViTCoPConfig:
     scale_layers: bool | None = None
     prune: bool = True
     scope: Literal["per_image", "pooled"] = "per_image"
+    clips: Literal["per_frame", "pooled"] = "per_frame"
 
     def __post_init__(self) -> None:
         if isinstance(self.budgets, tuple | list):
@@ -120,6 +128,8 @@ class ViTCoPConfig:
             raise ConfigError(f"positions={self.positions!r} is unknown: use 'published' or 'original'")
         if self.scope not in ("per_image", "pooled"):
             raise ConfigError(f"scope={self.scope!r} is unknown: use 'per_image' or 'pooled'")
+        if self.clips not in ("per_frame", "pooled"):
+            raise ConfigError(f"clips={self.clips!r} is unknown: use 'per_frame' or 'pooled'")
         if self.shallow_layer < 1:
             raise ConfigError(f"shallow_layer={self.shallow_layer} is below 1: layer 0 has no keys before it to score")
         if self.shallow_layer >= self.deep_layer:
@@ -198,6 +208,13 @@ class ViTCoPConfig:
             return ()
         shallow, deep = self.layers(shape.layers, max(1, shape.deepstack))
         tokens = tuple(self._vision_tokens(segment, shape.multiple) for segment in layout)
+        for segment, count in zip(layout, tokens, strict=True):
+            if segment.grid[0] > 1 and count > CLIP_TOKENS:
+                raise ConfigError(
+                    f"the vision stage keeps {count} tokens of a clip of {segment.grid[0]} frames, all pairs of which are "
+                    f"compared, and the most is {CLIP_TOKENS}: lower vision_ratio={self.vision_ratio} or budgets.vision, take "
+                    "fewer frames, or set clips='per_frame'"
+                )
         centers = tuple(self._centers(count) for count in tokens)
         if self.scope == "pooled" and layout:
             kept = [self._decoder_tokens(shape, layout, sum(tokens), shallow, deep)]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import ConfigError, InputError
 from .layout import Layout, Segment
 from .schedule import ModelShape
 
@@ -20,7 +21,8 @@ from .schedule import ModelShape
 class Pack:
     """Where the N candidates of a segment come from. index: int64 [N, taps], patches of its image counted through the image's
     tiles; weight: fp32 [N, taps], None where nothing is blended; places: fp32 [N, 2], (row, column) in units of the longer
-    side of the segment's grid."""
+    side of the segment's grid, or of a clip whose frames are one segment [N, 3], (time, row, column): a step of time counts
+    as far as a token's side."""
 
     index: Tensor
     weight: Tensor | None
@@ -157,13 +159,17 @@ class Host(Protocol):
 @dataclass(frozen=True)
 class FixedImages:
     """Images of one size: each is one input of the encoder, and its tokens are the encoder's, or made of these as `pack`
-    says."""
+    says.
+
+    tiles: (height, width) -> into how many such images the processor cuts one by default, None for one.
+    """
 
     shape: ModelShape
     token_id: int
     pixel_shape: tuple[int, ...]
     inputs: tuple[str, ...] = ("pixel_values",)
     pack: Pack | None = field(default=None, compare=False)
+    tiles: Callable[[int, int], int] | None = field(default=None, compare=False)
     fixed = True
     tables = ()
 
@@ -174,13 +180,13 @@ class FixedImages:
 
     @property
     def layout(self) -> Layout:
-        """The only one."""
+        """That of every tile."""
         return (self.shape.image,)
 
     def layout_of(self, height: int, width: int, images: int = 1) -> Layout:
-        """The only one, whatever the size: processors resize."""
+        """That of each tile, whatever the size: processors resize."""
         check_size(height, width)
-        return self.layout
+        return self.layout * (1 if self.tiles is None else self.tiles(height, width))
 
     def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
         """The images of `pixel_values` [images, channels, height, width]."""
@@ -209,13 +215,43 @@ def _any_pack(segment: Segment, blended: bool) -> Pack:
     count = segment.candidates
     index = torch.zeros(count, segment.taps, dtype=torch.int64)
     weight = torch.full((count, segment.taps), 1 / segment.taps) if segment.taps > 1 and blended else None
-    return Pack(index, weight, torch.zeros(count, 2))
+    return Pack(index, weight, torch.zeros(count, 2 if segment.grid[0] == 1 else 3))
 
 
 def grid_places(rows: int, columns: int) -> Tensor:
     """fp32 [rows * columns, 2]: the places of a grid's candidates, as a `Pack` has them."""
     order = torch.arange(rows * columns)
     return torch.stack((order // columns, order % columns), 1).float() / max(rows, columns)
+
+
+def segments_of(kind: str, grid: tuple[int, int, int], taps: int, pooled: bool, broken: bool = False) -> Layout:
+    """A segment for every frame of `grid` (time, rows, columns), or with `pooled` one for all; broken: whether text stands
+    between frames."""
+    time, rows, columns = grid
+    if pooled and time > 1:
+        return (Segment(kind, grid, math.prod(grid), taps=taps, tiles=time, broken=broken),)
+    return (Segment(kind, (1, rows, columns), rows * columns, taps=taps),) * time
+
+
+def packs_of(layout: Layout, frame: Pack, frames: int, patches: int) -> tuple[Pack, ...]:
+    """Where the candidates of each segment of so many frames come from. frame: those of one, of so many `patches`; frames
+    follow one another in their tower."""
+    if len(layout) == frames:
+        return tuple(replace(frame, index=frame.index + step * patches) for step in range(frames))
+    (segment,) = layout
+    steps = torch.arange(frames).repeat_interleave(len(frame.index)).unsqueeze(1)
+    places = torch.cat((steps.float() / max(segment.grid[1:]), frame.places.repeat(frames, 1)), 1)
+    return (Pack(frame.index.repeat(frames, 1) + steps * patches, None, places),)
+
+
+def with_clips(host: Host) -> Host:
+    """`host` with all frames of a video in one segment. Raises ConfigError for a model without videos of its own."""
+    if not hasattr(host, "clips") or "pixel_values_videos" not in host.inputs:
+        raise ConfigError(
+            "clips='pooled' takes a model that is told of videos, and this one has none, or takes their frames for images: "
+            "leave clips at 'per_frame', or set scope='pooled', by which the images of a prompt share the decoder's budgets"
+        )
+    return replace(host, clips=True)  # type: ignore[type-var]
 
 
 def check_size(height: int, width: int) -> None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 class Segment:
     """One image, group of tiles, frame or clip of a prompt: what owns a budget.
 
-    kind: "image" or "video"; grid: (time, rows, columns) in tokens of the language model, by which tokens are neighbors;
-    tokens: placeholders in the prompt, protected ones included; protected: offsets among these that are never pruned, such as
-    the line breaks of a packed image; tiles: inputs of the encoder that it is made of; taps: tokens of the encoder that each
-    candidate is blended from; whole: candidates of the image that this is a part of, None if it is no part; broken:
+    kind: "image" or "video"; grid: (time, rows, columns) in tokens of the language model, by which tokens are neighbors, time
+    above 1 where the frames of a clip share a budget; tokens: placeholders in the prompt, protected ones included; protected:
+    offsets among these that are never pruned, such as the line breaks of a packed image; lead: the first so many of them,
+    which the encoder makes, such as a CLS token; tiles: inputs of the encoder that it is made of; taps: tokens of the encoder
+    that each candidate is blended from; whole: candidates of the image that this is a part of, None if it is no part; broken:
     whether tokens of text stand among its own, such as a line break behind every row.
     """
 
@@ -24,6 +25,7 @@ class Segment:
     taps: int = 1
     whole: int | None = None
     broken: bool = False
+    lead: int = 0
 
     @property
     def candidates(self) -> int:

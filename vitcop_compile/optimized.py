@@ -36,9 +36,9 @@ _ROWS = 256
 class CompiledOnDemand:
     """Provides programs through a backend, one for every batch size and bucket that comes up. `compiled` holds them by key.
 
-    Keys: ("vision", images), ("tower", tiles, slots), ("select", tiles, slots, segments, candidates, taps, stage), ("prefill",
-    batch, text rows, visual tokens, cache rows, filled), ("extend", batch, tokens, cache rows), with the rows of the caches by
-    group of layers and visual tokens as in `Schedule.key`.
+    Keys: ("vision", images), ("frames", frames), ("tower", tiles, slots), ("select", tiles, slots, segments, candidates, taps,
+    stage, axes), ("prefill", batch, text rows, visual tokens, cache rows, filled), ("extend", batch, tokens, cache rows), with
+    the rows of the caches by group of layers and visual tokens as in `Schedule.key`.
     """
 
     def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int], program_bytes: int):
@@ -95,15 +95,19 @@ class CompiledOnDemand:
         """The vision program for so many images."""
         return self._get(("vision", images), lambda: self.programs.export_vision(images, self.backend.exact))
 
+    def frames(self, frames: int) -> Callable[..., Any]:
+        """The vision program for so many frames of videos that have an encoder of their own."""
+        return self._get(("frames", frames), lambda: self.programs.export_frames(frames, self.backend.exact))
+
     def tower(self, tiles: int, slots: int) -> Callable[..., Any]:
         """The tower program for so many tiles of so many patches."""
         return self._get(("tower", tiles, slots), lambda: self.programs.export_tower(tiles, slots))
 
     def select(
-        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None
+        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None, axes: int = 2
     ) -> Callable[..., Any]:
-        """The program that selects from segments that are alike."""
-        key = (tiles, slots, segments, candidates, taps, stage)
+        """The program that selects from segments that are alike; axes: coordinates of a candidate's place."""
+        key = (tiles, slots, segments, candidates, taps, stage, axes)
         return self._get(("select", *key), lambda: self.programs.export_select(*key, self.backend.exact))
 
     def prefill(
@@ -238,11 +242,13 @@ class OptimizedModel(CompiledModel):
         word = next(word for word in range(len(host.token_ids) + 1) if word not in host.token_ids)
         left, row = max(1, text_tokens - protected), []
         for layout in each:
-            # A word before each, as long as there are any: some models take images side by side for one.
-            row += [word] * (left > 0)
-            left -= left > 0
             token = host.token_ids[-1] if layout[0].kind == "video" else host.token_id
-            row += [token] * sum(segment.tokens for segment in layout)
+            tokens, runs = sum(segment.tokens for segment in layout), layout[0].grid[0] if layout[0].broken else 1
+            for _ in range(runs):
+                # A word before each, as long as there are any: some models take images side by side for one.
+                row += [word] * (left > 0)
+                left -= left > 0
+                row += [token] * (tokens // runs)
         ids = torch.tensor([row + [word] * left] * batch_size, device=self.device)
         # CUDA graphs are recorded in the second call, and replayed from the third one on.
         for _ in range(3 if self.device.type == "cuda" else 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from .capture import capture
 from .config import DEFAULT_PRESET, ViTCoPConfig
 from .errors import UnsupportedError
 from .families import family_of
+from .host import with_clips
 from .optimized import PROGRAM_BYTES, PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
 from .programs import Programs
 
@@ -43,6 +45,8 @@ def optimize(
     """
     config = config or ViTCoPConfig.preset(DEFAULT_PRESET)
     family = family_of(model)
+    if config.clips == "pooled":
+        family = replace(family, host=with_clips(family.host))
     _check_weights(model)
     backend_of(backend)
     check_lowering(attn_implementation, model.device, model.dtype)

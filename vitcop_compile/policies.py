@@ -21,11 +21,11 @@ class Site:
     at: int64 [b, n], the candidates' rows among the t rows of their sample; hidden: [b, n, D], what leaves the layer before;
     query, key, value: [B, heads, t, hd] of that layer, with `scale` on its logits; centered: whether norms of keys are those
     of their distance from the mean of their segment; sizes: of the segments that the n candidates are of, where those
-    that share a budget are one once they have been reduced together; score, features: [b,
-    n] and [b, prefix + n, K], what the policy's `tap` made of these, and the keys; state: what the policies before left
-    behind, each [b, n]; blocks: the n candidates are those of so many segments, equally many each, one after another; prefix:
-    rows before the first candidate; grid: (rows, columns) of the candidates of an unpruned segment; places: [b, n, 2], in
-    units of its longer side, None where they follow from the grid; exact: whether there is float64.
+    that share a budget are one once they have been reduced together; score, features: [b, n] and [b, prefix + n, K], what the
+    policy's `tap` made of these, and the keys; state: what the policies before left behind, each [b, n]; blocks: the n
+    candidates are those of so many segments, equally many each, one after another; prefix: rows before the first candidate;
+    grid: (rows, columns) of the candidates of an unpruned segment; places: [b, n, 2], in units of its longer side, or with
+    time before that [b, n, 3], None where they follow from the grid; exact: whether there is float64.
     """
 
     at: Tensor

@@ -20,7 +20,8 @@ Program = Callable[..., Any]
 FIELDS = {
     "vision": ("images",),
     "tower": ("tiles", "slots"),
-    "select": ("tiles", "slots", "segments", "candidates", "taps", "stage"),
+    "frames": ("frames",),
+    "select": ("tiles", "slots", "segments", "candidates", "taps", "stage", "axes"),
     "prefill": ("batch", "text rows", "visual tokens", "cache rows", "filled"),
     "extend": ("batch", "tokens", "cache rows"),
 }

@@ -17,9 +17,9 @@ from .schedule import Schedule, Stage
 class Vision(nn.Module):
     """pixels [I, channels, height, width] -> (features [I, n, D], kept int64 [I, n], state [I, n]...)."""
 
-    def __init__(self, family: Family, encoder: fx.GraphModule):
+    def __init__(self, patches: nn.Module, encoder: fx.GraphModule, projector: nn.Module):
         super().__init__()
-        self.patches, self.encoder, self.projector = family.patches, encoder, family.projector
+        self.patches, self.encoder, self.projector = patches, encoder, projector
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         hidden, *selection = self.encoder(self.patches(pixels))
@@ -43,9 +43,9 @@ class Select(nn.Module):
     [S, n]...); without a stage, all features alone.
 
     index: int64 [S, N, taps], patches of all tiles, -1 in rows of padding; weight: fp32 [S, N, taps], if taps are blended;
-    places: fp32 [S, N, 2], if there is a stage. Only what is kept goes through the projector: before it is blended, as in the
-    stock models, or as groups [.., taps, C] that the projector makes one token of each. A group's score and features are the
-    means of its patches'.
+    places: fp32 [S, N, 2 or 3], if there is a stage. Only what is kept goes through the projector: before it is blended, as in
+    the stock models, or as groups [.., taps, C] that the projector makes one token of each. A group's score and features are
+    the means of its patches'.
     """
 
     def __init__(self, family: Family, stage: Stage | None, taps: int, exact: bool):
@@ -111,7 +111,8 @@ class Prefill(nn.Module):
         self.states, self.all_logits, self.marks = states, all_logits, schedule.shape.marks
         self.deepstack = schedule.shape.deepstack
         # Rows of the features that may be pruned; None is all.
-        self.columns: list[int] | None = _behind(schedule.segment_tokens, schedule.shape.lead) if schedule.shape.lead else None
+        leads = [segment.lead for segment in schedule.layout]
+        self.columns: list[int] | None = _behind(schedule.segment_tokens, leads) if any(leads) else None
 
     def forward(
         self, ids: Tensor, last: Tensor, positions: Tensor, features: Tensor, visual: Tensor, *rest: Tensor
@@ -178,11 +179,11 @@ class Extend(nn.Module):
         return self.head(take_rows(hidden, last.unsqueeze(1))), *rows
 
 
-def _behind(counts: Sequence[int], lead: int) -> list[int]:
-    """Where the counted rows stand if `lead` others stand before those of each count."""
+def _behind(counts: Sequence[int], leads: Sequence[int]) -> list[int]:
+    """Where the counted rows stand if so many others stand before those of each count."""
     columns: list[int] = []
     start = 0
-    for count in counts:
+    for count, lead in zip(counts, leads, strict=True):
         columns += range(start + lead, start + lead + count)
         start += lead + count
     return columns

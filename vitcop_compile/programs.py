@@ -60,12 +60,23 @@ class Programs:
 
     def export_vision(self, images: int, exact: bool = True) -> ExportedProgram:
         """The vision program for so many images; `exact` as in `ops.density_peaks`."""
-        schedule = self.schedule
-        passes = encoder_passes(schedule, self.attn_implementation, exact)
         assert self.captured.encoder is not None
-        encoder = self._rewrite("encoder", self.captured.encoder, passes, [self._patches(images)])
-        program = _export(Vision(self.family, encoder), (self._zeros(images, *self.family.pixel_shape),))
-        _expect("vision features", _shapes(program)[0][:2], (images, schedule.image_tokens + schedule.shape.lead))
+        return self._export_seeing("encoder", self.schedule, self.family.patches, self.captured.encoder, images, exact)
+
+    def export_frames(self, frames: int, exact: bool = True) -> ExportedProgram:
+        """The vision program for so many frames of videos, where these have an encoder of their own."""
+        assert self.family.frames is not None and self.captured.frames is not None
+        schedule = self.schedule_of(self.family.frames.layout)
+        return self._export_seeing("frames", schedule, self.family.frames.patches, self.captured.frames, frames, exact)
+
+    def _export_seeing(
+        self, name: str, schedule: Schedule, patches: nn.Module, captured: fx.GraphModule, images: int, exact: bool
+    ) -> ExportedProgram:
+        passes = encoder_passes(schedule, self.attn_implementation, exact)
+        encoder = self._rewrite(name, captured, passes, [self._patches(images)])
+        module = Vision(patches, encoder, self.family.projector)
+        program = _export(module, (self._zeros(images, *self.family.pixel_shape),))
+        _expect("vision features", _shapes(program)[0][:2], (images, schedule.image_tokens + schedule.lead))
         return program
 
     def export_tower(self, tiles: int, slots: int | None = None) -> ExportedProgram:
@@ -87,10 +98,18 @@ class Programs:
         return program
 
     def export_select(
-        self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None, exact: bool = True
+        self,
+        tiles: int,
+        slots: int,
+        segments: int,
+        candidates: int,
+        taps: int,
+        stage: Stage | None,
+        axes: int = 2,
+        exact: bool = True,
     ) -> ExportedProgram:
         """The program that selects, or without a `stage` takes all, from so many segments of at most `candidates` tokens each,
-        among tiles of `slots` patches; `exact` as in `ops.density_peaks`."""
+        among tiles of `slots` patches; `exact` as in `ops.density_peaks`; axes: coordinates of a candidate's place."""
         shape = self.family.shape
         hidden = self._zeros(tiles, slots, shape.vision_width)
         index = self._ints(segments, candidates, taps)
@@ -101,7 +120,7 @@ class Programs:
             inputs += [score, self._zeros(tiles, slots, shape.key_features or shape.vision_hidden)]
         inputs.append(index)
         inputs += [wide(index.shape, dtype=torch.float32)] * (taps > 1 and shape.group == 1)
-        inputs += [wide((segments, candidates, 2), dtype=torch.float32)] * (stage is not None)
+        inputs += [wide((segments, candidates, axes), dtype=torch.float32)] * (stage is not None)
         program = _export(Select(self.family, stage, taps, exact), tuple(inputs))
         _expect("features", _shapes(program)[0][:2], (segments, candidates if stage is None else stage.total))
         return program
@@ -203,7 +222,7 @@ class Programs:
     ) -> tuple[Tensor, ...]:
         """Example inputs of the prefill program."""
         schedule = self._schedule(images)
-        n, lead = schedule.image_tokens, schedule.shape.lead * len(schedule.layout)
+        n, lead = schedule.image_tokens, schedule.lead
         tokens = text + n
         visual = torch.arange(n + lead, device=self._device()).repeat(batch, 1)
         positions = torch.arange(tokens, device=self._device()).repeat(self.family.shape.position_dims, batch, 1)

@@ -152,12 +152,11 @@ def places_of(schedule: Schedule, device: torch.device) -> Places:
     stays: list[bool] = []
     special: list[bool] = []
     candidates: list[int] = []
-    lead = schedule.shape.lead
     for segment in schedule.layout:
         candidates += [len(stays) + offset for offset in segment.offsets()]
         protected = set(segment.protected)
         stays += [offset in protected for offset in range(segment.tokens)]
-        special += [offset in protected and offset >= lead for offset in range(segment.tokens)]
+        special += [offset in protected and offset >= segment.lead for offset in range(segment.tokens)]
     return Places(*(torch.tensor(values, device=device) for values in (stays, special, candidates)))
 
 
@@ -166,8 +165,8 @@ def _standing(schedule: Schedule) -> np.ndarray | None:
     """bool [P]: the placeholders of a sample whose rows those that stay can take, whichever stay; None if that cannot be
     told, as protected tokens or text stand between candidates not all of which stay."""
     stays: list[bool] = []
-    lead = schedule.shape.lead
     for segment, kept in zip(schedule.layout, schedule.segment_tokens, strict=True):
+        lead = segment.lead
         if len(segment.protected) != lead or (segment.broken and kept < segment.candidates):
             return None
         stays += [True] * (lead + kept) + [False] * (segment.tokens - lead - kept)
@@ -239,7 +238,8 @@ def _align_among(ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Sched
     A protected token that the encoder does not know, such as a line break, becomes the id behind the vocabulary. Tensor
     operations only, and no index leaves its tensor, whatever the ids are.
     """
-    vocab, spliced = schedule.shape.vocab, schedule.image_tokens + schedule.shape.lead * len(schedule.layout)
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    vocab, spliced = schedule.shape.vocab, schedule.image_tokens + schedule.lead
     places = places_of(schedule, ids.device)
     rank = (placeholder.cumsum(1) - 1).clamp(0, places.stays.shape[0] - 1)
     chosen = (places.candidates if kept is None else places.candidates[kept]).expand(ids.shape[0], -1)
@@ -252,8 +252,11 @@ def _align_among(ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Sched
     out = ids.new_zeros(ids.shape[0], rows + 1)
     out = out.scatter(1, torch.where(mask, slot, rows), words)[:, :rows]
     visual = slot.gather(1, compact(placeholder, spliced)[0])
+    source = None
+    if schedule.shape.position_dims > 1:
+        source = ids.new_zeros(ids.shape[0], rows + 1).scatter(1, torch.where(mask, slot, rows), columns)[:, :rows]
     last = (mask.sum(1) - 1).clamp(0, rows - 1)
-    return Prompt(out.contiguous(), last, visual)
+    return Prompt(out.contiguous(), last, visual, source)
 
 
 def among(ids: Tensor, tokens: Sequence[int]) -> Tensor:

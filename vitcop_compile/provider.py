@@ -44,7 +44,9 @@ class Provider(Protocol):
     vision(pixels) -> (features, kept, state...) or (features,). Where images are packed from tiles, in its place tower(pixels
     [, real, tables...]) -> (patches, score, features) or (patches,), and select of these, index, [weight,] [places] -> as of
     vision. prefill(ids, last, positions, features, visual, state..., [length, removed,] caches...) -> (logits, index per
-    stage...); extend(ids, last, length, position, removed, caches...) -> (logits,). Caches are updated in place.
+    stage...); extend(ids, last, length, position, removed, caches...) -> (logits,). Caches are updated in place. A
+    provider for videos has more: `frames(count)` as vision, where they have an encoder of their own, and where the frames of a
+    clip are one segment select with a last argument, 3, the coordinates of a candidate's place.
     """
 
     position_dims: int

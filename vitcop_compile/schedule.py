@@ -78,11 +78,15 @@ class ModelShape:
         """Width of what the projector returns."""
         return self.hidden * (1 + self.deepstack)
 
+    def segment(self, kind: str, grid: tuple[int, int, int], lead: int) -> Segment:
+        """One of so many candidates behind `lead` of what stands before the patches."""
+        return Segment(kind, grid, math.prod(grid) + lead, tuple(range(lead)), taps=self.group, lead=lead)
+
     @property
     def image(self) -> Segment:
         """An image that is one input of the encoder."""
         rows, columns = (side // math.isqrt(self.group) for side in self.grid)
-        return Segment("image", (1, rows, columns), rows * columns + self.lead, tuple(range(self.lead)), taps=self.group)
+        return self.segment("image", (1, rows, columns), self.lead)
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,16 @@ class Schedule:
 
     @property
     def key(self) -> tuple[tuple[int, ...], ...]:
-        """What decides about a prefill program: visual tokens by segment that enter it, and leave each of its stages."""
-        return (self.segment_tokens, *(stage.tokens for stage in self.decoder_stages))
+        """What decides about a prefill program: visual tokens by segment that enter it, and leave each of its stages, and
+        where segments differ in what leads them, how many of these they have."""
+        leads = tuple(segment.lead for segment in self.layout)
+        uneven = () if set(leads) <= {self.shape.lead} else (leads,)
+        return (self.segment_tokens, *(stage.tokens for stage in self.decoder_stages), *uneven)
+
+    @property
+    def lead(self) -> int:
+        """Rows of what leads the segments, of all together."""
+        return sum(segment.lead for segment in self.layout)
 
     @property
     def segment_tokens(self) -> tuple[int, ...]:
@@ -256,15 +268,17 @@ class Schedule:
         flops = 0
         for segment, kept in zip(self.layout, self.segment_tokens, strict=True):
             grouped = shape.group > 1 and segment.taps == shape.group
-            # Tiles are seen whole, however much of them the candidates are; else the candidates tell what is seen.
-            patches = shape.patches if shape.packed and not grouped else segment.candidates * segment.taps
+            # Tiles are seen whole, however much of them the candidates are; else the candidates tell what is seen, in a clip
+            # frame by frame.
+            clip = segment.tiles if segment.grid[0] > 1 else 1
+            patches = shape.patches if shape.packed and not grouped else segment.candidates * segment.taps // clip
             full, fewer = patches + shape.prefix_tokens, kept + shape.prefix_tokens
             layers = (_encoder_flops(shape, full if i <= last_full else fewer) for i in range(shape.feature_layer + 1))
             flops += segment.tiles * (2 * patches * shape.patch_features * shape.vision_hidden + sum(layers))
             # A group goes through a projector as one token, taps that are blended go through it each.
             wide, rows = (segment.taps, kept) if grouped else (1, kept * segment.taps)
             projector = wide * shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden
-            flops += 2 * (rows + shape.lead) * (1 + shape.deepstack) * projector
+            flops += 2 * (rows + segment.lead) * (1 + shape.deepstack) * projector
         return flops
 
     def dense_vision_flops(self) -> int:

@@ -34,20 +34,35 @@ class Seen(NamedTuple):
 def see(provider: Any, images: Images, counts: Sequence[int], schedules: Sequence[Schedule]) -> Seen:
     """Runs the vision programs of `provider` on the images of samples, `counts` each in order, by their `schedules`."""
     if not images.packs:
-        features, *selection = provider.vision(len(images.layouts))(images.pixels)
-        part = Part(features, selection[0] if selection else None, tuple(selection[1:]))
-        ends = itertools.accumulate(counts)
-        return Seen((part,), tuple(tuple((0, i) for i in range(e - n, e)) for e, n in zip(ends, counts, strict=True)))
+        return _through_encoders(provider, images, counts)
     towers, starts = _through_towers(provider, images)
     wanted, where = _wanted(images, counts, schedules, starts)
     parts = []
-    for (tower, candidates, taps, stage), entries in wanted.items():
+    for (tower, candidates, taps, stage, axes), entries in wanted.items():
         seen = towers[tower]
         tiles, slots = seen[0].shape[:2]
-        program = provider.select(tiles, slots, len(entries), candidates, taps, stage)
+        timed = () if axes == 2 else (axes,)  # a third axis is time, which clips alone have
+        program = provider.select(tiles, slots, len(entries), candidates, taps, stage, *timed)
         features, *selection = program(*seen, *_tables(entries, candidates, stage is not None, images.pixels.device))
         parts.append(Part(features, selection[0] if selection else None, tuple(selection[1:])))
     return Seen(tuple(parts), where)
+
+
+def _through_encoders(provider: Any, images: Images, counts: Sequence[int]) -> Seen:
+    """Images that are a tile each, and frames of videos that have an encoder of their own."""
+    framed = [layout[0].kind == "video" for layout in images.layouts]
+    parts: list[Part] = []
+    at: dict[int, tuple[int, int]] = {}
+    for kind in dict.fromkeys(framed):
+        own = [i for i, frame in enumerate(framed) if frame == kind]
+        program = provider.frames(len(own)) if kind else provider.vision(len(own))
+        features, *selection = program(_rows(images.pixels, own))
+        at |= {image: (len(parts), row) for row, image in enumerate(own)}
+        parts.append(Part(features, selection[0] if selection else None, tuple(selection[1:])))
+    ends = itertools.accumulate(counts)
+    return Seen(
+        tuple(parts), tuple(tuple(at[i] for i in range(end - count, end)) for end, count in zip(ends, counts, strict=True))
+    )
 
 
 def _through_towers(provider: Any, images: Images) -> tuple[list[tuple[Tensor, ...]], list[tuple[int, int]]]:
@@ -111,10 +126,10 @@ def _rows(values: Tensor, at: list[int]) -> Tensor:
 
 def _wanted(
     images: Images, counts: Sequence[int], schedules: Sequence[Schedule], starts: list[tuple[int, int]]
-) -> tuple[dict[tuple[int, int, int, Stage | None], list[tuple[int, Pack]]], tuple[tuple[tuple[int, int], ...], ...]]:
+) -> tuple[dict[tuple[int, int, int, Stage | None, int], list[tuple[int, Pack]]], tuple[tuple[tuple[int, int], ...], ...]]:
     """Segments by the tower that saw them and the program that selects from them, each with the first patch of its image among
     all of the tower; and where each sample finds its own."""
-    wanted: dict[tuple[int, int, int, Stage | None], list[tuple[int, Pack]]] = {}
+    wanted: dict[tuple[int, int, int, Stage | None, int], list[tuple[int, Pack]]] = {}
     where, image = [], 0
     for count, schedule in zip(counts, schedules, strict=True):
         own: list[tuple[int, int]] = []
@@ -127,6 +142,7 @@ def _wanted(
                     candidate_bucket(segment.candidates) if stage else segment.candidates,
                     segment.taps,
                     stage.of_segment(len(own)) if stage else None,
+                    pack.places.shape[1] if stage else 2,
                 )
                 entries = wanted.setdefault(key, [])
                 own.append((list(wanted).index(key), len(entries)))
@@ -137,8 +153,8 @@ def _wanted(
 
 
 def _tables(entries: list[tuple[int, Pack]], candidates: int, chosen: bool, device: torch.device) -> list[Tensor]:
-    """index [S, candidates, taps], -1 for padding, weight likewise if there are several taps, places [S, candidates, 2] if
-    something is chosen."""
+    """index [S, candidates, taps], -1 for padding, weight likewise if there are several taps, places [S, candidates, 2 or 3]
+    if something is chosen."""
 
     def stacked(values: list[Tensor], fill: float) -> Tensor:
         padded = [F.pad(value, (0, 0, 0, candidates - value.shape[0]), value=fill) for value in values]

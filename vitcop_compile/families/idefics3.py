@@ -86,6 +86,15 @@ def host(config: Any, element_bytes: int | None = None) -> PaddedImages:
     def merge(patches: Tensor) -> Tensor:
         return Idefics3Connector.pixel_shuffle(cast(Idefics3Connector, None), patches.flatten(1, 2), scale)
 
+    def tiles(height: int, width: int) -> int:
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil as Processor
+
+        # Tiles as large as the encoder's input, of an image that has four of them in its longer side.
+        side = config.vision_config.image_size
+        cut = {"max_image_size": {"longest_edge": side}, "size": {"longest_edge": 4 * side}}
+        number, _, _ = Processor.get_number_of_image_patches(cast(Processor, Processor), height, width, cut)
+        return max(1, number)
+
     return PaddedImages(
         shape,
         config.image_token_id,
@@ -94,6 +103,7 @@ def host(config: Any, element_bytes: int | None = None) -> PaddedImages:
         patch=config.vision_config.patch_size,
         # SmolVLM takes the first image of a request that seems to have none for one.
         least=int(smol),
+        tiles=tiles,
     )
 
 

@@ -32,7 +32,14 @@ def host(config: Any, element_bytes: int | None = None) -> FixedImages:
         merged = InternVLModel.pixel_shuffle(cast(InternVLModel, None), patches, config.downsample_ratio)
         return merged.flatten(1, 2)
 
-    return FixedImages(shape, config.image_token_id, pixels_of(config), pack=grouped(shape, merge))
+    def tiles(height: int, width: int) -> int:
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil as Processor
+
+        _, high, wide = pixels_of(config)
+        cut = {"crop_to_patches": True, "patch_size": {"height": high, "width": wide}}
+        return Processor.get_number_of_image_patches(cast(Processor, Processor), height, width, cut)
+
+    return FixedImages(shape, config.image_token_id, pixels_of(config), pack=grouped(shape, merge), tiles=tiles)
 
 
 def parts(model: InternVLForConditionalGeneration) -> Family:

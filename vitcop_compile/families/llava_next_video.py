@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..host import Images, Pack, check_pixels, grid_places, in_order
-from ..layout import Layout, Segment
+from ..host import Images, Pack, check_pixels, grid_places, in_order, packs_of, segments_of
+from ..layout import Layout
 from . import llava_next
 from .registry import Call, Family, register
 from .tiled import TiledImages
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 class TiledImagesAndVideos(TiledImages):
     """Images in tiles, and videos as `pixel_values_videos` [videos, frames, channels, height, width].
 
-    video_token_id: that of a video's placeholders; stride: patches of a frame's token, in a row.
+    video_token_id: that of a video's placeholders; stride: patches of a frame's token, in a row; clips: whether all frames of
+    a video are one segment.
     """
 
     video_token_id: int = -1
     stride: int = 2
+    clips: bool = False
     inputs = ("pixel_values", "image_sizes", "pixel_values_videos")  # type: ignore[assignment]
 
     @property
@@ -40,9 +42,9 @@ class TiledImagesAndVideos(TiledImages):
         return (self.token_id, self.video_token_id)
 
     def layout_of_video(self, frames: int) -> Layout:
-        """A segment for every frame."""
+        """A segment for every frame, or for all of them."""
         rows, columns = (side // self.stride for side in self.shape.grid)
-        return (Segment("video", (1, rows, columns), rows * columns, taps=self.stride**2),) * frames
+        return segments_of("video", (frames, rows, columns), self.stride**2, self.clips)
 
     def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
         """The images and videos in the order in which `ids` name them."""
@@ -65,8 +67,8 @@ class TiledImagesAndVideos(TiledImages):
         videos, frames = pixels.shape[:2]
         tiles = check_pixels(pixels.flatten(0, 1), self.pixel_shape, device, dtype)
         own, patches = self._frame, self.shape.patches
-        packs = tuple(Pack(own.index + frame * patches, None, own.places) for frame in range(frames))
-        return Images(tiles, (self.layout_of_video(frames),) * videos, (packs,) * videos)
+        layout = self.layout_of_video(frames)
+        return Images(tiles, (layout,) * videos, (packs_of(layout, own, frames, patches),) * videos)
 
     @cached_property
     def _frame(self) -> Pack:

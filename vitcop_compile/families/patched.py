@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..host import Images, Pack, Tile, check_device, check_size, grid_places, in_order
-from ..layout import Layout, Segment
+from ..host import Images, Pack, Tile, check_device, check_size, grid_places, in_order, packs_of, segments_of
+from ..layout import Layout
 from ..provider import slot_bucket
 from ..schedule import ModelShape
 
@@ -39,7 +39,8 @@ class PatchedImages:
     video_token_id: that of a video's placeholders, None if they are an image's and `mm_token_type_ids` tells; frames: whether
     every frame of a video is a run of placeholders of its own, with text between, and so an image of its own; resize(height,
     width) -> what the processor makes of a size, in pixels; patch: side of a patch in pixels; cut, positions: the model's own;
-    tables: what `cut` tells of every slot; unit: patches of an encoder's input come in multiples of it.
+    tables: what `cut` tells of every slot; unit: patches of an encoder's input come in multiples of it; clips: whether all
+    frames of a video are one segment.
     """
 
     shape: ModelShape
@@ -53,6 +54,7 @@ class PatchedImages:
     stock_positions: Positions = field(compare=False)
     frames: bool = False
     unit: int = UNIT
+    clips: bool = False
     fixed = False
     inputs = (
         "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids",
@@ -75,10 +77,10 @@ class PatchedImages:
         return self.laid("image", 1, height // self.patch, width // self.patch)
 
     def laid(self, kind: str, time: int, rows: int, columns: int) -> Layout:
-        """A segment for every step of time, of a grid of patches."""
+        """A segment for every step of time, of a grid of patches, or for all of them."""
         side = math.isqrt(self.shape.group)
-        tokens = rows * columns // self.shape.group
-        return (Segment(kind, (1, rows // side, columns // side), tokens, taps=self.shape.group),) * time
+        grid = (time, rows // side, columns // side)
+        return segments_of(kind, grid, self.shape.group, self.clips and kind == "video", broken=self.frames)
 
     def read(self, given: Mapping[str, Any], ids: Tensor, device: torch.device, dtype: torch.dtype) -> Images:
         """The images and videos in the order in which `ids` name them."""
@@ -89,13 +91,18 @@ class PatchedImages:
         told = self._told(ids, given.get("mm_token_type_ids"), all(sizes), bool(sizes[0]))
         items = [(kind, *item) for kind, found in kinds.items() for item in found]
         items = [items[number] for number in in_order(told, dict(enumerate(sizes, start=1)))]
-        about = tuple(self._about(kind, grid, next(steps) if kind == "video" else None) for kind, _, grid in items)
-        return self._images([(kind, grid) for kind, _, grid in items], torch.cat([pixels for _, pixels, _ in items]), about)
+        laid = [(kind, grid) for kind, _, grid in items]
+        if self.frames and self.clips:
+            laid = _joined(laid, given.get("video_grid_thw"))
+        about = tuple(self._about(kind, grid, next(steps) if kind == "video" else None) for kind, grid in laid)
+        return self._images(laid, torch.cat([pixels for _, pixels, _ in items]), about)
 
     def blank(self, layouts: Sequence[Layout], device: torch.device, dtype: torch.dtype) -> Images:
         """As `Host.blank`."""
         side = math.isqrt(self.shape.group)
-        items = [(layout[0].kind, (len(layout), *(side * n for n in layout[0].grid[1:]))) for layout in layouts]
+        items = [
+            (layout[0].kind, (len(layout) * layout[0].grid[0], *(side * n for n in layout[0].grid[1:]))) for layout in layouts
+        ]
         rows = sum(math.prod(grid) for _, grid in items)
         about = tuple(self._about(kind, grid, 1.0 if kind == "video" else None) for kind, grid in items)
         return self._images(items, torch.zeros(rows, *self.pixel_shape, device=device, dtype=dtype), about)
@@ -104,6 +111,8 @@ class PatchedImages:
         """As the stock model counts them. Raises InputError for images side by side, which it takes for one."""
         if not about:
             return np.broadcast_to(np.arange(len(words)), (self.shape.position_dims, len(words)))
+        if self.frames:
+            about = [(kind, (1, *grid[1:]), step) for kind, grid, step in about for _ in range(grid[0])]
         kinds = np.select([words == self.token_id, words == self.video_token_id], [1, 2], 0)
         runs = int(((kinds > 0) & (np.diff(kinds, prepend=0) != 0)).sum())
         if runs != len(about):
@@ -123,7 +132,7 @@ class PatchedImages:
             layouts.append(self.laid(kind, time, rows, columns))
             tile, pack = _cut(self, rows, columns)
             # Steps of time follow one another, each in its own slots of one program.
-            packs.append(tuple(replace(pack, index=pack.index + step * len(tile.order)) for step in range(time)))
+            packs.append(packs_of(layouts[-1], pack, time, len(tile.order)))
             cut += [tile] * time
         return Images(pixels, tuple(layouts), tuple(packs), tuple(cut), about)
 
@@ -178,6 +187,22 @@ class PatchedImages:
                 f"shape of input_ids, {tuple(ids.shape)}"
             )
         return placeholder * types.to(ids.device)
+
+
+def _joined(frames: Sequence[tuple[str, tuple[int, ...]]], grids: Tensor | None) -> list[tuple[str, tuple[int, ...]]]:
+    """Images and videos of (kind, grid) in the order of a prompt, in which the frames of each video are apart. grids: (time,
+    rows, columns) of every video."""
+    times = iter([] if grids is None else grids[:, 0].tolist())
+    found: list[tuple[str, tuple[int, ...]]] = []
+    left = 0  # frames to come of the video before
+    for kind, grid in frames:
+        if kind == "video" and left:
+            left -= 1
+            continue
+        time = next(times) if kind == "video" else 1
+        left = time - 1 if kind == "video" else left
+        found.append((kind, (time, *grid[1:])))
+    return found
 
 
 @lru_cache(maxsize=1024)

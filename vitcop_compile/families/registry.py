@@ -13,7 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import UnsupportedError
 from ..host import Host
 from ..isolation import shell
+from ..layout import Layout
 from ..schedule import ModelShape
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The encoder that frames of videos go through where they have their own, as in `Family`; layout: that of a frame, which
+    is an image beside others, and one input."""
+
+    patches: nn.Module
+    encoder: nn.Module
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Family:
     projector([B, n, C]), or of groups [B, n, group, C], -> [B, n, D]. embedding(ids [B, t]) -> [B, t, D], which also knows the
     id behind the vocabulary where images have protected tokens, such as line breaks, that no encoder makes; decoder(embeddings
     [B, t, D], positions [dims, B, t] [, marks int64 [B, 2, 1, t], where the shape says so]) -> [B, t, D]; head([B, t, D]) ->
-    [B, t, vocab].
+    [B, t, vocab]. frames: the encoder of videos, None where they have none of their own.
     """
 
     host: Host
@@ -36,6 +47,7 @@ class Family:
     embedding: nn.Module
     decoder: nn.Module
     head: nn.Module
+    frames: Frames | None = None
 
     @property
     def shape(self) -> ModelShape:

@@ -148,6 +148,8 @@ def _laid(host: TiledImages, height: int, width: int, cut: bool) -> Layout:
     told = _numbers(host, height, width, tiles, as_it_is=False)
     if tiles == 1:
         return (Segment("image", (1, rows, columns), len(told), tuple(told.isnan().nonzero()[:, 0].tolist())),)
+    if len(told) == patches:  # an image so narrow that no patch of its tiles is without padding
+        return (Segment("image", (1, rows, columns), patches, tiles=tiles),)
     high, wide = len(_grid(told[patches:])), _grid(told[patches:]).shape[1] - 1
     breaks = tuple(range(wide, high * (wide + 1), wide + 1))
     whole = patches + high * wide
@@ -167,7 +169,7 @@ def _packed(host: TiledImages, height: int, width: int, cut: bool) -> tuple[Layo
     tiles = sum(segment.tiles for segment in layout)
     told = _numbers(host, height, width, tiles, as_it_is=True)
     overview = Pack(told[:patches].long().unsqueeze(1), None, grid_places(rows, columns))
-    if tiles == 1:
+    if len(layout) == 1:
         return layout, (overview,)
     grid = _grid(told[patches:])[:, :-1].long()
     index, weight = grid.reshape(-1, 1), None

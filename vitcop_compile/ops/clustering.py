@@ -18,7 +18,8 @@ def density_peaks(
 ) -> Tensor:
     """Labels of a density-peaks clustering restricted to spatial neighbours (ViTCoP, vision stage).
 
-    features: [B, n, d]; positions: [B, n, 2] in units of the image side, None for no spatial limit; centers: clusters, 1 to
+    features: [B, n, d]; positions: [B, n, 2] in units of the image side, of the frames of a clip [B, n, 3] with time in the
+    same units, None for no spatial limit; centers: clusters, 1 to
     n; density_width: of the density kernel, in feature distance; reach: that of a neighbour, in units of the image side.
     Returns int64 [B, n]: 0 to centers - 1, by descending delta * rho of the center, or -1 for a point whose chain of nearest
     denser neighbours ends in a cycle. Raises ValueError for centers out of range. Computed in fp32 whatever the input, but for
@@ -31,7 +32,7 @@ def density_peaks(
     rho = torch.exp(-((distance / density_width) ** 2)).sum(-1)
     candidate = rho.unsqueeze(1) >= rho.unsqueeze(2)  # [b, i, j]: j is at least as dense as i
     if positions is not None:
-        candidate = candidate & (_planar_distances(positions) <= reach)
+        candidate = candidate & (_spatial_distances(positions) <= reach)
     order = torch.arange(n, device=features.device)
     diagonal = order.unsqueeze(1) == order
     apart = distance.masked_fill(~candidate | diagonal, math.inf)
@@ -81,9 +82,7 @@ def _squared_by_products(features: Tensor, exact: bool) -> Tensor:
     return torch.where(squared < both * (1e-13 if exact else 2e-6), 0.0, squared).float()
 
 
-def _planar_distances(positions: Tensor) -> Tensor:
-    """Euclidean distances [B, n, n] of points [B, n, 2], fp32."""
-    row, column = positions.float().unbind(-1)
-    rows = row.unsqueeze(-1) - row.unsqueeze(-2)
-    columns = column.unsqueeze(-1) - column.unsqueeze(-2)
-    return torch.sqrt(rows * rows + columns * columns)
+def _spatial_distances(positions: Tensor) -> Tensor:
+    """Euclidean distances [B, n, n] of points [B, n, 2 or 3], fp32."""
+    first, *others = (axis.unsqueeze(-1) - axis.unsqueeze(-2) for axis in positions.float().unbind(-1))
+    return torch.sqrt(sum((axis * axis for axis in others), first * first))
