@@ -22,8 +22,9 @@ LEAST_TEXT = 2
 
 class Wanted(NamedTuple):
     """A program of a folder, and its spec. kind, key, count: as the runtime asks for it; count: images that "vision" takes,
-    frames of "frames", tiles of "tower", segments of "select", and sequences of "prefill", "extend" and "decode", fewer of which go through it as
-    well; key: all else. layout: of a prefill's prompts; text: its fewest and most text tokens, or those of a turn.
+    frames of "frames", tiles of "tower", segments of "select", and sequences of "prefill", "extend" and "decode", fewer of
+    which go through it as well; key: all else. layout: of a prefill's prompts; text: its fewest and most text tokens, or those
+    of a turn.
     """
 
     kind: str
@@ -133,7 +134,7 @@ def _encoder(kind: str, manifest: Manifest, host: Host, count: int) -> Wanted:
     features = TensorSpec("features", manifest.dtype, (count, n + schedule.lead, manifest.shape.feature_width))
     found = (features, *_chosen(schedule.vision, count, n))
     pixels = TensorSpec("pixels", manifest.dtype, (count, *host.pixel_shape))
-    alone = kind == "vision" and manifest.batch_sizes == (1,) and {len(images) for images in manifest.layouts} == {1}
+    alone = kind == "vision" and len(manifest.batch_sizes) == 1 and {len(images) for images in manifest.layouts} == {1}
     return Wanted(kind, (), count, _spec(kind, kind if alone else f"{kind}_{count}", (pixels,), found))
 
 

@@ -20,6 +20,7 @@ from families import KINDS
 from reference_clips import ClipConversation
 from reference_llava import Settings, cluster
 from test_families import NEAR, check, generate, pruned
+from vitcop_compile.export import EngineModel
 
 import vitcop_compile
 from vitcop_compile import ConfigError, InputError, ViTCoPConfig
@@ -74,6 +75,19 @@ def test_other_backends_do_as_eager_does(backend: str) -> None:
     found = generate(optimized("qwen2_vl", POOLED, backend), ids, given, 3, "qwen2_vl")
     turn = by_the_book("qwen2_vl", POOLED)
     # Other kernels sum in another order.
+    check(found, turn, turn.turn(ids, given, found.sequences[0, len(ids) :].tolist()), near=1e-4)
+
+
+@pytest.mark.covers("folder", family="qwen2_vl")
+@pytest.mark.slow
+def test_a_folder_of_clips(tmp_path: Any) -> None:
+    ids, given = families.prompt("qwen2_vl", PROMPTS["a clip"])
+    fast = optimized("qwen2_vl", POOLED)
+    fast.export(
+        tmp_path / "f", layouts=fast.layouts_of(torch.tensor([ids]), **given), max_text_len=16, max_new_tokens=4
+    )  # fmt: skip
+    found = generate(EngineModel.from_pretrained(tmp_path / "f"), ids, given, 3, "qwen2_vl")
+    turn = by_the_book("qwen2_vl", POOLED)
     check(found, turn, turn.turn(ids, given, found.sequences[0, len(ids) :].tolist()), near=1e-4)
 
 

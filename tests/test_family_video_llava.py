@@ -14,6 +14,7 @@ from reference_clips import FrameConversation
 from reference_llava import Settings
 from stock_family import Request
 from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
+from vitcop_compile.export import EngineModel
 
 import vitcop_compile
 from vitcop_compile import InputError, UnsupportedError, ViTCoPConfig
@@ -145,6 +146,18 @@ def test_pruned_frames_are_what_stock_layers_give_when_pruned_by_hand(scope: str
             found.past_key_values.buffers[2 * layer : 2 * layer + 2], (expected.keys, expected.values), strict=True
         ):
             torch.testing.assert_close(buffer[0, :, :rows], values[0], atol=stock_family.NEAR, rtol=1e-5)
+
+
+@pytest.mark.covers("folder", family="video_llava")
+@pytest.mark.slow
+def test_a_dense_folder_of_images_and_videos_is_the_stock_model(tmp_path: Any) -> None:
+    requests = [request(0, 3, videos=1), request(1, 2, videos=1)]
+    fast = models.optimize(model(), ViTCoPConfig.dense())
+    layouts = [fast.layouts_of(torch.tensor([ids]), **given)[0] for ids, given in requests]
+    fast.export(tmp_path / "f", layouts=layouts, max_text_len=32, max_new_tokens=16)
+    engine = EngineModel.from_pretrained(tmp_path / "f")
+    for ids, given in requests:
+        stock_family.check_same(*(stock_family.generate(each, [ids], given) for each in (engine, model())))
 
 
 @pytest.mark.slow

@@ -153,7 +153,8 @@ class Programs:
             kept = schedule.image_tokens
             axis = Dim("rows", min=least_text + kept, max=text + kept)
             axes: list[dict[int, Dim] | None] = [{1: axis}, None, {2: axis}, None, None]
-            return _export(module, inputs, (*axes, (None,) * (len(inputs) - 5)))
+            more = [(None,) * (len(inputs) - 5)] if len(inputs) > 5 else []
+            return _export(module, inputs, (*axes, *more))
         program = _export(module, inputs)
         shapes = _shapes(program)
         for stage, found in zip(schedule.decoder_stages, shapes[1:], strict=False):
