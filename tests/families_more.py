@@ -11,7 +11,7 @@ import families
 import tiled
 import torch
 from families import END, IMAGE, START, VIDEO
-from models import VOCAB, randomize
+from models import randomize
 from reference_families import Book, FamilyConversation, renamed
 from reference_llava import Settings
 from reference_tiled import TiledConversation
@@ -40,8 +40,9 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-# A patch's side in pixels, and the sides in pixels of images of one size, 6 x 6 patches, and of those of any.
-PATCH, SIDE, CANVAS = 8, 48, (64, 96)
+# A patch's side in pixels, the sides of images of one size, 6 x 6 patches of which four are a token, or 3 x 3 tokens, and of
+# those of any size.
+PATCH, MERGED, PLAIN, CANVAS = 8, 48, 24, (64, 96)
 WORDS = {**families.TEXT, "num_hidden_layers": 3}
 TILES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": PATCH,
@@ -98,7 +99,9 @@ def model(name: str) -> Any:
         made.lm_head.weight.mul_(0.25)  # logits of about one
         for key, weight in made.named_parameters():
             # Layers that add as much as there is, or attend to single tokens, make ten of every rounding error.
-            if key.endswith(("down_proj.weight", "q_proj.weight", "post_self_attn_layernorm.weight", "post_mlp_layernorm.weight")):
+            if key.endswith(
+                ("down_proj.weight", "q_proj.weight", "post_self_attn_layernorm.weight", "post_mlp_layernorm.weight")
+            ):
                 weight.mul_(0.3)
             if key.endswith("qkv.weight"):
                 weight.mul_(0.6)
@@ -134,7 +137,7 @@ def _glm4v(newer: bool = False) -> Any:
 
 
 def _shuffling(config: Any, kind: Any) -> Any:
-    vision = TILES | {"image_size": SIDE}
+    vision = TILES | {"image_size": MERGED}
     return kind(config(vision_config=vision, text_config=LlamaConfig(**WORDS), image_token_id=IMAGE, scale_factor=2))
 
 
@@ -142,7 +145,8 @@ def _mistral3() -> Any:
     return Mistral3ForConditionalGeneration(
         Mistral3Config(
             vision_config=PixtralVisionConfig(**TILES, image_size=max(CANVAS)), image_token_index=IMAGE,
-            text_config=MistralConfig(**WORDS, head_dim=16, sliding_window=None), spatial_merge_size=2, tie_word_embeddings=False,
+            text_config=MistralConfig(**WORDS, head_dim=16, sliding_window=None), spatial_merge_size=2,
+            tie_word_embeddings=False,
         )
     )  # fmt: skip
 
@@ -161,8 +165,8 @@ def _next_video() -> Any:
 def _video_llava() -> Any:
     return VideoLlavaForConditionalGeneration(
         VideoLlavaConfig(
-            vision_config=CLIPVisionConfig(**TILES, image_size=SIDE, projection_dim=16), text_config=LlamaConfig(**WORDS),
-            image_token_index=IMAGE, video_token_index=VIDEO, image_seq_length=(SIDE // PATCH) ** 2,
+            vision_config=CLIPVisionConfig(**TILES, image_size=PLAIN, projection_dim=16), text_config=LlamaConfig(**WORDS),
+            image_token_index=IMAGE, video_token_index=VIDEO, image_seq_length=9,
         )
     )  # fmt: skip
 
@@ -179,18 +183,18 @@ def _rows(part: tuple[int, ...]) -> list[int]:
     return ([IMAGE] * part[1] + [START]) * (part[0] - 1) + [IMAGE] * part[1] + [END]
 
 
-def _counted(count: int, part: tuple[int, ...]) -> list[int]:
-    return [IMAGE] * count
+def _nine(part: tuple[int, ...]) -> list[int]:
+    return [IMAGE] * 9
 
 
-def _of_one_size(side: int, shapes: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    return {"pixel_values": _noise(len(shapes), 3, side, side, seed=seed)}
+def _of_one_size(shapes: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    return {"pixel_values": _noise(len(shapes), 3, PLAIN, PLAIN, seed=seed)}
 
 
 def _samples_of_tiles(shapes: Sequence[tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     """A sample of three images, the last of them missing, or the last two."""
-    pixels = torch.zeros(1, 3, 3, SIDE, SIDE)
-    pixels[0, : len(shapes)] = _noise(len(shapes), 3, SIDE, SIDE, seed=seed)
+    pixels = torch.zeros(1, 3, 3, MERGED, MERGED)
+    pixels[0, : len(shapes)] = _noise(len(shapes), 3, MERGED, MERGED, seed=seed)
     shown = (pixels != 0).any(2).long()
     return {"pixel_values": pixels, "pixel_attention_mask": shown}
 
@@ -248,7 +252,7 @@ def _one_after_another(stock: Any, given: dict[str, Any]) -> list[Tensor]:
 
 def _shuffled_features(stock: Any, given: dict[str, Any]) -> list[Tensor]:
     whole = torch.cat(list(stock.model.get_image_features(**given).pooler_output))
-    return list(whole.split((SIDE // PATCH // 2) ** 2))
+    return list(whole.split((MERGED // PATCH // 2) ** 2))
 
 
 def _shuffled(stock: Any, grid: tuple[int, int]) -> list[list[int]]:
@@ -267,7 +271,7 @@ def _sizes(stock: Any, given: dict[str, Any]) -> list[tuple[int, int]]:
 
 def _tiles(stock: Any, given: dict[str, Any]) -> list[tuple[int, int]]:
     real = given["pixel_values"].flatten(0, 1).flatten(1).any(1)
-    return [(SIDE // PATCH, SIDE // PATCH)] * int(real.sum())
+    return [(MERGED // PATCH, MERGED // PATCH)] * int(real.sum())
 
 
 def _of(about: Book) -> Callable[[Any, Settings], Conversation]:
@@ -284,7 +288,7 @@ class _PixelsAlone(Conversation):
     @property
     def candidates(self) -> list[int]:
         """Of each image of the turn."""
-        return [(SIDE // PATCH) ** 2] * len(self.kept)
+        return [(PLAIN // PATCH) ** 2] * len(self.kept)
 
 
 def _book_of_video_llava(stock: Any, settings: Settings) -> Conversation:
@@ -316,10 +320,10 @@ KINDS: dict[str, Kind] = {
     "glm4v": Kind(_glm4v, partial(_run, video=IMAGE), book=_GLM4V, **_RUNS),
     "glm46v": Kind(partial(_glm4v, newer=True), partial(_run, video=IMAGE), book=_GLM4V, **_RUNS),
     "idefics3": Kind(
-        partial(_shuffling, Idefics3Config, Idefics3ForConditionalGeneration), partial(_counted, 9), _samples_of_tiles, _SHUFFLED
+        partial(_shuffling, Idefics3Config, Idefics3ForConditionalGeneration), _nine, _samples_of_tiles, _SHUFFLED
     ),
     "smolvlm": Kind(
-        partial(_shuffling, SmolVLMConfig, SmolVLMForConditionalGeneration), partial(_counted, 9), _samples_of_tiles, _SHUFFLED
+        partial(_shuffling, SmolVLMConfig, SmolVLMForConditionalGeneration), _nine, _samples_of_tiles, _SHUFFLED
     ),
     "mistral3": Kind(
         _mistral3, _rows, _in_corners,
@@ -333,5 +337,5 @@ KINDS: dict[str, Kind] = {
     "next_video": Kind(
         _next_video, _packed_ids, _packed, lambda stock, settings: TiledConversation(stock, lambda _: settings), _frames
     ),
-    "video_llava": Kind(_video_llava, partial(_counted, 36), partial(_of_one_size, SIDE), _book_of_video_llava, layer=0),
+    "video_llava": Kind(_video_llava, _nine, _of_one_size, _book_of_video_llava, layer=0),
 }  # fmt: skip

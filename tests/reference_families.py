@@ -173,7 +173,10 @@ class FamilyConversation(Conversation):
 def renamed(model: Any, **parts: Any) -> Any:
     """What the reference asks of a model, with `parts` under the names that LLaVA has for them."""
     return SimpleNamespace(
-        config=model.config, lm_head=model.lm_head, get_input_embeddings=model.get_input_embeddings, model=SimpleNamespace(**parts)
+        config=model.config,
+        lm_head=model.lm_head,
+        get_input_embeddings=model.get_input_embeddings,
+        model=SimpleNamespace(**parts),
     )
 
 

@@ -88,7 +88,9 @@ class TiledConversation(Conversation):
             pooled = inner.vision_resampler(torch.cat((scores[..., None], keys), -1))
             features = inner.get_video_features(video[None]).pooler_output[0].reshape(*pooled.shape[:2], -1)
             columns = math.isqrt(pooled.shape[1])
-            found.append([(own, part[:, 1:], part[:, 0].tolist(), columns) for own, part in zip(features, pooled, strict=True)])
+            found.append(
+                [(own, part[:, 1:], part[:, 0].tolist(), columns) for own, part in zip(features, pooled, strict=True)]
+            )
         return found
 
     def _tiles(self, given: dict[str, Tensor], image: int, tokens: int, patches: int) -> Tensor:
