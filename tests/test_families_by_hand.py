@@ -74,6 +74,7 @@ def check(found: Any, told: Any, logits: Tensor, sample: int = 0, near: float = 
         through = [first + token for first, of in zip(firsts, expected, strict=True) for token in of]
         assert stage[sample][stage[sample] >= 0].tolist() == through
     torch.testing.assert_close(torch.stack([step[sample] for step in found.logits]), logits, atol=near, rtol=near)
+    assert len(held.buffers) == 2 * len(told.cache.layers)
     for layer, stock in enumerate(told.cache.layers):
         for ours, theirs in zip(held.buffers[2 * layer : 2 * layer + 2], (stock.keys, stock.values), strict=True):
             torch.testing.assert_close(ours[sample, :, : theirs.shape[2]], theirs[0], atol=near, rtol=near)
