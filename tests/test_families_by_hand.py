@@ -96,7 +96,7 @@ def two_samples(name: str) -> tuple[list[list[int]], dict[str, Any]]:
     return [ids for ids, _ in both], {key: torch.cat([own[key] for _, own in both]) for key in both[0][1]}
 
 
-@pytest.mark.covers("pruned by hand")
+@pytest.mark.covers("pruned by hand", "batch")
 @pytest.mark.slow
 @ALL
 def test_an_unequal_batch_is_its_samples_pruned_by_hand(name: str) -> None:
@@ -120,7 +120,7 @@ def converse(name: str, turns: Sequence[Sequence[Part]]) -> None:
         before = found.sequences[0].tolist()
 
 
-@pytest.mark.covers("pruned by hand")
+@pytest.mark.covers("pruned by hand", "turns")
 @SOME_SLOW
 def test_a_second_turn_with_an_image_is_pruned_by_hand(name: str) -> None:
     """The first is of a video, a segment a frame, where there are any."""
