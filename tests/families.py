@@ -27,13 +27,13 @@ LAYERS = 4
 START, END, VIDEO, IMAGE = VOCAB - 4, VOCAB - 3, VOCAB - 2, VOCAB - 1
 # Shapes in tokens; of none is the longer side a multiple of 5: a reach of 0.6 would be the distance of some tokens exactly.
 SHAPES = ((3, 4), (2, 6), (4, 4), (1, 3))
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
 _THREE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Kind:
 
 def _qwen2_vl() -> Any:
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2, "patch_size": 14}
-    text = _TEXT | {"rope_parameters": _THREE}
-    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **_IDS))
+    text = TEXT | {"rope_parameters": _THREE}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **IDS))
 
 
 def qwen2_5_vl(window_size: int = 56) -> Any:
@@ -60,8 +60,8 @@ def qwen2_5_vl(window_size: int = 56) -> Any:
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "out_hidden_size": 64,
         "fullatt_block_indexes": [1], "window_size": window_size, "tokens_per_second": 2,
     }  # fmt: skip
-    text = _TEXT | {"rope_parameters": _THREE}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_IDS))
+    text = TEXT | {"rope_parameters": _THREE}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **IDS))
 
 
 def _internvl() -> Any:
@@ -70,7 +70,7 @@ def _internvl() -> Any:
         patch_size=[14, 14], use_qk_norm=True,
     )  # fmt: skip
     return InternVLForConditionalGeneration(
-        InternVLConfig(vision_config=vision, text_config=Qwen2Config(**_TEXT), image_token_id=IMAGE, downsample_ratio=0.5)
+        InternVLConfig(vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE, downsample_ratio=0.5)
     )
 
 
@@ -81,41 +81,41 @@ def _patches(shapes: Sequence[tuple[int, ...]], seed: int, pixels: str, grids: s
     return {pixels: torch.randn(rows, 2 * 3 * 14 * 14, generator=generator), grids: torch.tensor(counted)}
 
 
-def _patched_images(shapes: Sequence[tuple[int, int]], seed: int) -> dict[str, Tensor]:
+def patched_images(shapes: Sequence[tuple[int, int]], seed: int) -> dict[str, Tensor]:
     return _patches(shapes, seed, "pixel_values", "image_grid_thw")
 
 
-def _patched_videos(shapes: Sequence[tuple[int, int, int]], seed: int) -> dict[str, Tensor]:
+def patched_videos(shapes: Sequence[tuple[int, int, int]], seed: int) -> dict[str, Tensor]:
     return _patches(shapes, seed, "pixel_values_videos", "video_grid_thw")
 
 
 def _timed_videos(shapes: Sequence[tuple[int, int, int]], seed: int) -> dict[str, Tensor]:
     seconds = torch.tensor([0.5 + i for i in range(len(shapes))])
-    return _patched_videos(shapes, seed) | {"second_per_grid_ts": seconds}
+    return patched_videos(shapes, seed) | {"second_per_grid_ts": seconds}
 
 
 def _tiles(shapes: Sequence[tuple[int, int]], seed: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(len(shapes), 3, 112, 112, generator=torch.Generator().manual_seed(seed))}
 
 
-def _frames(given: dict[str, Any]) -> list[tuple[int, int]]:
+def frames(given: dict[str, Any]) -> list[tuple[int, int]]:
     grids = given["image_grid_thw" if "image_grid_thw" in given else "video_grid_thw"].tolist()
     return [(high, wide) for time, high, wide in grids for _ in range(time)]
 
 
-def _patched_features(model: Any, given: dict[str, Any]) -> list[Tensor]:
+def patched_features(model: Any, given: dict[str, Any]) -> list[Tensor]:
     if "pixel_values" in given:
         whole = model.model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output
     else:
         whole = model.model.get_video_features(given["pixel_values_videos"], given["video_grid_thw"]).pooler_output
-    return list(torch.cat(list(whole)).split([high * wide // 4 for high, wide in _frames(given)]))
+    return list(torch.cat(list(whole)).split([high * wide // 4 for high, wide in frames(given)]))
 
 
-def _packed_keys(module: Any, rows: Tensor) -> Tensor:
+def packed_keys(module: Any, rows: Tensor) -> Tensor:
     return module.qkv(rows)[None].chunk(3, -1)[1]
 
 
-def _four_in_a_row(model: Any, grid: tuple[int, int]) -> list[list[int]]:
+def four_in_a_row(model: Any, grid: tuple[int, int]) -> list[list[int]]:
     return [list(range(4 * i, 4 * i + 4)) for i in range(grid[0] * grid[1] // 4)]
 
 
@@ -139,17 +139,17 @@ def _internvl_features(model: Any, given: dict[str, Any]) -> list[Tensor]:
     return list(found.pooler_output)
 
 
-_QWEN = {"features": _patched_features, "layers": lambda model: [block.attn for block in model.model.visual.blocks]}
+_QWEN = {"features": patched_features, "layers": lambda model: [block.attn for block in model.model.visual.blocks]}
 KINDS: dict[str, Kind] = {
     "qwen2_vl": Kind(
-        _qwen2_vl, _patched_images,
-        Book(**_QWEN, keys=_packed_keys, tokens=_four_in_a_row, grids=lambda _, given: _frames(given), norms="centered",
+        _qwen2_vl, patched_images,
+        Book(**_QWEN, keys=packed_keys, tokens=four_in_a_row, grids=lambda _, given: frames(given), norms="centered",
              three=True),
-        layer=0, videos=_patched_videos,
+        layer=0, videos=patched_videos,
     ),
     "qwen2_5_vl": Kind(
-        qwen2_5_vl, _patched_images,
-        Book(**_QWEN, keys=_packed_keys, tokens=_four_in_windows, grids=lambda _, given: _frames(given), norms="centered",
+        qwen2_5_vl, patched_images,
+        Book(**_QWEN, keys=packed_keys, tokens=_four_in_windows, grids=lambda _, given: frames(given), norms="centered",
              three=True),
         layer=1, videos=_timed_videos,
     ),

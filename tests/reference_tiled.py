@@ -1,5 +1,5 @@
 """A conversation by the book about images in tiles: LLaVA-NeXT's and LLaVA-OneVision's stock layers, and their stock packing
-of features, of scores and of keys; shares no code with the package."""
+of features, of scores and of keys, and LLaVA-NeXT-Video's pooled frames; shares no code with the package."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ class TiledConversation(Conversation):
 
     def _embed(self, ids: list[int], pixels: Any) -> tuple[Tensor, list[list[int]], list[list[int]]]:
         """pixels: what the processor gave, a dict."""
-        token, embed = self.model.config.image_token_id, self.model.get_input_embeddings()
+        config, embed = self.model.config, self.model.get_input_embeddings()
         parts, spans, labels = [], [], []
         self.kept, self.own, self.candidates = [], [], []
-        seen = iter(self._see(pixels) if pixels is not None else ())
+        pixels = pixels or {}
+        seen = {config.image_token_id: iter(self._see(pixels) if "pixel_values" in pixels else ())}
+        if "pixel_values_videos" in pixels:
+            seen[config.video_token_id] = iter(self._see_videos(pixels))
         at = rows = 0
         while at < len(ids):
-            if ids[at] != token:
+            if ids[at] not in seen:
                 parts.append(embed(torch.tensor([[ids[at]]])))
                 at, rows = at + 1, rows + 1
                 continue
-            for features, keys, scores, columns in next(seen):
+            for features, keys, scores, columns in next(seen[ids[at]]):
                 # What is no candidate is a line break.
                 candidates = [i for i, score in enumerate(scores) if not math.isnan(score)]
                 settings = self.settings_of(len(candidates))
@@ -50,13 +53,15 @@ class TiledConversation(Conversation):
                 parts.append(features[stays][None])
                 spans.append([rows + stays.index(i) for i in chosen])
                 at, rows = at + len(scores), rows + len(stays)
+        assert all(next(left, None) is None for left in seen.values())
         return torch.cat(parts, 1), spans, labels
 
     def _see(self, given: dict[str, Tensor]) -> list[list[tuple[Tensor, Tensor, list[float], int]]]:
         """By image and segment: features [tokens, D], keys [tokens, C], scores, NaN at line breaks, and columns."""
         inner, config = self.model.model, self.model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
-        whole = list(inner.get_image_features(**given).pooler_output)
+        own = {name: value for name, value in given.items() if name != "pixel_values_videos"}
+        whole = list(inner.get_image_features(**own).pooler_output)
         found = []
         for image, features in enumerate(whole):
             size = given["image_sizes"][image : image + 1]
@@ -75,6 +80,19 @@ class TiledConversation(Conversation):
             found.append(segments)
         return found
 
+    def _see_videos(self, given: dict[str, Tensor]) -> list[list[tuple[Tensor, Tensor, list[float], int]]]:
+        """The same by video and frame, pooled as the model pools features: of scores and keys, the means."""
+        inner, found = self.model.model, []
+        for video in given["pixel_values_videos"]:
+            scores, keys = self._score(video)
+            pooled = inner.vision_resampler(torch.cat((scores[..., None], keys), -1))
+            features = inner.get_video_features(video[None]).pooler_output[0].reshape(*pooled.shape[:2], -1)
+            columns = math.isqrt(pooled.shape[1])
+            found.append(
+                [(own, part[:, 1:], part[:, 0].tolist(), columns) for own, part in zip(features, pooled, strict=True)]
+            )
+        return found
+
     def _tiles(self, given: dict[str, Tensor], image: int, tokens: int, patches: int) -> Tensor:
         """The tiles of an image, without padding: one, if its tokens are one tile's and a line break."""
         if tokens == patches + 1:
@@ -84,7 +102,7 @@ class TiledConversation(Conversation):
 
     def _pack(self, values: Tensor, size: Tensor, width: int) -> Tensor:
         line_break = torch.full((width,), math.nan)
-        if self.model.config.model_type == "llava_next":
+        if self.model.config.model_type.startswith("llava_next"):
             return self.model.model.pack_image_features([values], size, "default", line_break)[0][0]
         ratio = self.model.config.vision_aspect_ratio
         return self.model.model.pack_image_features([values], size, line_break, ratio)[0][0]
@@ -92,7 +110,7 @@ class TiledConversation(Conversation):
     def _score(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """(scores [T, patches], keys [T, patches, C]) of the scoring layer, one tile after another."""
         tower = self.model.model.vision_tower
-        cls = self.model.config.model_type == "llava_next"
+        cls = self.model.config.model_type.startswith("llava_next")
         scores, keys = [], []
         for tile in tiles:
             hidden = tower.embeddings(tile[None])
