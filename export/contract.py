@@ -21,7 +21,7 @@ LEAST_TEXT = 2
 
 
 class Wanted(NamedTuple):
-    """A program of a folder, and its spec. kind, key, count: as the runtime asks for it; count: images that "vision" takes,
+    """A program of a folder, and its spec. kind, key, size: as the runtime asks for it; size: images that "vision" takes,
     frames of "frames", tiles of "tower", segments of "select", and sequences of "prefill", "extend" and "decode", fewer of
     which go through it as well; key: all else. layout: of a prefill's prompts; text: its fewest and most text tokens, or those
     of a turn.
@@ -29,7 +29,7 @@ class Wanted(NamedTuple):
 
     kind: str
     key: tuple[Any, ...]
-    count: int
+    size: int
     spec: ProgramSpec
     layout: Layout = ()
     text: tuple[int, int] = (1, 1)
@@ -115,7 +115,12 @@ def _seeing(manifest: Manifest, host: Host) -> list[Wanted]:
         for images, schedule in zip(manifest.layouts, manifest.schedules, strict=True):
             blank = host.blank(list(images) * batch, torch.device("meta"), getattr(torch, manifest.dtype))
             see(noting, blank, [len(images)] * batch, [schedule] * batch)
-    makers = {"vision": partial(_encoder, "vision"), "frames": partial(_encoder, "frames"), "tower": _tower, "select": _select}
+    makers: dict[str, Callable[..., Wanted]] = {
+        "vision": partial(_encoder, "vision"),
+        "frames": partial(_encoder, "frames"),
+        "tower": _tower,
+        "select": _select,
+    }
     order = sorted(noting.asked, key=lambda key: list(makers).index(key[0]))
     found = [makers[kind](manifest, host, *key) for kind, *key in order]
     # Selections may differ in their policy's options alone.

@@ -50,7 +50,7 @@ class EngineFolder:
     ):
         self._folder, self.manifest, self.host, self._load = folder, manifest, host, load
         # The smallest that is large enough is the first that is found.
-        self._programs = sorted(programs, key=lambda program: program.count)
+        self._programs = sorted(programs, key=lambda program: program.size)
         self.position_dims = manifest.position_dims
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.schedule = manifest.schedule
@@ -93,7 +93,7 @@ class EngineFolder:
     def tower(self, tiles: int, slots: int) -> Runner:
         """The tower program for so many tiles or more: it says something of all that it takes."""
         program = self._find("tower", (slots,), tiles)
-        return _filled_up(self._get(program.spec), program, program.count)
+        return _filled_up(self._get(program.spec), program, program.size)
 
     def select(
         self, tiles: int, slots: int, segments: int, candidates: int, taps: int, stage: Stage | None, axes: int = 2
@@ -120,7 +120,7 @@ class EngineFolder:
     def _find(self, kind: str, key: tuple[Any, ...], count: int, text: int | None = None) -> Wanted:
         """The smallest program that takes so many, and so much text. Raises InputError."""
         for program in self._programs:
-            same = (program.kind, program.key) == (kind, key) and program.count >= count
+            same = (program.kind, program.key) == (kind, key) and program.size >= count
             if same and (text is None or program.text[0] <= text <= program.text[1]):
                 return program
         most = {"vision": "images", "frames": "frames", "tower": "tiles", "select": "segments"}.get(kind, "sequences")
@@ -199,13 +199,13 @@ def _filled_up(program: Runner, wanted: Wanted, count: int) -> Runner:
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
         filled = [
-            tensor if axis is None or tensor.shape[axis] == wanted.count else _repeated(tensor, axis, wanted.count)
+            tensor if axis is None or tensor.shape[axis] == wanted.size else _repeated(tensor, axis, wanted.size)
             for tensor, axis in zip(inputs, axes, strict=True)
         ]
         found = program(*filled)
-        return found if count == wanted.count else [tensor[:count] for tensor in found]
+        return found if count == wanted.size else [tensor[:count] for tensor in found]
 
-    same = count == wanted.count and wanted.kind != "tower"
+    same = count == wanted.size and wanted.kind != "tower"
     return program if same else run
 
 

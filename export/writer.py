@@ -148,21 +148,21 @@ def _exporter(model: OptimizedModel, wanted: Wanted, rows: Sequence[int]) -> Exp
     dynamic = None if least == most else least
     match wanted.kind:
         case "vision":
-            return programs.export_vision(wanted.count, exact=False)
+            return programs.export_vision(wanted.size, exact=False)
         case "frames":
-            return programs.export_frames(wanted.count, exact=False)
+            return programs.export_frames(wanted.size, exact=False)
         case "tower":
-            return programs.export_tower(wanted.count, *wanted.key)
+            return programs.export_tower(wanted.size, *wanted.key)
         case "select":
-            tiles, slots, *rest = wanted.key
-            return programs.export_select(tiles, slots, wanted.count, *rest, exact=False)
+            tiles, slots, candidates, taps, stage, axes = wanted.key
+            return programs.export_select(tiles, slots, wanted.size, candidates, taps, stage, axes, exact=False)
         case "prefill":
             filled = wanted.key[1]
             held = rows if filled else None
             return programs.export_prefill(
-                wanted.count, most, wanted.layout, held, filled=filled, in_place=False, least_text=dynamic
+                wanted.size, most, wanted.layout, held, filled=filled, in_place=False, least_text=dynamic
             )
-    return programs.export_extend(wanted.count, most, rows, in_place=False, least_tokens=dynamic)
+    return programs.export_extend(wanted.size, most, rows, in_place=False, least_tokens=dynamic)
 
 
 def check_options(

@@ -47,6 +47,7 @@ def engine() -> Callable[[str], EngineModel]:
 
 @pytest.mark.parametrize("name", ["dynamic", "pair"])
 @pytest.mark.parametrize("ids", [prompt(), prompt(2, 14, seed=1), prompt(0, 2), prompt(0, 0), prompt(20, 4, seed=2)])
+@pytest.mark.covers("folder", family="llava")
 def test_image_prompts(name: str, ids: Tensor, engine: Callable, fast: Any) -> None:
     images = pixels(seed=3)
     told = reference.run(models.shared(LAYERS), ids, images, SETTINGS, STEPS)

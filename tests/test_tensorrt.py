@@ -77,6 +77,7 @@ def built(request, tmp_path_factory):
 
 
 @needs_rtx
+@pytest.mark.covers("RTX build", family="llava")
 def test_rtx_builds_every_program_whole(built):
     """One engine per program, the ONNX files gone; what the builder saw is what `vitcop.json` says."""
     _, onnx, engines = built
