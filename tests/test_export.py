@@ -346,7 +346,8 @@ def test_missing_packages_are_named(fast: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
 def test_an_interrupted_export_leaves_nothing(error: Any, fast: Any, tmp_path: Path) -> None:
-    with mock.patch.object(writer, "_save_configs", side_effect=error), mock.patch.object(writer, "write_onnx") as write:
+    patches = [mock.patch.object(writer, "_save_configs", side_effect=error), mock.patch.object(writer, "check_programs")]
+    with patches[0], patches[1], mock.patch.object(writer, "write_onnx") as write:
         write.side_effect = lambda program, path, *_: (path.write_bytes(b"half"), ((), ()))[1]
         with pytest.raises((KeyboardInterrupt, OSError)):
             export(fast, tmp_path / "deep" / "f", max_text_len=8, max_new_tokens=2, prompt_buckets=[8])

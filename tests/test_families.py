@@ -199,7 +199,7 @@ def test_other_backends_do_as_eager_does_by_the_book(name: str, backend: str) ->
     check(found, turn, turn.turn(ids, given, found.sequences[0, len(ids) :].tolist()), near=DENSE)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", [models.slow("qwen2_vl"), "qwen2_5_vl"])
 def test_warmup_makes_every_program_that_an_image_needs(name: str) -> None:
     fast = vitcop_compile.optimize(families.model(name), pruned(5, 3, 1, 2), backend="eager")
     layout = fast.layout_of(84, 112)

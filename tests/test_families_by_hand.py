@@ -29,8 +29,8 @@ SHAPES["next_video"] = [(40, 100), (110, 60)]
 SMALLEST: dict[str, tuple[int, ...]] = {"next_video": (1, 3, 3)}
 # GLM-4.6V is GLM-4V under another name.
 NAMES = [name for name in KINDS if name != "glm46v"]
-# In the default run: features that are added later, and text within a segment.
-QUICK = ("qwen3_vl", "mistral3")
+# In the default run: features that are added later.
+QUICK = ("qwen3_vl",)
 ALL = pytest.mark.parametrize("name", NAMES)
 SOME_SLOW = pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NAMES])
 VIDEO = pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NAMES if KINDS[name].videos])

@@ -86,6 +86,7 @@ def test_dense_is_the_stock_model(name: str) -> None:
     stock_family.check_dense(model(name), request(1), request(3, 1), request(2, 2, mask=False), request(0, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.covers("batch")
 @pytest.mark.parametrize("name", ["smolvlm"])
 @pytest.mark.parametrize("config", [stock_family.CONFIG], ids=["pruned"])

@@ -106,6 +106,7 @@ def test_other_poolings_are_the_stock_models(mode: str) -> None:
     stock_family.check_dense(model(mode), request(2))
 
 
+@pytest.mark.slow
 @pytest.mark.covers("batch", family="next_video")
 @pytest.mark.parametrize("settings", [stock_family.CONFIG], ids=["pruned"])
 def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None:

@@ -88,6 +88,7 @@ def test_dense_features_of_an_earlier_layer_are_the_stock_models() -> None:
     stock_family.check_dense(model(-2), request(*SIZES[1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.covers("batch", family="mistral3")
 @pytest.mark.parametrize("settings", [stock_family.CONFIG], ids=["pruned"])
 def test_a_batch_says_what_its_samples_say_alone(settings: ViTCoPConfig) -> None:

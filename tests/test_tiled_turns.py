@@ -18,6 +18,9 @@ from vitcop_compile.export import EngineModel
 
 from vitcop_compile import InputError, UnsupportedError, ViTCoPConfig
 
+# In the default run with tiles and a CLS token alone.
+NEXT = pytest.mark.parametrize("name", ["next", slow("onevision")])
+
 
 def published(candidates: int) -> Settings:
     """The preset 1/3 of a segment, what is kept rounded up to a multiple of 16."""
@@ -27,7 +30,7 @@ def published(candidates: int) -> Settings:
     return Settings(n, max(1, int(center * n)), merged, max(1, round(merged / 5)), 1, 1, 3)
 
 
-@BOTH
+@NEXT
 def test_presets_round_what_is_kept_up_to_sixteen(name: str) -> None:
     config = ViTCoPConfig.preset("1/3", shallow_layer=1, deep_layer=3, scale_layers=False)
     ids, given = request(name, [(130, 60), (168, 150)], 3)
@@ -35,7 +38,7 @@ def test_presets_round_what_is_kept_up_to_sixteen(name: str) -> None:
     assert_as_told(generate(optimized(name, config), ids, given, 3), ids, given, told)
 
 
-@BOTH
+@NEXT
 @pytest.mark.parametrize("scope, positions", [("pooled", "published"), slow("per_image", "original")])
 def test_budgets_that_are_shared_and_positions_that_stay(name: str, scope: str, positions: str) -> None:
     config = ViTCoPConfig(
@@ -54,7 +57,7 @@ def with_images(turns: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.covers("turns")
-@BOTH
+@NEXT
 @pytest.mark.parametrize("resent, backend", [(True, "eager"), slow(False, "eager"), slow(True, "onnxruntime")])
 def test_a_conversation_with_images_in_later_turns(name: str, resent: bool, backend: str) -> None:
     fast = optimized(name, backend=backend)
@@ -109,7 +112,7 @@ def test_beams_see_images_once_and_say_what_stock_beams_say(name: str) -> None:
     assert ("tower", given["pixel_values"].flatten(2).any(2).sum().item(), tiled.GRID**2) in towers
 
 
-@pytest.mark.parametrize("name, language", [("next", "mistral"), slow("next", "qwen2"), slow("onevision", "mistral")])
+@pytest.mark.parametrize("name, language", [slow("next", "mistral"), slow("next", "qwen2"), slow("onevision", "mistral")])
 def test_other_language_models(name: str, language: str) -> None:
     ids, given = request(name, [(40, 100)], 1)
     stock = tiled.model(name, language)
@@ -173,7 +176,7 @@ def test_placeholders_that_are_not_those_of_the_images_are_refused() -> None:
     assert fast.compiled == before
 
 
-@BOTH
+@NEXT
 def test_warm_up_makes_what_a_request_of_that_layout_takes(name: str) -> None:
     fast = models.optimize(tiled.model(name), CONFIG)
     layout = fast.layout_of(168, 150)
