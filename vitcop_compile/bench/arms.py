@@ -39,8 +39,10 @@ class Arm:
 
     stages: calls by name, of "vision" (pixels to projected features), "prefill" (prompt and features to the first logits and
     the KV cache), "decode" (one token on a filled cache), "ttft" (ids and pixels to the first logits, everything included);
-    where tokens are put together behind the encoder also of "tower" and "select", which together are "vision". A call changes no state, and may compile when it is first made. "vision" returns the features, alone or first of a
-    sequence; the others a sequence that starts with logits [B, 1, vocab]; on CUDA the next call may write over them.
+    where tokens are put together behind the encoder also of "tower" and "select", which together are "vision". A call changes
+    no state, and may compile when it is first made. "vision" returns the features, alone or first of a sequence; those of
+    programs a sequence, "prefill", "decode" and "ttft" one that starts with logits [B, 1, vocab]; on CUDA the next call may
+    write over them.
     attention: the kernel of each stage's attention, in words; selection: what the arm's selection alone takes, None where
     nothing is selected or it cannot be taken apart.
     """

@@ -86,9 +86,9 @@ class _Enough(Exception):
 
 
 def bind(optimized: OptimizedModel, request: Request) -> dict[str, Call]:
-    """Calls of "vision", or of "tower", "select" and both as "vision", "prefill", "decode" (one token, always into the same row
-    of a filled cache) and "ttft" (`forward`: ids and pixels to the first logits, checks and cache included), on the same
-    random request for every model of one shape.
+    """Calls of "vision" (where it is two programs, also of "tower" and "select"), "prefill", "decode" (one token, always into
+    the same row of a filled cache) and "ttft" (`forward`: ids and pixels to the first logits, checks and cache included), on
+    the same random request for every model of one shape.
 
     A program is exported and compiled when its call, or the call of one that needs it, is first made: the request passes
     through the runtime up to there, and what the program was given is what it is given from then on. Calls change no state.

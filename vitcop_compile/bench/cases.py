@@ -154,6 +154,13 @@ class Case:
             )
         for what in ("batch", "text_tokens", "new_tokens", "images"):
             _positive(what, getattr(self, what))
+        if self.frames < 0:
+            raise ConfigError(f"frames={self.frames} is below 0: give a count, or 0 for images")
+        if self.images > self.text_tokens:
+            raise ConfigError(
+                f"images={self.images} with text_tokens={self.text_tokens}: every image stands behind a token of text, "
+                "ask for more of these"
+            )
         for stage in self.stages:
             _known("stage", stage, STAGES)
         for label in self.configs:

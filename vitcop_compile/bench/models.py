@@ -71,8 +71,8 @@ def qwen2_5_vl(shape: Shape, seed: int) -> PreTrainedModel:
 MODELS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {
     "llava": llava, "internvl": internvl, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl,
 }  # fmt: skip
-# Pixels of the side of an image, as they come: a tile, or what makes about as many tokens as LLaVA-1.5's 336 pixels.
-IMAGE_SIZES = {"llava": 336, "internvl": 448, "qwen2_vl": 672, "qwen2_5_vl": 672}
+# Pixels of a side of their images: 576 tokens of the language model, or 256.
+IMAGE_SIZES = {"llava": 336, "internvl": 448, "qwen2_vl": 448, "qwen2_5_vl": 448}
 
 
 def _text(shape: Shape) -> dict[str, Any]:

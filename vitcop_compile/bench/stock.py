@@ -87,8 +87,11 @@ def _arm(
     ids, pixels = given["input_ids"], given.pop(named := "pixel_values_videos" if request.frames else "pixel_values")
     grids = {name: value for name, value in given.items() if name.endswith("grid_thw")}
     about = {name: value for name, value in given.items() if name != "input_ids"}
-    # Where positions have several coordinates the stock model finds them on the host.
-    placed = {"position_ids": model.model.get_rope_index(**given)[0]} if grids else {}
+    # Where positions have several coordinates the stock model finds them on the host, in `generate` too.
+    placed, following = {}, {}
+    if grids:
+        placed["position_ids"] = places = model.model.get_rope_index(**given)[0]
+        following["position_ids"] = (places.amax((0, 2), keepdim=True) + 1).expand(len(places), len(ids), 1).contiguous()
 
     def vision(pixels: Tensor) -> Tensor:
         # transformers hands features out image by image, and joins them as is done here.
@@ -105,7 +108,7 @@ def _arm(
         return _flat(model.lm_head(outputs.last_hidden_state[:, -1:]), outputs[CACHE_NAME])
 
     def decode(token: Tensor) -> tuple[Tensor, ...]:
-        logits = model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits
+        logits = model(input_ids=token, use_cache=True, logits_to_keep=1, **following, **{CACHE_NAME: cache}).logits
         rewind(cache, prompt)
         return (logits,)
 

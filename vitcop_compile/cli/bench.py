@@ -42,7 +42,7 @@ def bench_command(
     ] = None,
     batch: Annotated[int, typer.Option(help="Prompts per call.")] = 1,
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels of a side of an image, or frame; default: the family's, for 256 or 576 tokens.")
+        int | None, typer.Option(help="Pixels of a side of an image, or frame; default: 336 for llava, 448 else.")
     ] = None,
     images: Annotated[int, typer.Option(help="Images in a prompt.")] = 1,
     frames: Annotated[int, typer.Option(help="Frames of a video in a prompt, in place of images.")] = 0,
