@@ -10,6 +10,6 @@ from .rows import rows
 from .runner import run
 
 __all__ = [
-    "ARMS", "IMAGE_SIZES", "MODELS", "Arm", "Case", "Entrant", "Request", "Shape", "check_cases", "check_target", "environment",
-    "markdown", "read", "rows", "run", "table", "write",
+    "ARMS", "IMAGE_SIZES", "MODELS", "Arm", "Case", "Entrant", "Request", "Shape", "check_cases", "check_target",
+    "environment", "markdown", "read", "rows", "run", "table", "write",
 ]  # fmt: skip
