@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_cli_bench import error_of, invoke
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitcop_compile import ConfigError, UnsupportedError, ViTCoPConfig, bench, pipeline
 from vitcop_compile.bench.arms import build, inputs
@@ -161,6 +162,20 @@ def test_a_family_is_the_model_that_its_shape_describes(family):
     assert shape.scored_layers == ((3,) if family == "qwen2_5_vl" else ())
     (segment,) = bench.Case(given).layout()
     assert segment.tokens == (576 if family == "llava" else 256)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_vision_side_saves_is_the_projector_on_tokens_that_are_gone(name):
+    model, side = families.model(name), 196
+    family = family_of(model)
+    schedule = PRUNED.schedule(family.shape, family.host.layout_of(side, side))
+    assert 0 < schedule.image_tokens < schedule.patches
+    counted = []
+    for tokens in (schedule.patches, schedule.image_tokens):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            family.projector(torch.zeros(1, tokens, 4, 32))
+        counted.append(counter.get_total_flops())
+    assert schedule.dense_vision_flops() - schedule.vision_flops() == counted[0] - counted[1] > 0
 
 
 def test_ideals_follow_from_all_images_of_a_prompt():
