@@ -1,4 +1,5 @@
-"""Tables of the suite that compare no arms: selection alone, the runtime alone, matrix products alone. Plain rows."""
+"""Tables of the suite that compare no arms: selection alone, frames of a video, the runtime alone, matrix products alone.
+Plain rows."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from rich.console import Console
 from torch.nn.functional import linear
 
 from vitcop_compile import ViTCoPConfig, bench, optimize
+from vitcop_compile.bench.bind import bind
+from vitcop_compile.bench.memory import around
 from vitcop_compile.bench.overhead import overhead as overhead_of
 from vitcop_compile.bench.runner import timed
 from vitcop_compile.bench.selection import selection_arm
@@ -20,6 +23,8 @@ from vitcop_compile.progress import Steps
 Rows = list[dict[str, Any]]
 # Per-image time at many images, beside that of one, up to which the cost of selection counts as linear.
 LINEAR = 1.1
+# What a video goes through until the first logits.
+VIDEO = ("tower", "select", "prefill")
 KERNELS = ("oneDNN", "oneDNN, packed", "torch")
 # Rows of a decode step: prompts of the batch.
 BATCHES = (16, 1)
@@ -63,6 +68,52 @@ def selection_row(key: tuple[int, int], times: dict[tuple[int, int], list[float]
         "per_image_to_one": share,
         "linear": share["median"] <= LINEAR,
     }
+
+
+def frames(
+    shape: bench.Shape,
+    counts: Sequence[int],
+    rounds: int,
+    backend: str = "inductor",
+    preset: str = "1/9",
+    text_tokens: int = 64,
+) -> Rows:
+    """What every stage of a prompt with a video of so many frames takes, and what it allocates at most at a time, its results
+    included; `*_to_first`: per frame, beside that of the first of `counts`, in every round."""
+    shape.check()
+    console, model = Console(stderr=True), shape.model()
+    optimized = optimize(model, ViTCoPConfig.preset(preset), backend=backend, prompt_buckets=(text_tokens,))
+    calls: dict[tuple[str, int], Call] = {}
+    for count in counts:
+        request = bench.Request(1, text_tokens, frames=count, side=shape.image_size)
+        bound = bind(optimized, request)
+        with console.status(f"compiling the programs of {count} frames"), torch.no_grad():
+            for stage in VIDEO:
+                bound[stage]()
+                calls[stage, count] = bound[stage]
+    with torch.no_grad():
+        times = timed(calls, rounds, Steps(console), "frames")
+        peaks = {key: [peak - before for peak, before in (around(call) for _ in range(3))] for key, call in calls.items()}
+    visual = {}
+    for count in counts:
+        layout = optimized.host.layout_of(shape.image_size, shape.image_size) * count
+        schedule = optimized.on_demand.schedule_of(layout)
+        visual[count] = {"tokens": schedule.patches, "kept": schedule.image_tokens}
+    return [{"frames": count} | visual[count] | frames_row(count, counts[0], times, peaks) for count in counts]
+
+
+def frames_row(
+    count: int, first: int, times: dict[tuple[str, int], list[float]], peaks: dict[tuple[str, int], list[int]]
+) -> dict[str, Any]:
+    """Of `count` frames, beside `first`."""
+    row: dict[str, Any] = {}
+    for stage in VIDEO:
+        taken, bytes_ = summary(times[stage, count]), statistics.median(peaks[stage, count])
+        share = [many / count / (one / first) for many, one in zip(times[stage, count], times[stage, first], strict=True)]
+        row |= {f"{stage}_ms": taken["median"], f"{stage}_ms_quartiles": taken["quartiles"]}
+        row |= {f"{stage}_ms_to_first": summary(share), f"{stage}_mib": bytes_ / 2**20}
+        row[f"{stage}_mib_to_first"] = bytes_ / count / (statistics.median(peaks[stage, first]) / first)
+    return row
 
 
 def overhead(rounds: int) -> Rows:

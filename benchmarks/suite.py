@@ -22,6 +22,8 @@ from vitcop_compile.errors import ConfigError
 RESULTS = Path(__file__).parent / "results"
 TINY = "tiny"
 Case, Shape = bench.Case, bench.Shape
+# Small, so that 128 frames of it take seconds; its frames are of 224 pixels, 64 tokens each.
+VIDEO = Shape(hidden=256, layers=4, vision_hidden=256, vision_layers=4, image_size=224, family="qwen2_5_vl")
 
 
 class Table(NamedTuple):
@@ -78,6 +80,14 @@ def vision_layer() -> list[bench.Case]:
     return [Case(shape, "inductor", (), configs=configs, against=(), stages=("vision",))]
 
 
+def families() -> list[bench.Case]:
+    """Families whose tokens are put together behind the encoder: two images, or tiles, of 256 tokens each."""
+    named = ("qwen2_5_vl", "qwen2_vl", "internvl")
+    shapes = [Shape(vision_layers=4, image_size=bench.IMAGE_SIZES[name], family=name, name=name) for name in named]
+    stages = ("vision", "tower", "select", "prefill", "ttft")
+    return [Case(shape, "inductor", ("1/3", "1/9"), stages=stages, images=2) for shape in shapes]
+
+
 def tiny() -> list[bench.Case]:
     """Toy sizes, for a look at the whole in seconds; compiled for one stage only, which takes longer than all the rest."""
     shape = Shape(hidden=32, layers=4, vision_hidden=32, vision_layers=3, vocab=300, image_size=112, name="tiny")
@@ -98,6 +108,11 @@ TABLES = {
     "vision_layer": Table(("settings", "vision", "vision to dense", "vision ratio / FLOPs"), 7, vision_layer()),
     "selection": Table(("backend", "images", "prompts", "selection_ms", "ms_per_image", "per_image_to_one", "linear"), 15, [],
                        measure=functools.partial(parts.selection, Shape(), ("inductor", "onnxruntime"), (1, 8, 32))),
+    "families": Table(("shape", "arm", "preset", "vision", "vision ratio / FLOPs", "tower", "select", "prefill",
+                       "prefill ratio / FLOPs", "selection", "TTFT", "TTFT to stock_compile", "TTFT to dense"), 7, families()),
+    "frames": Table(("frames", "tokens", "kept", *(f"{stage}_{what}" for stage in parts.VIDEO
+                     for what in ("ms", "ms_to_first", "mib", "mib_to_first"))), 9, [],
+                    measure=functools.partial(parts.frames, VIDEO, (8, 32, 128))),
     "overhead": Table(("shape", "preset", "batch", "prefill_ms", "prefill_alone_ms", "decode_ms", "decode_alone_ms"), 21, [],
                       measure=parts.overhead),
     "matmul_rate": Table(("kernel", "rows", "ms", "gflops", "to_dense"), 15, [],
@@ -126,6 +141,7 @@ def main(
                 print(f"### {name}\n\n{bench.markdown(table.read(path), table.columns)}")
                 continue
             results = table.results(functools.partial(bench.write, path=path))
+            results["environment"]["command"] = f"python benchmarks/suite.py {name}"
             bench.write(results, path)
             Console(width=WIDE_TABLE_WIDTH).print(bench.table(results, table.columns))
 

@@ -182,7 +182,7 @@ def test_more_requests_compile_than_dynamo_recompiles_one_function(monkeypatch):
         return double
 
     for count in range(2, 2 + 2 * torch._dynamo.config.recompile_limit):
-        assert stock._compiled(made(), (torch.ones(count),))().tolist() == [2.0] * count
+        assert stock._compiled(made(), (torch.ones(count),), True)().tolist() == [2.0] * count
 
 
 def test_every_backend_is_an_arm():

@@ -25,7 +25,8 @@ KV_ROW_BYTES = 2 * 32 * 128 * 2
 PRUNED_ROWS = [64 + 172] * 2 + [64 + 77] * 20 + [64 + 15] * 10
 
 ROW_FIELDS = {
-    "backend", "arm", "preset", "shape", "dtype", "batch", "text_tokens", "new_tokens",
+    "backend", "arm", "preset", "shape", "dtype", "batch", "text_tokens", "new_tokens", "images", "frames", "side",
+    "tower_ms", "select_ms", "tower_ms_quartiles", "select_ms_quartiles",
     "vision_ms", "prefill_ms", "decode_ms", "ttft_ms", "selection_ms",
     "vision_ms_quartiles", "prefill_ms_quartiles", "decode_ms_quartiles", "ttft_ms_quartiles", "selection_ms_quartiles",
     "selection_share", "ratio_to_dense", "ratio_to", "visual_tokens", "retention", "kv_bytes",
@@ -162,10 +163,14 @@ def test_a_shape_is_the_model_it_describes():
         ({"batch": 0}, ConfigError, "batch=0 is below 1"),
         ({"text_tokens": 0}, ConfigError, "text_tokens=0 is below 1"),
         ({"new_tokens": -1}, ConfigError, "new_tokens=-1 is below 1"),
-        ({"stages": ("training",)}, ConfigError, "stage 'training' is unknown: use one of vision, prefill, decode, ttft"),
+        (
+            {"stages": ("training",)},
+            ConfigError,
+            "stage 'training' is unknown: use one of vision, tower, select, prefill, decode, ttft",
+        ),
         ({"configs": {"dense": ViTCoPConfig.preset("1/9")}}, ConfigError, "'dense' already names a setting"),
         ({"configs": {"x": ViTCoPConfig(retention=0.3, vision_layer=2)}}, ConfigError, "vision_layer=2 is layer 2 of 3"),
-        ({"family": "bert"}, ConfigError, "family 'bert' is unknown: use one of llava"),
+        ({"family": "bert"}, ConfigError, "family 'bert' is unknown: use one of llava, internvl, qwen2_vl, qwen2_5_vl"),
         ({"dtype": "int8"}, ConfigError, "dtype 'int8' is unknown: use one of float32, float16, bfloat16"),
         ({"device": "tpu"}, ConfigError, "device 'tpu' is unknown: use one of cpu, cuda"),
         ({"hidden": 0}, ConfigError, "hidden=0 is below 1"),

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .families import Family
 from .ops.indexing import put_rows, take_rows
-from .policies import POLICIES, Site
+from .policies import POLICIES, Choice, Site
 from .schedule import Schedule, Stage
 
 
@@ -58,20 +58,10 @@ class Select(nn.Module):
             return (self._project(hidden, rest[0], rest[1] if self.blended else None),)
         score, features, index, *given = rest
         weight, places = (given[0] if self.blended else None), given[-1]
-        real = index[..., 0] >= 0
-        index = index.clamp_min(0)
-        scores = _blend(score.flatten(), index, weight)
-        site = Site(
-            at=torch.arange(index.shape[1], device=index.device).expand(index.shape[:2]),
-            score=torch.where(real, scores, -torch.inf),
-            features=_blend(features.flatten(0, 1), index, weight),
-            places=places,
-            exact=self.exact,
-        )
-        choice = POLICIES[self.stage.policy].choose(site, self.stage.total, **dict(self.stage.options))
+        choice = choose(self.stage, score, features, index, weight, places, self.exact)
         kept = choice.index
         weight = None if weight is None else take_rows(weight, kept)
-        return self._project(hidden, take_rows(index, kept), weight), kept, *choice.state
+        return self._project(hidden, take_rows(index.clamp_min(0), kept), weight), kept, *choice.state
 
     def _project(self, hidden: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
         rows = hidden.flatten(0, 1).index_select(0, index.flatten()).reshape(*index.shape, hidden.shape[-1])
@@ -80,6 +70,23 @@ class Select(nn.Module):
             return self.projector(rows.squeeze(2) if index.shape[2] == 1 else rows)
         parts = self.projector(rows.flatten(1, 2)).reshape(*index.shape, -1)
         return (parts * weight.unsqueeze(-1).to(parts.dtype)).sum(2)
+
+
+def choose(
+    stage: Stage, score: Tensor, features: Tensor, index: Tensor, weight: Tensor | None, places: Tensor, exact: bool
+) -> Choice:
+    """What `stage` keeps of the candidates of S segments; as in `Select`."""
+    real = index[..., 0] >= 0
+    index = index.clamp_min(0)
+    scores = _blend(score.flatten(), index, weight)
+    site = Site(
+        at=torch.arange(index.shape[1], device=index.device).expand(index.shape[:2]),
+        score=torch.where(real, scores, -torch.inf),
+        features=_blend(features.flatten(0, 1), index, weight),
+        places=places,
+        exact=exact,
+    )
+    return POLICIES[stage.policy].choose(site, stage.total, **dict(stage.options))
 
 
 def _blend(values: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:

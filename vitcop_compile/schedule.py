@@ -17,7 +17,8 @@ class ModelShape:
     grid and prefix_tokens: of one input of the encoder, patches and what stands before them; lead: how many of the latter the
     language model gets as well; saliency: the policy that scores patches in this encoder; packed: whether the tokens of an
     image are put together behind the encoder, from several inputs of it or from several patches each, so that they are
-    selected there; group: patches that the projector makes one token of, side by side; key_features: elements of a patch's
+    selected there; group: patches that the projector makes one token of, side by side; projector_hidden: width between its
+    two layers, None if that of the decoder; key_features: elements of a patch's
     keys, None if as many as of the patch; multiple: what the tokens of a segment are rounded up to when they leave the vision
     stage, so that images of many sizes share programs. deepstack: how many more features of an image's tokens there are, which
     the decoder adds to them behind its first layers, one each: the encoder's rows and the projector's are so many times wider,
@@ -55,6 +56,7 @@ class ModelShape:
     saliency: str = "cls_attention"
     packed: bool = False
     group: int = 1
+    projector_hidden: int | None = None
     key_features: int | None = None
     multiple: int = 1
 
@@ -277,7 +279,8 @@ class Schedule:
             flops += segment.tiles * (2 * patches * shape.patch_features * shape.vision_hidden + sum(layers))
             # A group goes through a projector as one token, taps that are blended go through it each.
             wide, rows = (segment.taps, kept) if grouped else (1, kept * segment.taps)
-            projector = wide * shape.vision_hidden * shape.hidden + shape.hidden * shape.hidden
+            between = shape.projector_hidden or shape.hidden
+            projector = wide * shape.vision_hidden * between + between * shape.hidden
             flops += 2 * (rows + segment.lead) * (1 + shape.deepstack) * projector
         return flops
 

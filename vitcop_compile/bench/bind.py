@@ -22,12 +22,15 @@ from .arms import Request, begin_step, inputs
 from .timing import Call
 
 PROGRAMS = ("vision", "prefill", "decode")
+# A stage may be several programs: where tokens are put together behind the encoder, these two are "vision".
+_SEEING = ("tower", "select")
 # wrap(name, make) -> the program that is called; make() exports and compiles the provider's own.
 Wrap = Callable[[str, Callable[[], Program]], Program]
 
 
 def with_programs(optimized: OptimizedModel, wrap: Wrap) -> OptimizedModel:
-    """`optimized` with other programs, of PROGRAMS, in its own runtime; `wrap` is called once for each that comes up."""
+    """`optimized` with other programs, of PROGRAMS, in its own runtime; `wrap` is called once for each that comes up, by the
+    names "tower" and "select" where these are its vision programs."""
     other = copy.copy(optimized)
     other._provider = _Wrapped(optimized.on_demand, wrap)  # type: ignore[assignment]
     return other
@@ -42,7 +45,8 @@ class _Wrapped:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._provider, name)
-        return functools.partial(self._program, name, found) if name in ("vision", "prefill", "extend") else found
+        known = ("vision", *_SEEING, "prefill", "extend")
+        return functools.partial(self._program, name, found) if name in known else found
 
     def _program(self, kind: str, make: Callable[..., Program], *key: Any) -> Program:
         if kind == "extend" and key[1] > 1:
@@ -82,13 +86,15 @@ class _Enough(Exception):
 
 
 def bind(optimized: OptimizedModel, request: Request) -> dict[str, Call]:
-    """Calls of "vision", "prefill", "decode" (one token, always into the same row of a filled cache) and "ttft" (`forward`:
-    ids and pixels to the first logits, checks and cache included), on the same random request for every model of one shape.
+    """Calls of "vision" (where it is two programs, also of "tower" and "select"), "prefill", "decode" (one token, always into
+    the same row of a filled cache) and "ttft" (`forward`: ids and pixels to the first logits, checks and cache included), on
+    the same random request for every model of one shape.
 
     A program is exported and compiled when its call, or the call of one that needs it, is first made: the request passes
     through the runtime up to there, and what the program was given is what it is given from then on. Calls change no state.
     """
-    again: dict[str, Call] = {}
+    again: dict[str, list[Call]] = {}
+    passing: dict[str, list[Call]] = {}
     returned: list[Any] = []
     last = ""
 
@@ -99,13 +105,15 @@ def bind(optimized: OptimizedModel, request: Request) -> dict[str, Call]:
         return value
 
     def noting(name: str, make: Callable[[], Program]) -> Program:
-        if PROGRAMS.index(name) > PROGRAMS.index(last):
+        stage = "vision" if name in _SEEING else name
+        if PROGRAMS.index(stage) > PROGRAMS.index(last):
             raise _Enough
         program = make()
 
         def noted(*given: Any) -> Any:
-            if name not in again:
-                again[name] = functools.partial(program, *tree_map(kept, given))
+            if stage not in again:
+                for each in dict.fromkeys((stage, name)):
+                    passing.setdefault(each, []).append(functools.partial(program, *tree_map(kept, given)))
             found = program(*given)
             returned.extend(tree_leaves(found))
             return found
@@ -118,14 +126,17 @@ def bind(optimized: OptimizedModel, request: Request) -> dict[str, Call]:
     def call(name: str) -> Any:
         nonlocal last
         if name not in again:
-            last = name
+            last = "vision" if name in _SEEING else name
             with contextlib.suppress(_Enough):
                 (served.decode if name == "decode" else served.prefill)(model)
+            again.update(passing)
+            passing.clear()
             returned.clear()
         begin_step(optimized.device)
-        return again[name]()
+        return [program() for program in again[name]][-1]
 
-    calls: dict[str, Call] = {name: functools.partial(call, name) for name in PROGRAMS}
+    names = (*PROGRAMS, *(_SEEING if optimized.host.shape.packed else ()))
+    calls: dict[str, Call] = {name: functools.partial(call, name) for name in names}
     return calls | {"ttft": functools.partial(served.forward, optimized)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 from ..backends import BACKENDS, backend_of
 from ..config import PRESETS, ViTCoPConfig
 from ..errors import ConfigError, UnsupportedError
-from ..families.registry import shape_of
+from ..families.registry import host_of
+from ..host import Host
+from ..layout import Layout
 from ..schedule import ModelShape
-from ..toy import small_llava
-from .arms import ARMS, Request
+from .arms import ARMS, Request, layouts
+from .models import DTYPES, MODELS, heads
 
-STAGES = ("vision", "prefill", "decode", "ttft")
+STAGES = ("vision", "tower", "select", "prefill", "decode", "ttft")
 DENSE = "dense"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
 # Arms that never prune. Any other that is no backend prunes by itself, and is built with every setting.
 STOCK_ARMS = ("stock_eager", "stock_compile")
@@ -27,7 +28,8 @@ STOCK_ARMS = ("stock_eager", "stock_compile")
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a random model: widths in elements, `image_size` in pixels (patches are 14 x 14), layers as counts.
+    """The size of a random model: widths in elements, layers as counts; `image_size`: pixels of a side of its images, or of
+    those that it is given if it takes any (patches are 14 x 14).
 
     Heads of the encoder are 64 wide, those of the decoder `head`. MLPs: in the encoder 4 times `vision_hidden`, in the decoder
     `mlp`, by default 8/3 of `hidden` in steps of 64, as in LLaMA. dtype, device, family: names in DTYPES, DEVICES and
@@ -73,23 +75,14 @@ class Shape:
         with torch.device(self.device):
             return MODELS[self.family](self, seed)
 
-    def model_shape(self) -> ModelShape:
-        """What a schedule depends on, without weights."""
+    def host(self) -> Host:
+        """What the runtime knows of its images, without weights."""
         with torch.device("meta"):
-            return shape_of(MODELS[self.family](self, 0).config)
+            return host_of(MODELS[self.family](self, 0).config)
 
-
-def llava(shape: Shape, seed: int) -> PreTrainedModel:
-    """A LLaVA-1.5."""
-    return small_llava(
-        vision_hidden=shape.vision_hidden, vision_layers=shape.vision_layers, vision_heads=heads(shape.vision_hidden),
-        hidden=shape.hidden, layers=shape.layers, heads=heads(shape.hidden, shape.head), intermediate=shape.intermediate,
-        vocab=shape.vocab, image_size=shape.image_size, seed=seed, dtype=DTYPES[shape.dtype],
-    )  # fmt: skip
-
-
-# By family: build(shape, seed) -> a stock model in eval mode, on torch's current device, which may be "meta".
-MODELS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {"llava": llava}
+    def model_shape(self) -> ModelShape:
+        """What a schedule depends on beside the images."""
+        return self.host().shape
 
 
 class Entrant(NamedTuple):
@@ -111,7 +104,7 @@ class Case:
 
     backend: an arm named as a backend; presets: published settings; configs: further settings by label; against: arms to
     compare with, those that prune by themselves with every setting, all others dense; stages: what is timed, of STAGES,
-    the selection along with prefill. batch, text_tokens, new_tokens: the request, as in `Request`.
+    the selection along with prefill. batch, text_tokens, new_tokens, images, frames: the request, as in `Request`.
     """
 
     shape: Shape
@@ -123,6 +116,8 @@ class Case:
     against: tuple[str, ...] = ("stock_compile",)
     configs: Mapping[str, ViTCoPConfig] = field(default_factory=dict)
     stages: tuple[str, ...] = STAGES
+    images: int = 1
+    frames: int = 0
 
     def __str__(self) -> str:
         return f"{self.shape.name} {self.backend} batch {self.batch}, {self.text_tokens} text tokens"
@@ -130,7 +125,11 @@ class Case:
     @property
     def request(self) -> Request:
         """What every arm serves."""
-        return Request(self.batch, self.text_tokens, self.new_tokens)
+        return Request(self.batch, self.text_tokens, self.new_tokens, self.images, self.frames, self.shape.image_size)
+
+    def layout(self) -> Layout:
+        """The images of each prompt."""
+        return tuple(segment for image in layouts(self.shape.host(), self.request) for segment in image)
 
     def settings(self) -> dict[str, ViTCoPConfig]:
         """The pruned configurations by label."""
@@ -153,16 +152,23 @@ class Case:
             raise ConfigError(
                 f"against={', '.join(self.against)} with backend {self.backend!r} names an arm twice: name each once"
             )
-        for what in ("batch", "text_tokens", "new_tokens"):
+        for what in ("batch", "text_tokens", "new_tokens", "images"):
             _positive(what, getattr(self, what))
+        if self.frames < 0:
+            raise ConfigError(f"frames={self.frames} is below 0: give a count, or 0 for images")
+        if self.images > self.text_tokens:
+            raise ConfigError(
+                f"images={self.images} with text_tokens={self.text_tokens}: every image stands behind a token of text, "
+                "ask for more of these"
+            )
         for stage in self.stages:
             _known("stage", stage, STAGES)
         for label in self.configs:
             if label == DENSE or label in PRESETS:
                 raise ConfigError(f"configs: {label!r} already names a setting: choose another label")
-        shape = self.shape.model_shape()
+        shape, layout = self.shape.model_shape(), self.layout()
         for config in self.settings().values():
-            config.schedule(shape)
+            config.schedule(shape, layout)
 
 
 def check_cases(cases: Iterable[Case], rounds: int) -> None:
@@ -173,11 +179,6 @@ def check_cases(cases: Iterable[Case], rounds: int) -> None:
         case.check()
         if shapes.setdefault(case.shape.name, case.shape) != case.shape:
             raise ConfigError(f"two shapes are named {case.shape.name!r}: give one another name")
-
-
-def heads(width: int, head: int = 64) -> int:
-    """How many heads a layer of `width` has, one where it is narrower than they are."""
-    return max(1, width // head)
 
 
 def _positive(what: str, value: int) -> None:

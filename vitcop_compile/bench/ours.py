@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from ..backends import BACKENDS
 from ..config import ViTCoPConfig
 from ..optimized import OptimizedModel
-from ..passes.token_axis import anchors
 from ..pipeline import optimize
-from .arms import Arm, Request, register
+from ..schedule import Schedule
+from .arms import Arm, Request, layouts, register
 from .bind import bind
 from .kernels import backend_kernel
 from .selection import selection_arm
@@ -25,26 +25,32 @@ def ours(backend: str, model: PreTrainedModel, config: ViTCoPConfig, request: Re
     with torch.no_grad():
         optimized = optimize(model, config, backend=backend, prompt_buckets=(request.text_tokens,))
 
+    layout = tuple(segment for image in layouts(optimized.host, request) for segment in image)
+    schedule = optimized.on_demand.schedule_of(layout)
+
     @functools.cache
     def selection() -> Call:
-        return selection_arm(optimized.schedule, request, backend, optimized.dtype, optimized.device)
+        padded = bool(optimized.host.tables)
+        return selection_arm(schedule, request, backend, optimized.dtype, optimized.device, padded)
 
-    attention = _attention(optimized, backend, request)
+    attention = _attention(optimized, schedule, backend, request)
     return Arm(bind(optimized, request), attention, (lambda: selection()()) if config.prune else None)
 
 
-def _attention(optimized: OptimizedModel, backend: str, request: Request) -> dict[str, str]:
-    """The attention kernel of every stage, at the lengths of its first layer."""
-    schedule, shape, batch = optimized.schedule, optimized.schedule.shape, request.batch
+def _attention(optimized: OptimizedModel, schedule: Schedule, backend: str, request: Request) -> dict[str, str]:
+    """The attention kernel of every stage, at the lengths of its first layer; an encoder's windows are taken for the whole."""
+    shape, batch = schedule.shape, request.batch
     kernel = functools.partial(backend_kernel, backend, dtype=optimized.dtype, device=optimized.device)
-    query = anchors(optimized.programs.captured.encoder.graph)[0].args[0].meta["val"]  # type: ignore[union-attr]
-    encoder = (batch, query.shape[1], shape.prefix_tokens + shape.patches, query.shape[3])
+    vision = optimized.model.config.vision_config
+    heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
+    patches = schedule.layout[0].candidates * schedule.layout[0].taps if optimized.host.tables else shape.patches
+    encoder = (batch, heads, shape.prefix_tokens + patches, shape.vision_hidden // heads)
     rows = schedule.image_tokens + request.text_tokens
     cache = (batch, shape.kv_heads, rows + request.new_tokens, shape.head_dim)
-    vision = kernel(encoder, encoder)
+    seen = kernel(encoder, encoder, decode=bool(optimized.host.tables))  # which have a mask as well
     prefill = kernel((batch, shape.heads, rows, shape.head_dim), (*cache[:2], rows, shape.head_dim), causal=True)
     decode = kernel((batch, shape.heads, 1, shape.head_dim), cache, decode=True)
-    return {"vision": vision, "prefill": prefill, "decode": decode, "ttft": ", ".join(dict.fromkeys((vision, prefill)))}
+    return {"vision": seen, "prefill": prefill, "decode": decode, "ttft": ", ".join(dict.fromkeys((seen, prefill)))}
 
 
 for _name in BACKENDS:

@@ -64,8 +64,9 @@ def cells(results: Results, names: Sequence[str] | None) -> tuple[Sequence[str],
     if names is None:
         arms = dict.fromkeys(f"TTFT to {arm}" for row in results["rows"] for arm in row["ratio_to"])
         memory = ["peak memory"] if results["environment"]["memory"] else []
-        names = ("backend", "arm", "preset", "batch", "vision", "prefill", "prefill ratio / FLOPs", "selection", "TTFT", *arms,
-                 "decode", "decode ratio / bytes", "KV", *memory)  # fmt: skip
+        names = ("backend", "arm", "preset", "batch", "vision", "vision ratio / FLOPs", "tower", "select", "prefill",
+                 "prefill ratio / FLOPs", "selection", "TTFT", *arms, "decode", "decode ratio / bytes", "KV",
+                 *memory)  # fmt: skip
     found = {name: [cell(row, name) for row in results["rows"]] for name in names}
     filled = {name: column for name, column in found.items() if {*column} != {_NOTHING}}
     return list(filled), [list(line) for line in zip(*filled.values())]

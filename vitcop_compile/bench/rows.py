@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import PRESETS
+from ..layout import Layout
 from ..schedule import ModelShape, Schedule
 from .cases import DENSE, STAGES, Case, Entrant
 from .timing import ratios, summary
@@ -22,8 +23,11 @@ IDEALS = {
 }
 
 
-def rows(case: Case, shape: ModelShape, times: Times, attention: Mapping[str, Mapping[str, str]]) -> list[Row]:
-    """One row per entrant of `case`, on a model of `shape`. Times in ms, memory in bytes, all of it unrounded.
+def rows(
+    case: Case, shape: ModelShape, times: Times, attention: Mapping[str, Mapping[str, str]], layout: Layout | None = None
+) -> list[Row]:
+    """One row per entrant of `case`, on a model of `shape` and prompts of `layout`, by default of one image. Times in ms,
+    memory in bytes, all of it unrounded.
 
     `<stage>_ms` is the median over the rounds, `<stage>_ms_quartiles` the first and third quartile, both None where the stage
     was not measured; selection is a part of vision and prefill, and `selection_share` its share of the row's prefill.
@@ -33,7 +37,7 @@ def rows(case: Case, shape: ModelShape, times: Times, attention: Mapping[str, Ma
     """
     found = []
     for entrant in case.entrants():
-        schedule, key = entrant.config.schedule(shape), entrant.key
+        schedule, key = entrant.config.schedule(shape, layout), entrant.key
         row: Row = {"backend": case.backend, "arm": entrant.arm, "preset": entrant.label}
         row |= {"shape": case.shape.name, "dtype": case.shape.dtype, **dataclasses.asdict(case.request)}
         for stage in (*STAGES, "selection"):
@@ -63,7 +67,7 @@ def _schedule(schedule: Schedule, case: Case) -> Row:
     tokens = {"vision": schedule.image_tokens, "shallow": stages[0], "deep": stages[-1]}
     return {
         "visual_tokens": tokens | {"mean": schedule.mean_visual_tokens()},
-        "retention": schedule.mean_visual_tokens() / schedule.shape.patches,
+        "retention": schedule.mean_visual_tokens() / schedule.patches,
         "kv_bytes": case.batch * schedule.kv_bytes(text, case.new_tokens),
         "vision_flops": case.batch * schedule.vision_flops(),
         "prefill_flops": case.batch * (sum(schedule.prefill_flops(text)) + schedule.head_flops()),

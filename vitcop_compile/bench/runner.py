@@ -100,7 +100,7 @@ def _measure(model: PreTrainedModel, case: Case, rounds: int, steps: Steps, insp
             attention[entrant.key] = arm.attention
             more.append(inspect(model, case, entrant, arm))
         times = {at: timed(group, rounds, steps, f"{case}: timing {at}") for at, group in calls.items() if group}
-    found = rows(case, case.shape.model_shape(), times, attention)
+    found = rows(case, case.shape.model_shape(), times, attention, case.layout())
     return [row | fields for row, fields in zip(found, more, strict=True)]
 
 

@@ -29,12 +29,15 @@ def stock_eager(model: PreTrainedModel, config: ViTCoPConfig, request: Request) 
     # What generate() decodes on by default. It grows by concatenation, which copies it in every step: that is a cost of the
     # step. Cropping it back takes a view per layer, next to nothing.
     made, back = lambda rows: DynamicCache(config=model.config), lambda cache, prompt: cache.crop(-1)
-    return _arm(model, config, request, made, back, lambda function, args: functools.partial(function, *args))
+    return _arm(model, config, request, made, back, lambda function, args, _: functools.partial(function, *args))
 
 
 @register("stock_compile")
 def stock_compile(model: PreTrainedModel, config: ViTCoPConfig, request: Request) -> Arm:
     """The same under torch.compile: one full graph per stage at static shapes, with CUDA graphs on CUDA.
+
+    Encoders that are told the grids of their images read them on the host, as their stock code has it: "vision" and "ttft" of
+    these are torch.compile with its graph breaks, which is what a user gets.
 
     Prefill and the whole make a DynamicCache inside the graph, so that no mask exists and nothing is copied into a longer
     cache: better than `generate(cache_implementation="static")`, which runs its prefill in eager mode. Decoding is what that
@@ -74,32 +77,43 @@ def _arm(
     request: Request,
     make_cache: Callable[[int], Any],
     rewind: Callable[[Any, int], None],
-    served: Callable[[Callable[..., Any], tuple[Tensor, ...]], Call],
+    served: Callable[[Callable[..., Any], tuple[Tensor, ...], bool], Call],
 ) -> Arm:
     """make_cache(rows) -> what decoding runs on; rewind(cache, prompt) takes a step back: every step writes the same row;
-    served(function, arguments) -> a call."""
+    served(function, arguments, whether it is one graph) -> a call."""
     check_stock(model, config)
-    ids, pixels = inputs(model, request).values()
+    given = inputs(model, request)
+    kind = "video" if request.frames else "image"
+    ids, pixels = given["input_ids"], given.pop(named := "pixel_values_videos" if request.frames else "pixel_values")
+    grids = {name: value for name, value in given.items() if name.endswith("grid_thw")}
+    about = {name: value for name, value in given.items() if name != "input_ids"}
+    # Where positions have several coordinates the stock model finds them on the host, in `generate` too.
+    placed, following = {}, {}
+    if grids:
+        placed["position_ids"] = places = model.model.get_rope_index(**given)[0]
+        following["position_ids"] = (places.amax((0, 2), keepdim=True) + 1).expand(len(places), len(ids), 1).contiguous()
 
     def vision(pixels: Tensor) -> Tensor:
         # transformers hands features out image by image, and joins them as is done here.
-        found = model.get_image_features(pixel_values=pixels).pooler_output
-        return torch.cat(tuple(found)).unflatten(0, (pixels.shape[0], -1))
+        found = getattr(model, f"get_{kind}_features")(**{named: pixels}, **grids).pooler_output
+        return torch.cat(tuple(found)).unflatten(0, (ids.shape[0] * request.images, -1))
 
     def prefill(ids: Tensor, features: Tensor) -> tuple[Tensor, ...]:
         # Spliced as the model's own `forward` does.
         embeddings = model.get_input_embeddings()(ids)
-        image = model.model.get_placeholder_mask(ids, inputs_embeds=embeddings, image_features=features)
-        outputs = model.model.language_model(inputs_embeds=embeddings.masked_scatter(image, features), use_cache=True)
+        found = model.model.get_placeholder_mask(ids, inputs_embeds=embeddings, **{f"{kind}_features": features.flatten(0, 1)})
+        mask = found[kind == "video"] if isinstance(found, tuple) else found
+        embeddings = embeddings.masked_scatter(mask, features)
+        outputs = model.model.language_model(inputs_embeds=embeddings, use_cache=True, **placed)
         return _flat(model.lm_head(outputs.last_hidden_state[:, -1:]), outputs[CACHE_NAME])
 
     def decode(token: Tensor) -> tuple[Tensor, ...]:
-        logits = model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits
+        logits = model(input_ids=token, use_cache=True, logits_to_keep=1, **following, **{CACHE_NAME: cache}).logits
         rewind(cache, prompt)
         return (logits,)
 
     def ttft(ids: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
-        outputs = model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1)
+        outputs = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{named: pixels}, **about)
         return _flat(outputs.logits, outputs[CACHE_NAME])
 
     prompt = ids.shape[1]
@@ -108,7 +122,7 @@ def _arm(
         # transformers installs its hooks for hidden states in the first call, which dynamo cannot trace: it is this one.
         features = vision(pixels)
         # Filled in eager mode, as generate() does: this allocates the cache, at addresses that CUDA graphs may rely on.
-        model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+        model(input_ids=ids, use_cache=True, logits_to_keep=1, **{named: pixels}, **about, **{CACHE_NAME: cache})
     bound: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         "vision": (vision, (pixels,)),
         "prefill": (prefill, (ids, features)),
@@ -117,7 +131,9 @@ def _arm(
     }
     # Compiled or not, torch chooses by types, head sizes and masks.
     attention = {name: recorded(functools.partial(function, *args)) for name, (function, args) in bound.items()}
-    return Arm({name: torch.no_grad()(served(function, args)) for name, (function, args) in bound.items()}, attention)
+    whole = {name: not grids or name in ("prefill", "decode") for name in bound}
+    calls = {name: torch.no_grad()(served(function, args, whole[name])) for name, (function, args) in bound.items()}
+    return Arm(calls, attention)
 
 
 def _flat(logits: Tensor, cache: Any) -> tuple[Tensor, ...]:
@@ -125,13 +141,13 @@ def _flat(logits: Tensor, cache: Any) -> tuple[Tensor, ...]:
     return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
 
-def _compiled(function: Callable[..., Any], args: tuple[Tensor, ...]) -> Call:
+def _compiled(function: Callable[..., Any], args: tuple[Tensor, ...], whole: bool) -> Call:
     # dynamo counts recompilations by code object and gives up at the eighth: every request gets an object of its own.
     assert isinstance(function, FunctionType)
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
     # What mode="reduce-overhead" stands for, as in `backends.inductor`. No input is the output of a graph.
     options: Any = {"triton.cudagraphs": True} if args[0].is_cuda else None
-    program = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    program = torch.compile(own, fullgraph=whole, dynamic=False, options=options)
 
     def call() -> Any:
         begin_step(args[0].device)

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from .shared import PRESET_NAMES, WIDE_TABLE_WIDTH, console, errors_as_lines, without_future_warnings
 
 _NONE = "none"
+_FAMILIES = "llava, internvl, qwen2_vl, qwen2_5_vl"
 # What is measured unless options say otherwise: in a few minutes on two cores, and as in the README.
 _QUICK = {"presets": (DEFAULT_PRESET,), "layers": 4, "vision_layers": 3, "rounds": 5}
 _FULL = {"presets": tuple(PRESETS), "layers": 12, "vision_layers": 8, "rounds": 15}
@@ -32,6 +33,7 @@ def bench_command(
         list[str] | None,
         typer.Option(help="Arms to compare with, in the same rounds; default: stock_compile; none: nothing but dense."),
     ] = None,
+    family: Annotated[str, typer.Option(help=f"Family of the model: {_FAMILIES}.")] = "llava",
     hidden: Annotated[int, typer.Option(help="Width of the language model.")] = 1024,
     layers: Annotated[int | None, typer.Option(help=f"Layers of the language model; default: {_or('layers')}.")] = None,
     vision_hidden: Annotated[int, typer.Option(help="Width of the vision encoder.")] = 1024,
@@ -39,7 +41,12 @@ def bench_command(
         int | None, typer.Option(help=f"Layers of the vision encoder; default: {_or('vision_layers')}.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Prompts per call.")] = 1,
-    text_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt, beside 576 image tokens.")] = 64,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels of a side of an image, or frame; default: 336 for llava, 448 else.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images in a prompt.")] = 1,
+    frames: Annotated[int, typer.Option(help="Frames of a video in a prompt, in place of images.")] = 0,
+    text_tokens: Annotated[int, typer.Option(help="Text tokens of a prompt, beside those of its images.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Cache rows for new tokens.")] = 64,
     rounds: Annotated[int | None, typer.Option(help=f"Measured rounds; default: {_or('rounds')}.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
@@ -57,9 +64,11 @@ def bench_command(
         given = {"presets": tuple(preset or ()) or None, "layers": layers, "vision_layers": vision_layers, "rounds": rounds}
         chosen: dict[str, Any] = (_FULL if full else _QUICK) | {k: value for k, value in given.items() if value is not None}
         presets, rounds = chosen.pop("presets"), chosen.pop("rounds")
-        shape = bench.Shape(hidden=hidden, vision_hidden=vision_hidden, dtype=dtype, device=device, **chosen)
-        names = backend or ["inductor"]
-        cases = [bench.Case(shape, name, presets, batch, text_tokens, new_tokens, _against(against)) for name in names]
+        size = image_size or bench.IMAGE_SIZES.get(family, 336)  # an unknown family is refused with its case
+        common = {"vision_hidden": vision_hidden, "image_size": size, "dtype": dtype, "device": device, "family": family}
+        shape = bench.Shape(hidden=hidden, **common, **chosen)
+        asked = (presets, batch, text_tokens, new_tokens, _against(against))
+        cases = [bench.Case(shape, name, *asked, images=images, frames=frames) for name in backend or ["inductor"]]
         if json is not None:
             bench.check_target(json)
         results = bench.run(cases, rounds=rounds, memory=memory)

@@ -50,6 +50,7 @@ def patched(config: Any, element_bytes: int | None, model: Any, **more: Any) -> 
     square = 32 // side * side
     # The keys of most of these models have a bias that dwarfs what tokens differ in: norms of them say nothing of a token.
     keys = more.pop("keys", "centered")
+    more.setdefault("projector_hidden", side * side * more["vision_hidden"])
     shape = decoder_numbers(
         config,
         element_bytes,
