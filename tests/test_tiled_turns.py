@@ -227,5 +227,7 @@ def test_benchmarks_refuse_images_of_many_sizes() -> None:
     from vitcop_compile.bench import Request
     from vitcop_compile.bench.arms import inputs
 
-    with pytest.raises(UnsupportedError, match="a model that cuts images into tiles is not measured here: choose another family"):
+    with pytest.raises(
+        UnsupportedError, match="a model that cuts images into tiles is not measured here: choose another family"
+    ):
         inputs(tiled.model("next"), Request())

@@ -65,7 +65,13 @@ def bench_command(
         chosen: dict[str, Any] = (_FULL if full else _QUICK) | {k: value for k, value in given.items() if value is not None}
         presets, rounds = chosen.pop("presets"), chosen.pop("rounds")
         size = image_size or bench.IMAGE_SIZES.get(family, 336)  # an unknown family is refused with its case
-        common = {"vision_hidden": vision_hidden, "image_size": size, "dtype": dtype, "device": device, "family": family}
+        common: dict[str, Any] = {
+            "vision_hidden": vision_hidden,
+            "image_size": size,
+            "dtype": dtype,
+            "device": device,
+            "family": family,
+        }
         shape = bench.Shape(hidden=hidden, **common, **chosen)
         asked = (presets, batch, text_tokens, new_tokens, _against(against))
         cases = [bench.Case(shape, name, *asked, images=images, frames=frames) for name in backend or ["inductor"]]
