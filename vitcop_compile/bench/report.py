@@ -131,4 +131,6 @@ def _plain(value: Any) -> str:
     """Any field of a row, a ratio with its quartiles behind it."""
     if isinstance(value, dict):
         return f"{value['median']:.2f} ({value['quartiles'][0]:.2f}-{value['quartiles'][1]:.2f})"
-    return _NOTHING if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return _NOTHING if value is None else str(value)
