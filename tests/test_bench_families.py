@@ -221,6 +221,10 @@ def test_the_command_passes_family_size_images_and_frames_on(monkeypatch):
         assert invoke("bench", *options).exit_code == 0
     found = [(case.shape.family, case.request.side, case.request.images, case.request.frames) for case in seen]
     assert found == [("internvl", 448, 3, 0), ("qwen2_vl", 224, 1, 8)]
+    assert all(case.stages == ("vision", "select", "prefill", "ttft") for case in seen)
+    for options in (["--family", "internvl", "--full"], []):
+        assert invoke("bench", *options).exit_code == 0
+    assert all(case.stages == bench.STAGES for case in seen[2:])
 
 
 def test_frames_are_stated_beside_the_first_count():

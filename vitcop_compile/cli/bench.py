@@ -16,6 +16,8 @@ _NONE = "none"
 _FAMILIES = "llava, internvl, qwen2_vl, qwen2_5_vl"
 # What is measured unless options say otherwise: in a few minutes on two cores, and as in the README.
 _QUICK = {"presets": (DEFAULT_PRESET,), "layers": 4, "vision_layers": 3, "rounds": 5}
+# Of a family whose vision side is two programs, which take longer to compile: decoding is the same step as LLaVA's.
+_QUICK_STAGES = ("vision", "select", "prefill", "ttft")
 _FULL = {"presets": tuple(PRESETS), "layers": 12, "vision_layers": 8, "rounds": 15}
 
 
@@ -74,7 +76,10 @@ def bench_command(
         }
         shape = bench.Shape(hidden=hidden, **common, **chosen)
         asked = (presets, batch, text_tokens, new_tokens, _against(against))
-        cases = [bench.Case(shape, name, *asked, images=images, frames=frames) for name in backend or ["inductor"]]
+        stages = bench.STAGES if full or family == "llava" else _QUICK_STAGES
+        cases = [
+            bench.Case(shape, name, *asked, stages=stages, images=images, frames=frames) for name in backend or ["inductor"]
+        ]
         if json is not None:
             bench.check_target(json)
         results = bench.run(cases, rounds=rounds, memory=memory)
