@@ -36,8 +36,8 @@ def exported(name: str, root: Path, *prompts: list[Any], **options: Any) -> Engi
     return EngineModel.from_pretrained(root)
 
 
-@pytest.mark.covers("folder")
-@pytest.mark.parametrize("name", [name if name == "internvl" else models.slow(name) for name in families.KINDS])
+@pytest.mark.covers("folder", "onnxruntime")
+@pytest.mark.parametrize("name", ["internvl", models.slow("qwen2_5_vl")])
 def test_a_folder_does_what_stock_layers_do_when_pruned_by_hand(name: str, tmp_path: Path) -> None:
     """A prompt with an image, then a turn of text; what the folder was not made for is refused, and so is a forged one."""
     engine = exported(name, tmp_path / "f", ONE)
@@ -61,6 +61,7 @@ def test_a_folder_does_what_stock_layers_do_when_pruned_by_hand(name: str, tmp_p
         refused(tmp_path / "f")
 
 
+@pytest.mark.covers("folder", family="qwen2_vl")
 @pytest.mark.slow
 def test_several_batches_layouts_and_images_in_later_turns(tmp_path: Path) -> None:
     """Two with an image and one without, and a video for each in the next turn: filled up to what programs take."""

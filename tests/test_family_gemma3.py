@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import gemma
@@ -14,6 +15,7 @@ import torch
 from reference_gemma import Budget, Conversation
 from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration
+from vitcop_compile.export import EngineModel
 from vitcop_compile.passes import extend_passes, prefill_passes, rewrite
 from vitcop_compile.passes.attach_cache import write_places
 
@@ -115,13 +117,17 @@ def test_inductor_gives_what_the_stock_model_gives() -> None:
     torch.testing.assert_close(torch.cat(ours.logits), torch.cat(theirs.logits), atol=1e-4, rtol=0)
 
 
-@pytest.mark.covers("onnxruntime", family="gemma3")
+@pytest.mark.covers("onnxruntime", "folder", family="gemma3")
 @pytest.mark.slow
-def test_caches_that_programs_only_read() -> None:
-    """Two turns, pruned, through onnxruntime, whose programs return their rows and positions."""
+def test_caches_that_programs_only_read(tmp_path: Path) -> None:
+    """Two turns with an image each, pruned, from a folder, whose programs return their rows and positions."""
+    first, then = request(5, 9), request(2, 7, seed=1)
+    pruned().export(
+        tmp_path / "f", layouts=pruned().layouts_of(**first), prompt_buckets=(32,), later_images=True, max_text_len=32,
+        max_new_tokens=64,
+    )  # fmt: skip
     out: list[list[Tensor]] = []
-    for model in (pruned(), models.optimize(gemma.model(), PRUNED, backend="onnxruntime", prompt_buckets=(32,))):
-        first, then = request(5, 9), request(2, 7, seed=1)
+    for model in (pruned(), EngineModel.from_pretrained(tmp_path / "f")):
         before = said(model, first, 8)
         ids, pixels = (torch.cat((a, b)) if a.dim() == 4 else torch.cat((a, b), 1) for a, b in (
             (before.sequences, then["input_ids"]), (first["pixel_values"], then["pixel_values"])

@@ -200,6 +200,7 @@ def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.covers("inductor", family="llava")
 @pytest.mark.slow
 def test_inductor_compiles_once_and_equals_eager(plain):
     eager, model, _ = plain

@@ -25,12 +25,12 @@ def golden_model() -> Any:
 
 
 def _golden_params() -> list:
-    """Every case, at one of the two opsets: 32 layers take half a minute, and all are slow. VITCOP_GOLDEN_ALL=1: all
-    at both."""
-    later = {"1_3", "dense"}
+    """A case at each opset, which is slow: 32 layers take half a minute. VITCOP_GOLDEN_ALL=1: all cases at both."""
     cases = filter(e2e._one_image, golden.cases("e2e"))
     every = bool(os.environ.get("VITCOP_GOLDEN_ALL"))
-    chosen = [(case, opset) for case in cases for opset in (18, 23) if every or (opset == 23) == (case["name"] in later)]
+    chosen = [
+        (case, opset) for case in cases for opset in (18, 23) if every or {"1_9": 18, "1_3": 23}.get(case["name"]) == opset
+    ]
     return [pytest.param(case, opset, id=f"{case['name']}-{opset}", marks=pytest.mark.slow) for case, opset in chosen]
 
 

@@ -359,6 +359,10 @@ def test_rewritten_graphs_share_parameters(graphs):
 def test_clean_removes_assertions(graphs):
     module = clean(copy(graphs.decoder))
     assert not [n for n in module.graph.nodes if "assert" in str(n.target) or n.target == "_guards_fn"]
+    views = [n for n in module.graph.nodes if str(n.target) in ("aten.view.default", "aten.reshape.default")]
+    assert views and not [
+        n for n in views for size, known in zip(n.args[1], n.meta["val"].shape) if (size, type(known)) == (-1, int)
+    ]
     count = len(module.graph.nodes)
     assert len(clean(module).graph.nodes) == count
 

@@ -292,7 +292,7 @@ def test_a_stream_is_served_as_fresh_models_serve_it(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARMS)
 def test_a_long_stream_is_served_as_fresh_models_serve_it(name: str) -> None:
-    run(ARMS[name], 2000, narrow=False)
+    run(ARMS[name], 1000, narrow=False)
 
 
 def test_equal_rows_of_both_kinds() -> None:

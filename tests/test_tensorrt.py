@@ -54,9 +54,10 @@ def export_both(monkeypatch, root, optimized, **options):
     return onnx, export(optimized, root / "engines", format="tensorrt", max_text_len=TEXT, max_new_tokens=NEW, **options)
 
 
-# Half a minute each.
+# Half a minute each: every preset, and both types.
 _BUILT = [
-    pytest.param((dtype, preset), id=f"{dtype}-{preset}", marks=pytest.mark.slow) for dtype in DTYPES for preset in PRESETS
+    pytest.param((dtype, preset), id=f"{dtype}-{preset}", marks=pytest.mark.slow)
+    for dtype, preset in zip(("float16", "float16", "bfloat16"), PRESETS, strict=True)
 ]
 
 

@@ -181,7 +181,7 @@ def test_five_turns(batch: int, resend: bool) -> None:
 
 
 @pytest.mark.covers("backend", family="llava")
-@pytest.mark.parametrize(("backend", "batch"), [slow("onnxruntime", 1), slow("onnxruntime", 3), slow("inductor", 1)])
+@pytest.mark.parametrize(("backend", "batch"), [slow("onnxruntime", 3)])
 def test_five_turns_compiled(backend: str, batch: int) -> None:
     talk(optimized(backend), batch)
 
