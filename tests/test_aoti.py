@@ -59,7 +59,7 @@ def greedy(model, ids, images) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["1/9"])
 def test_generates_what_eager_does(built, name):
     eager, ahead = built(name)
     for seed in (0, 1):
