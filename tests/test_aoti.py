@@ -144,6 +144,7 @@ class Odd(nn.Module):
         return (self.head(F.silu(hidden)),)
 
 
+@pytest.mark.slow
 def test_odd_weights(monkeypatch, tmp_path):
     """And nothing stays behind on the disk but inductor's own cache."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -36,7 +36,7 @@ def test_the_roofline_by_hand():
     schedule = ViTCoPConfig.dense().schedule(shape.model_shape())
     assert case.batch == 2
     with torch.device("meta"):
-        weights = bench.cases.llava(shape, 0)
+        weights = bench.models.llava(shape, 0)
     # Bytes bound: an absurd matrix rate. 4 layers of 4 x 32 x 32 + 3 x 32 x 96, and a head of 300 x 32, in fp32.
     decoder = 4 * (4 * (4 * 32 * 32 + 3 * 32 * 96) + 300 * 32)
     rows = 64 + 8  # 8 x 8 patches and the text

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import families
-import models
 import pytest
 import torch
 from folders import without_collection
@@ -37,7 +36,8 @@ def exported(name: str, root: Path, *prompts: list[Any], **options: Any) -> Engi
 
 
 @pytest.mark.covers("folder", "onnxruntime")
-@pytest.mark.parametrize("name", ["internvl", models.slow("qwen2_5_vl")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl"])
 def test_a_folder_does_what_stock_layers_do_when_pruned_by_hand(name: str, tmp_path: Path) -> None:
     """A prompt with an image, then a turn of text; what the folder was not made for is refused, and so is a forged one."""
     engine = exported(name, tmp_path / "f", ONE)

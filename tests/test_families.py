@@ -370,7 +370,7 @@ def test_flops_are_those_of_the_patches_that_an_image_has() -> None:
     shape = fast.schedule.shape
     for rows, columns in ((3, 4), (2, 6), (8, 8)):
         schedule, patches = fast.schedule_of(fast.host.laid("image", 1, 2 * rows, 2 * columns)), 4 * rows * columns
-        # 2 layers, 32 wide, an MLP of 64; 1,176 numbers in a patch; a projector of four patches to 64, and of these to 64.
+        # 2 layers, 32 wide, an MLP of 64; 1,176 numbers in a patch; a projector of four patches to as many, of these to 64.
         layer = 2 * patches * (4 * 32 * 32 + 2 * 32 * 64) + 4 * patches * patches * 32
-        assert schedule.vision_flops() == 2 * patches * 1176 * 32 + 2 * layer + 2 * 5 * (4 * 32 * 64 + 64 * 64)
+        assert schedule.vision_flops() == 2 * patches * 1176 * 32 + 2 * layer + 2 * 5 * (128 * 128 + 128 * 64)
     assert shape.vision_layers == 2 and shape.group == 4
