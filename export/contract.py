@@ -83,6 +83,17 @@ def text_spans(manifest: Manifest) -> list[tuple[int, int]]:
     return [(size, size) for size in buckets] if manifest.product == "onnx" else [(buckets[0], buckets[-1])]
 
 
+def are_of(host: Host, layouts: Sequence[Sequence[Layout]]) -> bool:
+    """Whether the images of prompts are such as `host` makes, as far as it can tell."""
+    every = tuple(tuple(image) for images in layouts for image in images)
+    if host.fixed:
+        return all(segment in host.layout for image in every for segment in image)
+    try:
+        return host.blank(every, torch.device("meta"), torch.float32).layouts == every
+    except Exception:  # segments of another family have grids that this one cannot lay out
+        return False
+
+
 class _Noting:
     """Stands for the programs of the vision side: notes which are asked for, and answers on the meta device."""
 

@@ -21,7 +21,7 @@ from ..layout import Layout
 from ..provider import Ask, Plan
 from ..runtime import CompiledModel
 from ..schedule import Schedule, Stage
-from .contract import LEAST_TEXT, Wanted, check_programs
+from .contract import LEAST_TEXT, Wanted, are_of, check_programs
 from .manifest import NAME, FolderError, Manifest, ProgramSpec
 from .ort import OrtProgram
 
@@ -55,6 +55,8 @@ class EngineFolder:
         self.device, self.dtype = device, getattr(torch, manifest.dtype)
         self.schedule = manifest.schedule
         self._rows = manifest.cache_rows
+        self._keys = {schedule.key for schedule in manifest.schedules}
+        self._known: dict[tuple[Any, ...], Wanted] = {}
         self._schedules = {self.schedule.layout: self.schedule}
         self._loaded: dict[str, Runner] = {}
         self._around: dict[tuple[str, int], Runner] = {}
@@ -118,11 +120,14 @@ class EngineFolder:
         return sum(torch.Size(spec.shape).numel() for spec in outputs) * self.dtype.itemsize  # type: ignore[arg-type, misc]
 
     def _find(self, kind: str, key: tuple[Any, ...], count: int, text: int | None = None) -> Wanted:
-        """The smallest program that takes so many, and so much text. Raises InputError."""
+        """The smallest program that takes so many, and so much text. Every decoding step asks. Raises InputError."""
+        asked = (kind, key, count, text)
+        if asked in self._known:
+            return self._known[asked]
         for program in self._programs:
             same = (program.kind, program.key) == (kind, key) and program.size >= count
             if same and (text is None or program.text[0] <= text <= program.text[1]):
-                return program
+                return self._known.setdefault(asked, program)
         most = {"vision": "images", "frames": "frames", "tower": "tiles", "select": "segments"}.get(kind, "sequences")
         raise InputError(
             f"the engine has no {kind} program for {count} {most} {f'of {key} ' if key else ''}: it was exported for "
@@ -136,9 +141,8 @@ class EngineFolder:
             raise InputError(
                 f"{ask.batch} sequences (prompts times beams), the engine was built for {self._batches()}: export again"
             )
-        known = {schedule.key for schedule in self.manifest.schedules}
         for layout in ask.layouts:
-            if layout and self.schedule_of(layout).key not in known:
+            if layout and self.schedule_of(layout).key not in self._keys:
                 raise InputError(
                     f"a prompt with images of {_tokens(layout)} tokens, the engine takes {self._prompts()}: resize or leave "
                     "out images, export again with layouts= of these, or call optimize(), whose model takes any"
@@ -280,13 +284,10 @@ def _host(manifest: Manifest, config: Any) -> Host:
     try:
         host = entry.host(config, getattr(torch, manifest.dtype).itemsize)
         host = with_clips(host) if manifest.config.clips == "pooled" else host
-        known = [tuple(image) for images in manifest.layouts for image in images]
-        blank = host.blank(known, torch.device("meta"), getattr(torch, manifest.dtype))
     except Exception as error:  # a config of another model lacks whatever the family reads
         raise FolderError(f"config.json is not that of {manifest.architecture}: {error}") from None
     if host.shape != manifest.shape:
         raise FolderError(f"{NAME}: shape {manifest.shape} is not that of config.json, {host.shape}: export again")
-    strange = host.fixed and any(segment not in host.layout for layout in known for segment in layout)
-    if blank.layouts != tuple(known) or strange:
+    if not are_of(host, manifest.layouts):
         raise FolderError(f"{NAME}: layouts are none of {manifest.architecture}: export again")
     return host

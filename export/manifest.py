@@ -9,6 +9,7 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -83,7 +84,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def schedules(self) -> tuple[Schedule, ...]:
         """The schedule of a prompt of each of `layouts`, resolved anew from config and shape."""
         return tuple(self.schedule_of(tuple(itertools.chain(*images))) for images in self.layouts)
@@ -97,7 +98,7 @@ class Manifest:
         """That of a prompt with these segments."""
         return self.config.schedule(self.shape, layout)
 
-    @property
+    @cached_property
     def cache_rows(self) -> tuple[int, ...]:
         """Rows of the KV caches of each group of layers: those of the largest prompt with its new tokens."""
         most = map(max, zip(*(schedule.group_tokens() for schedule in self.schedules), strict=True))

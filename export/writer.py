@@ -19,7 +19,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..host import Host
 from ..layout import Layout
 from ..schedule import Schedule
-from .contract import LEAST_TEXT, Wanted, check_programs, text_spans, wanted_programs
+from .contract import LEAST_TEXT, Wanted, are_of, check_programs, text_spans, wanted_programs
 from .manifest import NAME, Manifest, file_digest
 from .onnx import OPSETS, WEIGHTS, WeightStore, require_packages, write_onnx
 from .staging import staged
@@ -133,12 +133,14 @@ def check_layouts(host: Host, layouts: Sequence[Sequence[Layout]] | None, name: 
             raise ConfigError(
                 f"{name} takes images of any size, and a folder holds programs for some: say which by layouts=, such as "
                 "[[model.layout_of(height, width)]] for a prompt with one image, or what model.layouts_of(**inputs) says of a "
-                "processor's inputs (--image-size HEIGHTxWIDTH)"
+                "processor's inputs (--image-size WIDTHxHEIGHT)"
             )
         return ((host.layout,),)
     found = tuple(dict.fromkeys(tuple(tuple(image) for image in images) for images in layouts))
     if not found or not all(images and all(images) for images in found):
         raise ConfigError(f"layouts={layouts!r}: pass what at least one prompt holds, an image at least; text needs none")
+    if not are_of(host, found):
+        raise ConfigError(f"layouts={layouts!r} are not of {name}: pass what its own layout_of or layouts_of says")
     return found
 
 

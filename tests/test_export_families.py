@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,20 @@ def test_a_folder_of_any_size_must_be_told_sizes(tmp_path: Path) -> None:
         ({"layouts": [[one]], "batch_size": ()}, r"batch_size=\(\): pass one count"),
         ({"layouts": [[one]], "later_images": True}, "later_images=True and text of 2 to 512 tokens: .*pass prompt_buckets"),
         ({"layouts": [[one] * 60]}, "positions, the model has 1024"),
+        (
+            {"layouts": [[(dataclasses.replace(one[0], protected=(3,)),)]]},
+            "are not of Qwen2VLForConditionalGeneration: pass what",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             fast.export(tmp_path / "f", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_one_size_refuses_layouts_of_another(tmp_path: Path) -> None:
+    fast, other = optimized("internvl", CONFIG), optimized("qwen2_vl", CONFIG).layout_of(84, 112)
+    with pytest.raises(ConfigError, match="are not of InternVLForConditionalGeneration: pass what its own layout_of"):
+        fast.export(tmp_path / "f", layouts=[[other]])
 
 
 def test_layouts_of_a_request() -> None:
