@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..host import Host
 from ..layout import Layout
-from ..policies import POLICIES
+from ..policies import states_of, tap_of
 from ..schedule import Schedule, Stage
 from ..vision import see
 from .manifest import NAME, FolderError, Manifest, ProgramSpec, TensorSpec
@@ -148,7 +148,7 @@ def _encoder(kind: str, manifest: Manifest, host: Host, count: int) -> Wanted:
     schedule = manifest.schedule_of(next(image for image in every if (image[0].kind == "video") == (kind == "frames"))[:1])
     n = schedule.image_tokens
     features = TensorSpec("features", manifest.dtype, (count, n + schedule.lead, manifest.shape.feature_width))
-    found = (features, *_chosen(schedule.vision, count, n))
+    found = (features, *_chosen(schedule.vision_stages, count, n))
     pixels = TensorSpec("pixels", manifest.dtype, (count, *host.pixel_shape))
     alone = kind == "vision" and len(manifest.batch_sizes) == 1 and {len(images) for images in manifest.layouts} == {1}
     return Wanted(kind, (), count, _spec(kind, kind if alone else f"{kind}_{count}", (pixels,), found))
@@ -186,7 +186,7 @@ def _select(
     kept = candidates if stage is None else stage.total
     features = TensorSpec("features", manifest.dtype, (segments, kept, manifest.shape.feature_width))
     name = f"select_{tiles}x{slots}_{segments}x{candidates}_{kept}"
-    spec = _spec("select", name, given, (features, *_chosen(stage, segments, kept)))
+    spec = _spec("select", name, given, (features, *_chosen(() if stage is None else (stage,), segments, kept)))
     return Wanted("select", (tiles, slots, candidates, taps, stage, axes), segments, spec)
 
 
@@ -194,15 +194,17 @@ def _patches(manifest: Manifest, tiles: int, slots: int) -> list[TensorSpec]:
     """What a tower says of its patches."""
     shape = manifest.shape
     found = [TensorSpec("hidden", manifest.dtype, (tiles, slots, shape.vision_width))]
-    if manifest.schedule.vision is not None:
-        found.append(TensorSpec("score", "float32", (tiles, slots)))
+    stage = manifest.schedule.vision
+    if stage is not None and tap_of(stage) is not None:
+        layers = (1 + len(stage.also),) if stage.also else ()
+        found.append(TensorSpec("score", "float32", (tiles, slots, *layers)))
         found.append(TensorSpec("keys", manifest.dtype, (tiles, slots, shape.key_features or shape.vision_hidden)))
     return found
 
 
-def _chosen(stage: Stage | None, count: int, kept: int) -> list[TensorSpec]:
-    """What a vision stage says beside the features of what it keeps."""
-    return [] if stage is None else [_ints("kept", count, kept), *_state(stage, count, kept)]
+def _chosen(stages: Sequence[Stage], count: int, kept: int) -> list[TensorSpec]:
+    """What stages before the decoder say beside the features of what they keep."""
+    return [_ints("kept", count, kept), *_state(stages, count, kept)] if stages else []
 
 
 def _prefill(manifest: Manifest, schedule: Schedule, batch: int, span: tuple[int, int], filled: bool, suffix: str) -> Wanted:
@@ -218,7 +220,7 @@ def _prefill(manifest: Manifest, schedule: Schedule, batch: int, span: tuple[int
         _ints("positions", manifest.position_dims, batch, rows),
         TensorSpec("features", manifest.dtype, (batch, n + lead, schedule.shape.feature_width)),
         _ints("visual", batch, n + lead),
-        *(_state(schedule.vision, batch, n) if stages else ()),
+        *(_state(schedule.vision_stages, batch, n) if stages else ()),
     ]
     if filled:
         given += [_ints("length", batch), _ints("removed", len(groups), batch), *_caches(manifest, "", batch)]
@@ -262,9 +264,8 @@ def _caches(manifest: Manifest, prefix: str, batch: int, rows: Sequence[int | st
     ]
 
 
-def _state(stage: Stage | None, count: int, kept: int) -> list[TensorSpec]:
-    adds = 0 if stage is None else POLICIES[stage.policy].adds
-    return [_ints(f"state_{i}", count, kept) for i in range(adds)]
+def _state(stages: Sequence[Stage], count: int, kept: int) -> list[TensorSpec]:
+    return [_ints(f"state_{i}", count, kept) for i in range(states_of(stages))]
 
 
 def _logits(manifest: Manifest, batch: int) -> TensorSpec:

@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ..config import ViTCoPConfig
 from ..errors import VitcopError
 from ..layout import Layout, Segment
-from ..schedule import ModelShape, Schedule
+from ..methods import method_of
+from ..schedule import Method, ModelShape, Schedule, resolve
 
 _Kind = TypeVar("_Kind")
 FORMAT_VERSION = 2
@@ -68,7 +68,7 @@ class Manifest:
 
     product: str
     architecture: str
-    config: ViTCoPConfig
+    config: Method
     shape: ModelShape
     position_dims: int
     dtype: str
@@ -96,7 +96,7 @@ class Manifest:
 
     def schedule_of(self, layout: Layout) -> Schedule:
         """That of a prompt with these segments."""
-        return self.config.schedule(self.shape, layout)
+        return resolve(self.config, self.shape, layout)
 
     @cached_property
     def cache_rows(self) -> tuple[int, ...]:
@@ -237,7 +237,7 @@ _TUPLES = ("grid", "scored_layers")  # of the fields of a shape
 def _parse(values: dict[str, Any]) -> Manifest:
     """Builds the dataclasses from JSON values whose digest is right; a wrong type still ends in an error, not in a run."""
     shape, config, buckets = values["shape"], values["config"], values["prompt_buckets"]
-    settings = ViTCoPConfig.from_json(json.dumps(config))
+    settings = method_of(json.dumps(config))
     if json.loads(settings.to_json()) != config:
         raise FolderError(f"{NAME}: config lacks fields: export the folder again")
     parsed = values | {
@@ -299,9 +299,10 @@ def _check_types(value: Any, hint: Any, where: str) -> None:
     elif origin is dict and isinstance(value, dict):
         for key, part in value.items():
             _check_types(part, arguments[1], f"{where}[{key!r}]")
+    elif hint is Method:
+        pass  # it checks itself, and takes integers for fractions
     elif origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        # A configuration checks itself, and takes integers for fractions.
-        if dataclasses.is_dataclass(hint) and hint is not ViTCoPConfig:
+        if dataclasses.is_dataclass(hint):
             for name, expected in typing.get_type_hints(hint).items():
                 _check_types(getattr(value, name), expected, f"{where}.{name}".lstrip("."))
     else:

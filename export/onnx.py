@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from ..errors import UnsupportedError
 from ..isolation import tracing
+from ..passes.unroll_loops import unroll_loops
 from .manifest import OPSETS, TensorSpec
 
 WEIGHTS = "weights.bin"
@@ -68,7 +69,13 @@ def write_onnx(
         raise UnsupportedError(f"opset={opset} is out of range: choose {OPSETS.start} to {OPSETS.stop - 1}")
     with tracing(), _quiet():
         converted = torch.onnx.export(
-            program, dynamo=True, opset_version=opset, verbose=False, input_names=inputs, output_names=outputs, optimize=False
+            unroll_loops(program),
+            dynamo=True,
+            opset_version=opset,
+            verbose=False,
+            input_names=inputs,
+            output_names=outputs,
+            optimize=False,
         )
         assert converted is not None
         model = converted.model

@@ -162,7 +162,7 @@ def _exporter(model: OptimizedModel, wanted: Wanted, rows: Sequence[int]) -> Exp
             filled = wanted.key[1]
             held = rows if filled else None
             return programs.export_prefill(
-                wanted.size, most, wanted.layout, held, filled=filled, in_place=False, least_text=dynamic
+                wanted.size, most, wanted.layout, held, filled=filled, in_place=False, least_text=dynamic, exact=False
             )
     return programs.export_extend(wanted.size, most, rows, in_place=False, least_tokens=dynamic)
 

@@ -1,6 +1,6 @@
 """The passes, in the order they run. Each is one file: `(graph module, settings) -> graph module`, in place.
 
-    encoder   clean -> truncate_encoder -> prune -> drop_prefix -> lower_attention
+    encoder   clean -> truncate_encoder -> prune, or tap -> drop_prefix -> lower_attention
     tower     clean -> truncate_encoder -> tap -> drop_prefix -> lower_attention
     prefill   clean -> prune -> attach_cache -> lower_attention
     extend    clean -> attach_cache -> lower_attention
@@ -60,11 +60,13 @@ def encoder_passes(schedule: Schedule, attn_implementation: str = "sdpa", exact:
     shape, stage = schedule.shape, schedule.vision
     prefix, (segment, *_) = shape.prefix_tokens, schedule.layout
     site = {"prefix": prefix, "grid": segment.grid[1:], "exact": exact}
-    stages = () if stage is None else (stage.of_segment(0),)
+    inside = tuple(stage.of_segment(0) for stage in schedule.vision_stages if stage.side == "encoder")
+    behind = stage.of_segment(0) if stage is not None and stage.side != "encoder" else None
     return (
         ("clean", clean),
         ("truncate_encoder", partial(truncate_encoder, feature_layer=shape.feature_layer)),
-        ("prune", partial(prune, stages=stages, incoming=(segment.candidates,), prefix=prefix, site=site)),
+        ("prune", partial(prune, stages=inside, incoming=(segment.candidates,), prefix=prefix, site=site)),
+        ("tap", partial(tap, stage=behind, prefix=prefix)),
         ("drop_prefix", partial(drop_prefix, prefix=prefix - segment.lead)),
         ("lower_attention", partial(lower_attention, name=attn_implementation)),
     )
@@ -90,13 +92,15 @@ def prefill_passes(
     states: int = 0,
     filled: bool = False,
     in_place: bool = True,
+    exact: bool = True,
 ) -> Passes:
-    """(embeddings [B, t, D], positions, [marks,] features [B, t, D]..., visual, state..., [length, removed,] key_0, value_0,
-    ...) -> (hidden [B, t', D], index of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow, and caches that
-    are not `filled` are no input."""
+    """(embeddings [B, t, D], positions, [marks,] features [B, t, D]..., visual, state..., [last,] [text,] [length, removed,]
+    key_0, value_0, ...) -> (hidden [B, t', D], index of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow,
+    and caches that are not `filled` are no input; `exact` as `policies.Site` has it."""
+    stages, site = schedule.decoder_stages, None if exact else {"exact": False}
     return (
         ("clean", clean),
-        ("prune", partial(prune, stages=schedule.decoder_stages, incoming=schedule.segment_tokens, states=states)),
+        ("prune", partial(prune, stages=stages, incoming=schedule.segment_tokens, states=states, site=site)),
         ("attach_cache", partial(attach_cache, groups=schedule.groups, filled=filled, in_place=in_place)),
         *_lowered(attn_implementation, filled, in_place),
     )

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import RewriteError
-from ..ops.indexing import compact, take_rows
-from ..policies import POLICIES, Site
+from ..ops.indexing import compact, take_along, take_rows
+from ..policies import POLICIES, Site, tap_of
 from ..schedule import Stage
-from .raw_key import raw_key
-from .token_axis import anchors, content_beside, finish, layer_exit, output_node, placeholder, reroute
+from .raw_key import raw_key, rows_of
+from .token_axis import anchors, content_beside, finish, first_input, layer_exit, output_node, placeholder, reroute, standing
 
 
 def prune_tokens(
@@ -24,18 +24,22 @@ def prune_tokens(
     key: Tensor | None,
     value: Tensor | None,
     scale: float | None,
+    more: dict[str, Any] | None = None,
     *,
     policy: str,
     incoming: tuple[int, ...],
     tokens: tuple[int, ...],
     options: dict[str, Any],
     site: dict[str, Any],
+    tap: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Reduces the visual tokens of every sample to `tokens`; no other row is touched.
 
     hidden: [B, t, D]; visual: int64 [B, n], the visual rows, ascending, or where a run of them starts; state: [B, n] each;
-    query, key, value: [B, heads, t, hd] of the layer before, with `scale` on its logits; incoming: the n by segment; tokens:
-    what each segment keeps, or one number for all of them; options: of the policy; site: further fields of `Site`.
+    query, key, value: [B, heads, t, hd] of the layer before, with `scale` on its logits; more: of `before`, [B, t, D],
+    `entry`, `text` and `last` of `Site` those that the policy needs, and `also`, (query, key) of further layers; incoming: the
+    n by segment; tokens: what each segment keeps, or one number for all of them; options: of the policy; site: further fields
+    of `Site`; tap: the policy whose tap scores the candidates by queries and keys, by default its own.
 
     Returns (hidden [B, t', D], keep int64 [B, t']: the rows that stay, visual int64 [B, tokens]: the visual rows of the new
     sequence, index int64 [B, tokens]: which of the n they are, state [B, tokens] each...).
@@ -43,8 +47,8 @@ def prune_tokens(
     batch, length, _ = hidden.shape
     if isinstance(visual, int):
         visual = torch.arange(visual, visual + sum(incoming), device=hidden.device).expand(batch, sum(incoming))
-    given = {"hidden": hidden, "query": query, "key": key, "value": value, "scale": scale}
-    found = _by_segment(policy, visual, state, given, incoming, tokens, options, site)
+    given = {"hidden": hidden, "whole": hidden, "query": query, "key": key, "value": value, "scale": scale} | (more or {})
+    found = _by_segment(policy, visual, state, given, incoming, tokens, options, site, tap)
     index, rows = found[0], found[1]
     chosen = visual.gather(1, index)
     keep, slot = _remaining(visual, chosen, length)
@@ -75,28 +79,36 @@ def _by_segment(
     tokens: tuple[int, ...],
     options: dict[str, Any],
     site: dict[str, Any],
+    tap: str | None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """(index [B, tokens], rows [B, tokens, D] or None, state) of a policy, segment by segment; equal ones run as a batch."""
     chosen = POLICIES[policy]
     parts = []
+    scored: dict[str, Any] = {}
+    score_of = POLICIES[tap or policy].tap
+    if score_of is not None:
+        scales, prefix = given["scale"], site.get("prefix", 0)
+        scores = [
+            score_of(query, key, scales, prefix, None)
+            for query, key in (*given.get("also", ()), (given["query"], given["key"]))
+        ]
+        scored = {"score": scores[0] if len(scores) == 1 else torch.stack(scores, -1), "features": rows_of(given["key"])}
     for start, number, size, kept, blocks in runs(incoming, tokens):
         stop = start + number * size
         at = visual[:, start:stop].reshape(-1, size)
-        wired: dict[str, Any] = {name: item if name in chosen.needs else None for name, item in given.items()}
-        if wired["hidden"] is not None:
-            hidden = take_rows(wired["hidden"], visual[:, start:stop])
-            wired["hidden"] = hidden.reshape(-1, size, hidden.shape[-1])
+        wired: dict[str, Any] = {name: item for name, item in given.items() if name in chosen.needs} | scored
+        for name in ("hidden", "before"):
+            if name in wired:
+                rows_in = take_rows(wired[name], visual[:, start:stop])
+                wired[name] = rows_in.reshape(-1, size, rows_in.shape[-1])
         held = tuple(values[:, start:stop].reshape(-1, size) for values in state)
         if blocks != 1:  # segments that share a budget, and are one from here on: their clusters stay different clusters
             owner = torch.cat([torch.full((count,), i, device=at.device) for i, count in enumerate(incoming)])
             held = tuple(values * len(incoming) + owner for values in held)
-        if chosen.tap is not None:
-            wired["score"] = chosen.tap(given["query"], given["key"], given["scale"], site.get("prefix", 0), None)
-            wired["features"] = given["key"].transpose(1, 2).flatten(2)
         sizes = (size // blocks,) * blocks if blocks else incoming
         choice = chosen.choose(Site(at=at, state=held, blocks=blocks or 1, sizes=sizes, **wired, **site), kept, **options)
         index, rows = choice.index, choice.rows
-        kept_state = tuple(values.gather(1, index) for values in held) + choice.state
+        kept_state = (() if chosen.renews else tuple(values.gather(1, index) for values in held)) + choice.state
         batch = visual.shape[0]
         first = (torch.arange(number, device=at.device) * size + start).reshape(1, number, 1)
         parts.append(
@@ -148,7 +160,8 @@ def prune(
 
     A stage of the encoder prunes what leaves its layer, one of the decoder what enters it; the layer left last is the one that
     is scored. incoming: candidates by segment. With a `prefix` they follow so many other rows; without it the graph gets an
-    input `visual`, int64 [B, n], and so many inputs `state_i`, [B, n], as `states` says. site: further fields of `Site`.
+    input `visual`, int64 [B, n], so many inputs `state_i`, [B, n], as `states` says, and of `last`, int64 [B], and `text`,
+    bool [B, t], those that a policy needs. site: further fields of `Site`.
 
     Returned behind the graph's own result are the index of each stage, and then, with a `prefix`, the state. Skipped without
     stages. Raises RewriteError if a stage's layer is not inside the graph or has no single exit, if stages do not ascend, for
@@ -158,37 +171,68 @@ def prune(
         return module
     graph = module.graph
     _check_places(stages, len(anchors(graph)))
+    embeddings = first_input(graph)
     visual: fx.Node | int = placeholder(graph, "visual") if prefix is None else prefix
     state = tuple(placeholder(graph, f"state_{i}") for i in range(states))
+    wanted = [name for name in ("last", "text") if any(name in POLICIES[stage.policy].needs for stage in stages)]
+    told = {"entry": embeddings} | {name: placeholder(graph, name) for name in wanted}
     # Found and checked before anything is inserted: a pruned table depends on content.
-    cuts = [layer_exit(graph, _scored(stage)) for stage in stages]
+    cuts = [_exit(graph, _scored(stage)) for stage in stages]
+    befores = [_exit(graph, _scored(stage) - 1) if "before" in POLICIES[stage.policy].needs else None for stage in stages]
     for stage, cut in zip(stages, cuts, strict=True):
         _check_merge(graph, stage, cut)
-    selections = []
-    for stage, cut in zip(stages, cuts, strict=True):
-        query, key, value, scale = anchors(graph)[_scored(stage)].args[:4]
+    selections: list[fx.Node] = []
+    pruned_at: dict[fx.Node, fx.Node] = {}
+    for stage, cut, before in zip(stages, cuts, befores, strict=True):
         policy = POLICIES[stage.policy]
-        wired = [item if name in policy.needs else None for name, item in zip(("query", "key", "value"), (query, key, value))]
+        needs = policy.needs | (frozenset(("query", "key", "scale")) if tap_of(stage) else frozenset())
+        wired: list[Any] = [None] * 4
+        if _scored(stage) >= 0:
+            names = ("query", "key", "value", "scale")
+            found = zip(names, anchors(graph)[_scored(stage)].args[:4])
+            wired = [item if name in needs else None for name, item in found]
+        if stage.keys != "rotated" and wired[1] is not None:
+            wired[1] = raw_key(graph, anchors(graph)[_scored(stage)])
+        more: dict[str, Any] = {name: node for name, node in told.items() if name in needs}
+        if before is not None:
+            more["before"] = pruned_at.get(before, before)
+        if stage.also:
+            more["also"] = tuple(anchors(graph)[layer].args[:2] for layer in stage.also)
         settings = {
             "policy": stage.policy,
             "incoming": incoming,
             "tokens": stage.tokens,
             "options": {name: of_one(value) for name, value in stage.options},
             "site": (site or {}) | ({"centered": True} if stage.keys == "centered" else {}),
-        }
-        if stage.keys != "rotated" and wired[1] is not None:
-            wired[1] = raw_key(graph, anchors(graph)[_scored(stage)])
-        with graph.inserting_after(cut):
-            arguments = (cut, visual, state, *wired, scale if "scale" in policy.needs else None)
+        } | ({"tap": stage.tap} if stage.tap else {})
+        with graph.inserting_after(standing(graph, cut)):
+            arguments = (cut, visual, state, *wired, *([more] if more else []))
             pruned = graph.call_function(prune_tokens, arguments, settings)  # type: ignore[arg-type]
-        hidden, keep, visual, index, *rest = _parts(graph, pruned, 4 + len(state) + policy.adds)
+        added = policy.adds + (0 if policy.renews else len(state))
+        hidden, keep, visual, index, *rest = _parts(graph, pruned, 4 + added)
         hidden.meta["val"] = cut.meta["val"]
         reroute(graph, cut, hidden, keep, renumber=stage.positions == "index")
+        told = _moved(graph, told, keep, sum(incoming) - stage.total, index)
         state, incoming = tuple(rest), stage.tokens
+        pruned_at[cut] = hidden
         selections.append(index)
     output = output_node(graph)
     output.args = ((*output.args[0], *selections, *(state if prefix is not None else ())),)  # type: ignore[misc]
     return finish(module)
+
+
+def _moved(graph: fx.Graph, told: dict[str, fx.Node], keep: fx.Node, fewer: int, after: fx.Node) -> dict[str, fx.Node]:
+    """What policies are told of rows, of those that are left; dead code where no later stage asks for it."""
+    with graph.inserting_after(after):
+        found = {name: graph.call_function(take_along, (node, keep, 1)) for name, node in told.items() if name != "last"}
+        if "last" in told:
+            found["last"] = graph.call_function(operator.sub, (told["last"], fewer))
+    return found
+
+
+def _exit(graph: fx.Graph, layer: int) -> fx.Node:
+    """The hidden state that leaves `layer`; that of -1 is what enters the first."""
+    return first_input(graph) if layer < 0 else layer_exit(graph, layer)
 
 
 def _scored(stage: Stage) -> int:
@@ -205,10 +249,16 @@ def of_one(value: Any) -> Any:
 
 
 def _check_places(stages: tuple[Stage, ...], layers: int) -> None:
-    before = -1
+    before = -1 - (stages[0].side == "decoder")
     for stage in stages:
         if stage.policy not in POLICIES:
             raise RewriteError(f"policy {stage.policy!r} is unknown: use one of {', '.join(POLICIES)}")
+        if _scored(stage) < 0 and (keys := POLICIES[stage.policy].needs & {"query", "key", "value", "before"}):
+            raise RewriteError(
+                f"policy {stage.policy!r} looks at {', '.join(sorted(keys))} of a layer before: none is before layer 0"
+            )
+        if not all(0 <= layer < stage.layer for layer in stage.also):
+            raise RewriteError(f"layers {stage.also} that a stage looks at as well are to be below its own, {stage.layer}")
         if not before < _scored(stage) < layers - (stage.side == "decoder"):
             first = before + 1 + (stage.side == "decoder")
             raise RewriteError(

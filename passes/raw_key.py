@@ -16,6 +16,11 @@ def as_heads(key: Tensor, like: Tensor) -> Tensor:
     return key.reshape(batch, tokens, heads, width).transpose(1, 2)
 
 
+def rows_of(key: Tensor) -> Tensor:
+    """Keys [B, heads, t, hd] as [B, t, heads * hd]."""
+    return key.transpose(1, 2).flatten(2)
+
+
 def raw_key(graph: fx.Graph, anchor: fx.Node) -> fx.Node:
     """A new node, in front of `anchor`, of its key [B, kv_heads, t, hd] before rotation and before a norm.
 

@@ -26,6 +26,18 @@ def marks_of(anchor: fx.Node) -> tuple[fx.Node, int] | None:
     return None if marks is None else (marks, window or 0)  # type: ignore[return-value]
 
 
+def first_input(graph: fx.Graph) -> fx.Node:
+    """The first input: the hidden state that enters the first layer."""
+    return next(node for node in graph.nodes if node.op == "placeholder")
+
+
+def standing(graph: fx.Graph, cut: fx.Node) -> fx.Node:
+    """Behind which node of the graph the value of `cut` is cut: itself, or the last of the inputs if it is one."""
+    if cut.op != "placeholder":
+        return cut
+    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+
+
 def output_node(graph: fx.Graph) -> fx.Node:
     """The output node."""
     return next(iter(reversed(graph.nodes)))
@@ -73,11 +85,14 @@ def content_beside(graph: fx.Graph, cut: fx.Node) -> list[fx.Node]:
     for node in nodes:
         if not content.isdisjoint(node.all_input_nodes) and not isinstance(node.meta.get("val"), torch.SymInt):
             content.add(node)
-    symbol, at = token_symbol(cut), order[cut]
+    symbol, at = token_symbol(cut), order[standing(graph, cut)]
     return [
         node
-        for node in nodes[:at]
-        if node in content and any(order[user] > at and not _is_size(user) for user in node.users) and token_dims(node, symbol)
+        for node in nodes[: at + 1]
+        if node is not cut
+        and node in content
+        and any(order[user] > at and not _is_size(user) for user in node.users)
+        and token_dims(node, symbol)
     ]
 
 
@@ -116,7 +131,7 @@ def reroute(graph: fx.Graph, cut: fx.Node, hidden: fx.Node, keep: fx.Node, renum
     symbol = token_symbol(cut)
     nodes = list(graph.nodes)
     position = {node: i for i, node in enumerate(nodes)}
-    at, start = position[cut], max(position[hidden], position[keep])
+    at, start = position[standing(graph, cut)], max(position[hidden], position[keep])
     moved: dict[fx.Node, fx.Node] = {cut: hidden}
 
     def shorten(value: fx.Node, dims: list[int]) -> fx.Node:

@@ -1,5 +1,6 @@
 """vitcop_compile: visual-token pruning compiled into the graphs of large vision-language models."""
 
+from . import methods
 from .config import Budgets, ViTCoPConfig
 from .errors import ConfigError, InputError, RewriteError, UnsupportedError, VitcopError
 from .optimized import OptimizedModel
@@ -18,5 +19,6 @@ __all__ = [
     "UnsupportedError",
     "ViTCoPConfig",
     "VitcopError",
+    "methods",
     "optimize",
 ]

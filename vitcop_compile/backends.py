@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from .errors import UnsupportedError
 from .passes.attach_cache import cache_rows, write_rows
 from .passes.lower_linear import lower_linear
+from .passes.unroll_loops import unroll_loops
 
 Program = Callable[..., Any]
 Compile = Callable[[ExportedProgram], Program]
@@ -129,7 +130,7 @@ def aotinductor(program: ExportedProgram) -> Program:
 
     _check_loaded(program, "aotinductor")
     on_cuda = any(tensor.is_cuda for tensor in program.state_dict.values())
-    return compile_ahead(program, _known(_EXACT_DIVISION) if on_cuda else {})
+    return compile_ahead(unroll_loops(program), _known(_EXACT_DIVISION) if on_cuda else {})
 
 
 def _check_tensorrt() -> None:
@@ -143,7 +144,7 @@ def tensorrt(program: ExportedProgram) -> Program:
     """One TensorRT engine per program through torch-tensorrt, without a fallback to PyTorch; needs CUDA."""
     from .tensorrt_backend import compile_whole
 
-    return compile_whole(program)
+    return compile_whole(unroll_loops(program))
 
 
 @register("onnxruntime", in_place=False, copies_weights=True)

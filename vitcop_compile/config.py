@@ -230,7 +230,14 @@ class ViTCoPConfig:
         positions = "index" if self.positions == "published" or (self.positions is None and flat) else "kept"
         keys = self.keys or shape.keys
         return (
-            Stage("merge" if shape.packed else "encoder", self._vision_layer(shape), shape.saliency, tokens, clustering),
+            Stage(
+                "merge" if shape.packed else "encoder",
+                self._vision_layer(shape),
+                shape.saliency,
+                tokens,
+                clustering,
+                positions="kept" if shape.position_dims > 1 else "index",
+            ),
             Stage("decoder", shallow, "merge_by_cluster", tuple(merged for merged, _ in kept), keys=keys),
             Stage("decoder", deep, "keep_lowest", tuple(last for _, last in kept), positions=positions, keys=keys),
         )

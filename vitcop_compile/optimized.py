@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from .backends import Program, backend_of, writing_rows
 from .cache import PrunedCache
-from .config import ViTCoPConfig
 from .errors import InputError
 from .host import Host
 from .layout import Layout
@@ -21,7 +20,7 @@ from .program_cache import ProgramCache, bytes_of
 from .programs import Programs
 from .provider import Ask, Plan, bucket
 from .runtime import CompiledModel
-from .schedule import Schedule, Stage
+from .schedule import Method, Schedule, Stage
 from .weights import Weights
 from .worker import Worker
 
@@ -114,10 +113,11 @@ class CompiledOnDemand:
         self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool = False
     ) -> Callable[..., Any]:
         """The prefill program for `batch` prompts of so many text rows and the images of `schedule`."""
-        in_place = self.backend.in_place
+        in_place, exact = self.backend.in_place, self.backend.exact
+        options = {"filled": filled, "in_place": in_place, "exact": exact}
         return self._get(
             ("prefill", batch, text, schedule.key, rows, filled),
-            lambda: self.programs.export_prefill(batch, text, schedule.layout, rows, filled=filled, in_place=in_place),
+            lambda: self.programs.export_prefill(batch, text, schedule.layout, rows, **options),
             lambda program: program if in_place else self._writing(program, filled),
         )
 
@@ -159,7 +159,7 @@ class OptimizedModel(CompiledModel):
     in place are followed, but for backends that copy them; any other change is refused (`check_weights`).
     """
 
-    def __init__(self, model: PreTrainedModel, provider: CompiledOnDemand, pruning_config: ViTCoPConfig, backend: str):
+    def __init__(self, model: PreTrainedModel, provider: CompiledOnDemand, pruning_config: Method, backend: str):
         super().__init__(provider, model.config, model.generation_config)
         self._on_demand = provider
         self.model = model

@@ -18,11 +18,12 @@ from .families import family_of
 from .host import with_clips
 from .optimized import PROGRAM_BYTES, PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
 from .programs import Programs
+from .schedule import Method, resolve
 
 
 def optimize(
     model: PreTrainedModel,
-    config: ViTCoPConfig | None = None,
+    config: Method | None = None,
     *,
     backend: str = "inductor",
     attn_implementation: str = "sdpa",
@@ -32,25 +33,25 @@ def optimize(
 ) -> OptimizedModel:
     """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded, or wholly on "meta".
 
-    config: what to prune, `DEFAULT_PRESET` by default; backend: a name in `backends.BACKENDS`; attn_implementation: "sdpa" or
-    "flash_attention_2", the kernels that attention lowers to; prompt_buckets: ascending numbers of text tokens that prompts
-    are padded to. The model is not changed and shares its weights with the result. Programs compile on first use, or
-    through `warmup`. program_bytes: what programs may hold together; beyond that the one used
-    longest ago is let go. dump: a folder that gets every graph after every pass, as text; of programs that differ in their
-    batch or rows alone, the latest. A model on the meta device is for planning: it has a schedule and its programs can be
-    exported.
+    config: what to prune, a `ViTCoPConfig` or another of `methods`, `DEFAULT_PRESET` by default; backend: a name in
+    `backends.BACKENDS`; attn_implementation: "sdpa" or "flash_attention_2", the kernels that attention lowers to;
+    prompt_buckets: ascending numbers of text tokens that prompts are padded to. The model is not changed and shares its
+    weights with the result. Programs compile on first use, or through `warmup`. program_bytes: what programs may hold
+    together; beyond that the one used longest ago is let go. dump: a folder that gets every graph after every pass, as text;
+    of programs that differ in their batch or rows alone, the latest. A model on the meta device is for planning: it has a
+    schedule and its programs can be exported.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
     the model's shape cannot meet; both before anything is traced.
     """
     config = config or ViTCoPConfig.preset(DEFAULT_PRESET)
     family = family_of(model)
-    if config.clips == "pooled":
+    if getattr(config, "clips", None) == "pooled":
         family = replace(family, host=with_clips(family.host))
     _check_weights(model)
     backend_of(backend)
     check_lowering(attn_implementation, model.device, model.dtype)
-    config.schedule(family.shape, family.host.layout)
+    resolve(config, family.shape, family.host.layout)
     captured = capture(family, model)
     programs = Programs(family, captured, config, attn_implementation, None if dump is None else Path(dump))
     return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets, program_bytes), config, backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from .ops import cls_saliency, density_peaks, keep_lowest, key_norm, merge_by_cluster
 from .ops.indexing import lowest, take_rows
 from .ops.saliency import attention_received
+from .schedule import Stage
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,15 @@ class Site:
     query, key, value: [B, heads, t, hd] of that layer, with `scale` on its logits; centered: whether norms of keys are those
     of their distance from the mean of their segment; sizes: of the segments that the n candidates are of, where those
     that share a budget are one once they have been reduced together; score, features: [b, n] and [b, prefix + n, K], what the
-    policy's `tap` made of these, and the keys; state: what the policies before left behind, each [b, n]; blocks: the n
+    stage's tap made of these, and the keys, with a stage that looks at more layers [b, n, layers]; state: what the policies
+    before left behind, each [b, n]; real: bool [b, n], the candidates that are no padding, None for all; blocks: the n
     candidates are those of so many segments, equally many each, one after another; prefix: rows before the first candidate;
     grid: (rows, columns) of the candidates of an unpruned segment; places: [b, n, 2], in units of its longer side, or with
     time before that [b, n, 3], None where they follow from the grid; exact: whether there is float64.
-    """
+
+    before: [b, n, D], the candidates as they entered the layer before; whole: [B, t, D], `hidden` of all rows of a sample;
+    entry: [B, t, D], those rows as they entered the language model; text: bool [B, t], which are text that has seen all
+    images; last: int64 [B], the row of the prompt's last token."""
 
     at: Tensor
     hidden: Tensor | None = None
@@ -43,7 +48,13 @@ class Site:
     prefix: int = 0
     grid: tuple[int, int] = (0, 0)
     places: Tensor | None = None
+    real: Tensor | None = None
     exact: bool = True
+    before: Tensor | None = None
+    whole: Tensor | None = None
+    entry: Tensor | None = None
+    text: Tensor | None = None
+    last: Tensor | None = None
 
     def candidates(self, values: Tensor) -> Tensor:
         """Of values [B, t] those of the candidates, [b, n]."""
@@ -77,27 +88,52 @@ Tap = Callable[[Tensor, Tensor, float, int, Tensor | None], Tensor]
 class Policy:
     """choose(site, budget, **options) -> Choice; needs: the fields of `Site` beside `at` and `state` that it looks at;
     tap(query, key, scale, prefix, real) -> score: all that it looks at of a layer beside the keys, so that it can choose
-    later, once the candidates have been put together; merges: whether it returns `rows`; adds: how many tensors it adds to the
-    state."""
+    later, once the candidates have been put together; merges: whether it returns `rows`; adds: how many tensors, int64, it
+    adds to the state, or where it renews the state, has it consist of."""
 
     choose: Callable[..., Choice]
     needs: frozenset[str]
     tap: Tap | None = None
     merges: bool = False
     adds: int = 0
+    renews: bool = False
 
 
 POLICIES: dict[str, Policy] = {}
 
 
+def tap_of(stage: Stage) -> Tap | None:
+    """What scores candidates of an encoder for a stage, None if it looks at none of its layers. Raises KeyError for a policy
+    that is not known."""
+    return policy_of(stage.tap or stage.policy).tap
+
+
+def behind(stage: Stage) -> bool:
+    """Whether the policy of a stage can choose behind an encoder: by hidden states, scores, keys and places alone."""
+    policy, tap = policy_of(stage.policy), tap_of(stage)
+    within = {"before", "value", "whole", "entry", "text", "last"} | (
+        {"score", "features", "query", "key"} if tap is None else set()
+    )
+    return not policy.needs & within
+
+
+def states_of(stages: Sequence[Stage]) -> int:
+    """Tensors of state behind `stages`."""
+    number = 0
+    for stage in stages:
+        policy = policy_of(stage.policy)
+        number = policy.adds + (0 if policy.renews else number)
+    return number
+
+
 def register(
-    name: str, *needs: str, tap: Tap | None = None, merges: bool = False, adds: int = 0
+    name: str, *needs: str, tap: Tap | None = None, merges: bool = False, adds: int = 0, renews: bool = False
 ) -> Callable[[Callable[..., Choice]], Callable]:
     """Adds a policy under `name`."""
 
     def add(choose: Callable[..., Choice]) -> Callable[..., Choice]:
         wired = frozenset(needs) | (frozenset(("query", "key", "scale")) if tap else frozenset())
-        POLICIES[name] = Policy(choose, wired, tap, merges, adds)
+        POLICIES[name] = Policy(choose, wired, tap, merges, adds, renews)
         return choose
 
     return add

@@ -3,27 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .families import Family
+from .layout import Segment
 from .ops.indexing import put_rows, take_rows
-from .policies import POLICIES, Choice, Site
+from .policies import POLICIES, Choice, Site, patch_positions, tap_of
 from .schedule import Schedule, Stage
 
 
 class Vision(nn.Module):
-    """pixels [I, channels, height, width] -> (features [I, n, D], kept int64 [I, n], state [I, n]...)."""
+    """pixels [I, channels, height, width] -> (features [I, lead + n, D], kept int64 [I, n], state [I, n]...).
 
-    def __init__(self, patches: nn.Module, encoder: fx.GraphModule, projector: nn.Module):
+    stages: those before the decoder, of one image; the encoder returns which patches each inside it keeps of those before,
+    and its state; for one behind the projector, what that asks of a layer.
+    """
+
+    def __init__(
+        self,
+        patches: nn.Module,
+        encoder: fx.GraphModule,
+        projector: nn.Module,
+        stages: Sequence[Stage],
+        segment: Segment,
+        exact: bool,
+    ):
         super().__init__()
         self.patches, self.encoder, self.projector = patches, encoder, projector
+        self.stages, self.segment, self.exact = tuple(stages), segment, exact
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        hidden, *selection = self.encoder(self.patches(pixels))
-        return self.projector(hidden), *selection
+        hidden, *told = self.encoder(self.patches(pixels))
+        features = self.projector(hidden)
+        if self.stages and self.stages[-1].side == "entry":
+            return self._enter(features, told)
+        if len(self.stages) < 2:
+            return features, *told
+        kept, *indices = told[: len(self.stages)]
+        for index in indices:
+            kept = kept.gather(1, index)
+        return features, kept, *told[len(self.stages) :]
+
+    def _enter(self, features: Tensor, told: list[Tensor]) -> tuple[Tensor, ...]:
+        """Of features [I, lead + p, D], and score [I, p] and keys [I, p, K] of a layer if the stage asks for them, what it
+        keeps."""
+        (stage,), lead = self.stages, self.segment.lead
+        candidates = features[:, lead:]
+        grid = self.segment.grid[1:]
+        places = grid_of(candidates, grid)
+        index = torch.arange(candidates.shape[1], device=features.device).expand(candidates.shape[:2])
+        site = Site(at=index, hidden=candidates, grid=grid, places=places, exact=self.exact)
+        if told:
+            site = replace(site, score=told[0], features=told[1])
+        choice = POLICIES[stage.policy].choose(site, stage.total, **dict(stage.options))
+        rows = take_rows(candidates, choice.index) if choice.rows is None else choice.rows
+        return torch.cat((features[:, :lead], rows), 1), choice.index, *choice.state
+
+
+def grid_of(candidates: Tensor, grid: tuple[int, int]) -> Tensor:
+    """fp32 [I, n, 2]: the places of candidates [I, n, D] that fill a grid."""
+    index = torch.arange(candidates.shape[1], device=candidates.device).expand(candidates.shape[:2])
+    return patch_positions(index, grid)
 
 
 class Tower(nn.Module):
@@ -44,8 +88,8 @@ class Select(nn.Module):
 
     index: int64 [S, N, taps], patches of all tiles, -1 in rows of padding; weight: fp32 [S, N, taps], if taps are blended;
     places: fp32 [S, N, 2 or 3], if there is a stage. Only what is kept goes through the projector: before it is blended, as in
-    the stock models, or as groups [.., taps, C] that the projector makes one token of each. A group's score and features are
-    the means of its patches'.
+    the stock models, or as groups [.., taps, C] that the projector makes one token of each. A stage behind the projector
+    chooses among the features of all. A group's score and keys are the means of its patches'.
     """
 
     def __init__(self, family: Family, stage: Stage | None, taps: int, exact: bool):
@@ -56,9 +100,16 @@ class Select(nn.Module):
     def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         if self.stage is None:
             return (self._project(hidden, rest[0], rest[1] if self.blended else None),)
-        score, features, index, *given = rest
+        told: tuple[Tensor, ...] = ()
+        if tap_of(self.stage) is not None:
+            (*told, rest) = (*rest[:2], rest[2:])  # type: ignore[assignment]
+        index, *given = rest
         weight, places = (given[0] if self.blended else None), given[-1]
-        choice = choose(self.stage, score, features, index, weight, places, self.exact)
+        if self.stage.side == "entry":
+            features = self._project(hidden, index.clamp_min(0), weight)
+            choice = choose(self.stage, told, index, weight, places, self.exact, features)
+            return take_rows(features, choice.index) if choice.rows is None else choice.rows, choice.index, *choice.state
+        choice = choose(self.stage, told, index, weight, places, self.exact)
         kept = choice.index
         weight = None if weight is None else take_rows(weight, kept)
         return self._project(hidden, take_rows(index.clamp_min(0), kept), weight), kept, *choice.state
@@ -73,19 +124,25 @@ class Select(nn.Module):
 
 
 def choose(
-    stage: Stage, score: Tensor, features: Tensor, index: Tensor, weight: Tensor | None, places: Tensor, exact: bool
+    stage: Stage,
+    told: Sequence[Tensor],
+    index: Tensor,
+    weight: Tensor | None,
+    places: Tensor,
+    exact: bool,
+    hidden: Tensor | None = None,
 ) -> Choice:
-    """What `stage` keeps of the candidates of S segments; as in `Select`."""
+    """What `stage` keeps of the candidates of S segments; as in `Select`. told: score [T, p] and keys [T, p, K] of all
+    patches, if the stage looks at a layer; hidden: [S, N, D], if it chooses behind the projector."""
     real = index[..., 0] >= 0
     index = index.clamp_min(0)
-    scores = _blend(score.flatten(), index, weight)
-    site = Site(
-        at=torch.arange(index.shape[1], device=index.device).expand(index.shape[:2]),
-        score=torch.where(real, scores, -torch.inf),
-        features=_blend(features.flatten(0, 1), index, weight),
-        places=places,
-        exact=exact,
-    )
+    at = torch.arange(index.shape[1], device=index.device).expand(index.shape[:2])
+    site = Site(at=at, hidden=hidden, places=places, real=real, exact=exact)
+    if told:
+        scores = _blend(told[0].flatten(0, 1), index, weight)
+        padding = real if scores.dim() == real.dim() else real.unsqueeze(-1)
+        features = _blend(told[1].flatten(0, 1), index, weight)
+        site = replace(site, score=torch.where(padding, scores, -torch.inf), features=features)
     return POLICIES[stage.policy].choose(site, stage.total, **dict(stage.options))
 
 
@@ -107,7 +164,7 @@ class Prefill(nn.Module):
     ids: int64 [B, t], right-padded, anything at visual rows; last: int64 [B], the row of each prompt's last token; positions:
     int64 [dims, B, t]; features: [B, n, D], of each segment its leading rows first, and where the decoder adds more of them to
     its hidden state, those in further columns; visual: int64 [B, n], the rows the features take; then the state of the vision
-    stage, [B, n] each without leading rows, and what `attach_cache` asks for. Rows behind `last` are padding: attention is
+    stages, [B, n] each without leading rows, and what `attach_cache` asks for. Rows behind `last` are padding: attention is
     causal but within images, so nothing before them can see them.
     """
 
@@ -116,6 +173,8 @@ class Prefill(nn.Module):
         self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
         self.removed, self.pruned = schedule.removed_rows()[-1], bool(schedule.decoder_stages)
         self.states, self.all_logits, self.marks = states, all_logits, schedule.shape.marks
+        needs = frozenset[str]().union(*(POLICIES[stage.policy].needs for stage in schedule.decoder_stages))
+        self.told = tuple(name for name in ("last", "text") if name in needs)
         self.deepstack = schedule.shape.deepstack
         # Rows of the features that may be pruned; None is all.
         leads = [segment.lead for segment in schedule.layout]
@@ -140,13 +199,26 @@ class Prefill(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The same from embeddings [B, t, D], and what the decoder adds to them later, likewise."""
         marks = [image_marks(positions, visual)] if self.marks else []
+        told = {"last": last, "text": _text(visual, last, embeddings.shape[1])} if self.told else {}
         if self.columns is not None:
             visual = visual.index_select(1, torch.tensor(self.columns, device=visual.device))
-        selectors = (visual, *rest[: self.states]) if self.pruned else ()
+        selectors = (visual, *rest[: self.states], *(told[name] for name in self.told)) if self.pruned else ()
         hidden, *results = self.decoder(embeddings, positions, *marks, *added, *selectors, *rest[self.states :])
         if not self.all_logits:
             hidden = take_rows(hidden, (last - self.removed).unsqueeze(1))
         return self.head(hidden), *results
+
+
+def _text(visual: Tensor, last: Tensor, rows: int) -> Tensor:
+    """bool [B, rows]: the text that has seen all images, which are at rows `visual` int64 [B, n], ascending; `last`, int64
+    [B], is the last row that is no padding. Where there is none, all text, and without any, all rows: never nothing."""
+    order = torch.arange(rows, device=last.device)
+    real = order <= last.unsqueeze(1)
+    text = real.scatter(1, visual, torch.zeros_like(visual, dtype=torch.bool))
+    behind = text & (order > visual[:, -1:])
+    for wider in (text, real):
+        behind = torch.where(behind.any(1, keepdim=True), behind, wider)
+    return behind
 
 
 def image_marks(positions: Tensor, visual: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from .families import Family
 from .isolation import tracing
 from .layout import Layout
 from .passes import Passes, encoder_passes, extend_passes, prefill_passes, rewrite, text_passes, tower_passes
-from .policies import POLICIES
+from .policies import states_of, tap_of
 from .program_modules import Extend, Prefill, Select, Tower, Vision
 from .schedule import Method, ModelShape, Schedule, Stage, resolve
 
@@ -55,8 +55,7 @@ class Programs:
     @property
     def states(self) -> int:
         """Tensors of state that the vision stage hands to the decoder's."""
-        stage = self.schedule.vision
-        return POLICIES[stage.policy].adds if stage else 0
+        return states_of(self.schedule.vision_stages)
 
     def export_vision(self, images: int, exact: bool = True) -> ExportedProgram:
         """The vision program for so many images; `exact` as in `ops.density_peaks`."""
@@ -74,7 +73,9 @@ class Programs:
     ) -> ExportedProgram:
         passes = encoder_passes(schedule, self.attn_implementation, exact)
         encoder = self._rewrite(name, captured, passes, [self._patches(images)])
-        module = Vision(patches, encoder, self.family.projector)
+        segment = schedule.layout[0]
+        stages = [stage.of_segment(0) for stage in schedule.vision_stages]
+        module = Vision(patches, encoder, self.family.projector, stages, segment, exact)
         program = _export(module, (self._zeros(images, *self.family.pixel_shape),))
         _expect("vision features", _shapes(program)[0][:2], (images, schedule.image_tokens + schedule.lead))
         return program
@@ -115,8 +116,8 @@ class Programs:
         index = self._ints(segments, candidates, taps)
         wide = self._parameter().new_zeros
         inputs = [hidden]
-        if stage is not None:
-            score = wide(hidden.shape[:2], dtype=torch.float32)
+        if stage is not None and tap_of(stage) is not None:
+            score = wide((*hidden.shape[:2], *((1 + len(stage.also),) * bool(stage.also))), dtype=torch.float32)
             inputs += [score, self._zeros(tiles, slots, shape.key_features or shape.vision_hidden)]
         inputs.append(index)
         inputs += [wide(index.shape, dtype=torch.float32)] * (taps > 1 and shape.group == 1)
@@ -135,12 +136,13 @@ class Programs:
         filled: bool = False,
         in_place: bool = True,
         least_text: int | None = None,
+        exact: bool = True,
     ) -> ExportedProgram:
         """The prefill program for `batch` prompts of `text` text tokens, and so many images or those of a layout each.
 
         rows: those of the caches by group, by default as many as the prompt has; filled: the caches hold an earlier turn. With
         `least_text` the text is a dynamic axis from there to `text`, which takes `in_place=False`; budgets stay static.
-        """
+        `exact` as `policies.Site` has it."""
         if not images or (isinstance(images, int) and images < 0):
             raise RewriteError(f"images={images}: a prompt without an image is text, which export_extend takes")
         schedule = self._schedule(images)
@@ -148,7 +150,7 @@ class Programs:
             if has < needs:
                 raise RewriteError(f"caches of {has} rows in group {group} hold no prompt of {needs}: give at least as many")
         inputs = self.prefill_inputs(batch, text, images, rows, filled=filled, in_place=in_place)
-        module = self.prefill_module(images, filled=filled, in_place=in_place, inputs=inputs)
+        module = self.prefill_module(images, filled=filled, in_place=in_place, inputs=inputs, exact=exact)
         if least_text is not None:
             kept = schedule.image_tokens
             axis = Dim("rows", min=least_text + kept, max=text + kept)
@@ -200,11 +202,13 @@ class Programs:
         in_place: bool = True,
         all_logits: bool = False,
         inputs: tuple[Tensor, ...] = (),
+        exact: bool = True,
     ) -> Prefill:
         """The prefill program before export; inputs: examples of what it takes, for the dump of its graphs."""
         schedule = self._schedule(images)
         states = self.states if schedule.decoder_stages else 0
-        passes = prefill_passes(schedule, self.attn_implementation, states=states, filled=filled, in_place=in_place)
+        settings = {"states": states, "filled": filled, "in_place": in_place, "exact": exact}
+        passes = prefill_passes(schedule, self.attn_implementation, **settings)  # type: ignore[arg-type]
         pruned = (4,) if schedule.decoder_stages else ()
         name = f"prefill_{images if isinstance(images, int) else len(images)}{'_filled' * filled}"
         given = self._decoder_inputs(inputs, pruned, schedule.shape.deepstack)

@@ -206,7 +206,7 @@ def align(
     ids = np.zeros((batch, rows), dtype=np.int64)
     visual = np.empty((batch, spliced), dtype=np.int64)
     last = np.empty(batch, dtype=np.int64)
-    placed = schedule.shape.position_dims > 1
+    placed = schedule.placed
     source, candidates = np.zeros_like(ids if placed else ids[:0]), np.empty((batch, schedule.patches), dtype=np.int64)
     for row, sample in enumerate(samples):
         placeholder, stay = reading.placeholder[sample], reading.real[sample]
@@ -253,7 +253,7 @@ def _align_among(ids: Tensor, mask: Tensor, placeholder: Tensor, schedule: Sched
     out = out.scatter(1, torch.where(mask, slot, rows), words)[:, :rows]
     visual = slot.gather(1, compact(placeholder, spliced)[0])
     source = None
-    if schedule.shape.position_dims > 1:
+    if schedule.placed:
         source = ids.new_zeros(ids.shape[0], rows + 1).scatter(1, torch.where(mask, slot, rows), columns)[:, :rows]
     last = (mask.sum(1) - 1).clamp(0, rows - 1)
     return Prompt(out.contiguous(), last, visual, source)

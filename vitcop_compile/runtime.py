@@ -352,7 +352,7 @@ class CompiledModel(GenerationMixin):
             like = torch.empty((), dtype=self.dtype, device=self.device)
             cache.take(self._pool.lend(cache, shapes, plan.rows, like, host.shape.marks), clear=() in reading.layouts)
         turn = Turn(images, reading, schedules, plan.text, filled=seen > 0, beams=beams)
-        if host.shape.position_dims > 1 and images is not None:
+        if images is not None and any(schedule.placed for schedule in schedules):
             positions, taken = positions_of(host, reading, images.about, beams)
             turn = turn._replace(positions=positions, taken=taken)
         with cache.unless_it_fails():

@@ -43,6 +43,7 @@ class ModelShape:
     feature_layer: int = 22
     vision_hidden: int = 1024
     vision_intermediate: int = 4096
+    vision_heads: int = 16
     patch_features: int = 3 * 14 * 14
     element_bytes: int = 2
     max_positions: int = 4096
@@ -95,11 +96,14 @@ class ModelShape:
 class Stage:
     """Pruning of visual tokens, on either side of a model.
 
-    side: "encoder", after its layer `layer`; "merge", behind the encoder, by what that layer says; or "decoder", at the entry
-    of that layer; policy: a name in `policies.POLICIES`, with `options` as (name, value) pairs; tokens: what each segment of
-    the layout keeps, or one number for all of them together; positions: "kept" if tokens that stay keep their positions,
-    "index" if they take their index in the stage's input; keys: "rotated", as attention meets them, "raw", as their projection
-    leaves them, or "centered", raw without the mean of their segment.
+    side: "encoder", after its layer `layer`; "merge", behind the encoder, by what that layer says; "entry", behind the
+    projector, likewise; or "decoder", at the entry of that layer, 0 for that of the language model, with the prompt's text in
+    view; policy: a name in `policies.POLICIES`, with `options` as (name, value) pairs; tokens: what each segment of the layout
+    keeps, or one number for all of them together; positions: "kept" if tokens that stay keep their positions, "index" if they
+    take their index in the stage's input, which is all that the decoder knows of stages before it where a position is one
+    number, unless one of them says "kept"; keys: "rotated", as attention meets them, "raw", as their projection leaves them,
+    or "centered", raw without the mean of their segment; tap: the policy whose tap scores candidates of an encoder for this
+    one, None for its own; also: more layers of the encoder that it scores them by, in front of `layer`.
     """
 
     side: str
@@ -109,6 +113,8 @@ class Stage:
     options: tuple[tuple[str, Any], ...] = ()
     positions: str = "kept"
     keys: str = "rotated"
+    tap: str | None = None
+    also: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -134,6 +140,10 @@ class Method(Hashable, Protocol):
         met."""
         ...
 
+    def to_json(self) -> str:
+        """A text from which `methods.method_of` makes an equal one."""
+        ...
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -149,9 +159,19 @@ class Schedule:
     stages: tuple[Stage, ...]
 
     @property
+    def vision_stages(self) -> tuple[Stage, ...]:
+        """The stages before the decoder, in order: several inside an encoder, else one at most."""
+        return tuple(stage for stage in self.stages if stage.side != "decoder")
+
+    @property
     def vision(self) -> Stage | None:
-        """The stage before the decoder, None where nothing is pruned there."""
-        return next((stage for stage in self.stages if stage.side != "decoder"), None)
+        """The last stage before the decoder, None where nothing is pruned there."""
+        return self.vision_stages[-1] if self.vision_stages else None
+
+    @property
+    def placed(self) -> bool:
+        """Whether a prompt's positions depend on which of its tokens stay before the decoder."""
+        return self.shape.position_dims > 1 or (self.vision is not None and self.vision.positions == "kept")
 
     @property
     def decoder_stages(self) -> tuple[Stage, ...]:
@@ -266,16 +286,19 @@ class Schedule:
     def vision_flops(self) -> int:
         """FLOPs of the vision encoder up to its feature layer, and the projector."""
         shape, stage = self.shape, self.vision
-        last_full = stage.layer if stage and stage.side == "encoder" else shape.feature_layer
+        inside = [own for own in self.vision_stages if own.side == "encoder"]
+        projected = self.segment_tokens if stage is None or stage.side != "entry" else [s.candidates for s in self.layout]
         flops = 0
-        for segment, kept in zip(self.layout, self.segment_tokens, strict=True):
+        for number, (segment, kept) in enumerate(zip(self.layout, projected, strict=True)):
             grouped = shape.group > 1 and segment.taps == shape.group
             # Tiles are seen whole, however much of them the candidates are; else the candidates tell what is seen, in a clip
             # frame by frame.
             clip = segment.tiles if segment.grid[0] > 1 else 1
             patches = shape.patches if shape.packed and not grouped else segment.candidates * segment.taps // clip
-            full, fewer = patches + shape.prefix_tokens, kept + shape.prefix_tokens
-            layers = (_encoder_flops(shape, full if i <= last_full else fewer) for i in range(shape.feature_layer + 1))
+            left = [
+                [patches, *(own.tokens[number] for own in inside if own.layer < i)] for i in range(shape.feature_layer + 1)
+            ]
+            layers = (_encoder_flops(shape, tokens[-1] + shape.prefix_tokens) for tokens in left)
             flops += segment.tiles * (2 * patches * shape.patch_features * shape.vision_hidden + sum(layers))
             # A group goes through a projector as one token, taps that are blended go through it each.
             wide, rows = (segment.taps, kept) if grouped else (1, kept * segment.taps)

@@ -13,8 +13,8 @@ from ..host import grid_places
 from ..isolation import tracing
 from ..ops.indexing import take_rows
 from ..passes.prune import of_one, prune_tokens
-from ..passes.tap import rows_of
-from ..policies import POLICIES
+from ..passes.raw_key import rows_of
+from ..policies import tap_of
 from ..program_modules import choose
 from ..schedule import Schedule
 from .arms import Request, begin_step
@@ -53,16 +53,16 @@ class SelectionOnly(nn.Module):
         scale, prefix = query.shape[-1] ** -0.5, shape.prefix_tokens
         if packed:
             index, places, *real = packed
-            tap = POLICIES[vision.policy].tap
+            tap = tap_of(vision)
             assert tap is not None
             score = tap(query, key, scale, prefix, real[0] if real else None)
-            choice = choose(vision.of_segment(0), score, rows_of(key)[:, prefix:], index, None, places, self.exact)
+            choice = choose(vision.of_segment(0), (score, rows_of(key)[:, prefix:]), index, None, places, self.exact)
             kept_hidden, (labels,) = take_rows(index, choice.index), choice.state
         else:
             kept_hidden, _, _, _, labels = prune_tokens(
                 patches, prefix, (), query, key, None, scale, policy=vision.policy, incoming=(shape.patches,),
                 tokens=vision.tokens[:1], options={name: of_one(value) for name, value in vision.options},
-                site={"prefix": prefix, "grid": shape.grid, "exact": self.exact},
+                site={"prefix": prefix, "grid": shape.grid, "exact": self.exact}, tap=tap_of(vision),
             )  # fmt: skip
         labels, incoming = labels.reshape(visual.shape), self.schedule.segment_tokens
         for stage, keys in zip(self.schedule.decoder_stages, (first, second), strict=True):

@@ -50,6 +50,7 @@ def host(config: Any, element_bytes: int | None = None) -> PatchedImages:
         resize=resize,
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.out_hidden_size,
+        vision_heads=vision.num_heads,
         projector_hidden=None,
     )
 

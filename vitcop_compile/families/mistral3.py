@@ -92,6 +92,7 @@ def host(config: Any, element_bytes: int | None = None) -> PixtralImages:
         feature_layer=feature_layer_of(config),
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
+        vision_heads=vision.num_attention_heads,
         patch_features=features,
         packed=True,
         group=side * side,

@@ -29,6 +29,7 @@ def host(config: Any, element_bytes: int | None = None) -> PatchedImages:
         cut=partial(in_windows, merge=vision.spatial_merge_size, window=vision.window_size, patch=vision.patch_size),
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
+        vision_heads=vision.num_heads,
         unit=math.lcm(UNIT, window_slots(vision)),
         # What a patch receives within a window says nothing of the image.
         scored_layers=tuple(vision.fullatt_block_indexes),

@@ -31,6 +31,7 @@ def host(config: Any, element_bytes: int | None = None) -> PatchedImages:
         cut=partial(in_order, merge=vision.spatial_merge_size),
         vision_hidden=vision.embed_dim,
         vision_intermediate=int(vision.embed_dim * vision.mlp_ratio),
+        vision_heads=vision.num_heads,
     )
 
 

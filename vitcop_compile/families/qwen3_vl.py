@@ -33,6 +33,7 @@ def host(config: Any, element_bytes: int | None = None) -> PatchedImages:
         frames=True,
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
+        vision_heads=vision.num_heads,
         deepstack=len(tapped(vision)),
         # Norms of single heads leave all keys about as long: what tokens differ in is how long they were before.
         keys="centered" if config.text_config.attention_bias else "raw",

@@ -33,6 +33,7 @@ def shape_of(config: Any, encoder: str, element_bytes: int | None = None, **more
         feature_layer=feature_layer_of(config),
         vision_hidden=vision.hidden_size,
         vision_intermediate=vision.intermediate_size,
+        vision_heads=vision.num_attention_heads,
         patch_features=vision.num_channels * math.prod(_pair(vision.patch_size)),
         **more,
     )

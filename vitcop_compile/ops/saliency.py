@@ -48,3 +48,36 @@ def key_norm(key: Tensor) -> Tensor:
     key: [B, kv_heads, n, head_dim]; before or after rotary embedding is the same number. Returns fp32 [B, n].
     """
     return torch.linalg.vector_norm(key.float().mean(1), dim=-1)
+
+
+def last_attention(query: Tensor, key: Tensor, scale: float, last: Tensor) -> Tensor:
+    """Attention that row `last` pays to all rows up to it, mean over heads.
+
+    query: [B, heads, t, hd]; key: [B, kv_heads, t, hd]; scale: factor on the logits; last: int64 [B]. Returns fp32 [B, t]. One
+    row of the attention matrix, whatever kernel the layer runs."""
+    batch, heads, rows, width = query.shape
+    own = query.gather(2, last.reshape(batch, 1, 1, 1).expand(batch, heads, 1, width)).float()
+    grouped = own.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    logits = (grouped @ key.float().transpose(-1, -2)) * scale
+    seen = torch.arange(rows, device=key.device) <= last.unsqueeze(1)
+    return torch.where(seen[:, None, None], logits, -torch.inf).softmax(-1).mean((1, 2))
+
+
+def attention_by(query: Tensor, key: Tensor, scale: float, chosen: Tensor, chunk: int = 128) -> Tensor:
+    """Causal attention that `chosen` rows pay to every row, mean over them and over heads.
+
+    query: [B, heads, t, hd]; key: [B, kv_heads, t, hd]; scale: factor on the logits; chosen: bool [B, t]. Returns fp32 [B, t].
+    The attention matrix is never whole, where t is known: `chunk` queries are looked at together."""
+    batch, heads, rows, _ = query.shape
+    shared = heads // key.shape[1]
+    keys = (key.float() * scale).transpose(-1, -2).unsqueeze(2)  # [B, kv_heads, 1, hd, t]
+    grouped = query.float().unflatten(1, (key.shape[1], shared))
+    order = torch.arange(rows, device=key.device)
+    step = chunk if isinstance(rows, int) else rows
+    total = torch.zeros(batch, rows, device=key.device)
+    for start in range(0, rows, step) if isinstance(rows, int) else (0,):
+        part = slice(start, start + step) if isinstance(rows, int) else slice(None)
+        seen = order <= order[part].unsqueeze(1)
+        weights = torch.where(seen, grouped[:, :, :, part] @ keys, -torch.inf).softmax(-1)
+        total = total + (weights * chosen[:, None, None, part, None]).sum((1, 2, 3))
+    return total / (heads * chosen.sum(1, keepdim=True))

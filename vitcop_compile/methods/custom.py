@@ -1,0 +1,100 @@
+"""The user's own score, a function or a trained module, traced into the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, RewriteError
+from ..layout import Layout
+from ..ops.indexing import lowest
+from ..policies import POLICIES, Choice, Policy, Site
+from ..schedule import ModelShape, Stage
+from .base import VERSION, Budgeted, at_layer, in_encoder, placing, register, scoring_layer
+
+_SIDES = ("encoder", "entry", "decoder")
+_NEEDS = frozenset(
+    ("query", "key", "value", "scale", "hidden", "before", "whole", "entry", "text", "last", "score", "features")
+)
+_COUNT = itertools.count()
+
+
+@register("custom")
+@dataclass(frozen=True, kw_only=True)
+class CustomMethod(Budgeted):
+    """The tokens of greatest score(site) stay.
+
+    score: site -> fp [b, n] for the n candidates of b segments, larger is more important: a function of tensors, or a module,
+    whose weights are then part of the program; see `policies.Site`. needs: the fields of `Site` that it looks at. side:
+    "encoder", by hidden states, queries and keys of encoder layer `layer`, or of what a tower says of it; "entry", behind the
+    projector; "decoder", before decoder layer `layer`. None is the encoder's last layer but one, and decoder layer 2. On the
+    first two sides needs of "score" and "features" are the family's own saliency and keys.
+
+    Raises ConfigError for values out of range, RewriteError while it is traced for a score of another shape.
+    """
+
+    score: Callable[[Site], Tensor] | None = None
+    needs: tuple[str, ...] = ("hidden",)
+    side: str = "decoder"
+    layer: int | None = None
+    policy: str = dataclasses.field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.side not in _SIDES:
+            raise ConfigError(f"custom: side={self.side!r} is unknown: use one of {', '.join(_SIDES)}")
+        if unknown := set(self.needs) - _NEEDS:
+            raise ConfigError(
+                f"custom: needs={sorted(unknown)} are no fields of a site: use some of {', '.join(sorted(_NEEDS))}"
+            )
+        if self.score is not None and not callable(self.score):
+            raise ConfigError(f"custom: score={self.score!r} cannot be called: pass a function or a module")
+        name = f"custom_{next(_COUNT)}"
+        object.__setattr__(self, "policy", name)
+        POLICIES[name] = Policy(self._choose, frozenset(self.needs))
+
+    def __hash__(self) -> int:
+        return hash((self.policy, self.tokens, self.retention, self.side, self.layer, self.needs))
+
+    def _choose(self, site: Site, budget: int) -> Choice:
+        if self.score is None:
+            raise RewriteError("custom: a method that was read from a file has no score: pass one")
+        score = self.score(site)
+        if not isinstance(score, Tensor) or score.shape != site.at.shape:
+            found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise RewriteError(
+                f"custom: score(site) is {found}: return a tensor {tuple(site.at.shape)}, one number for each candidate"
+            )
+        score = score.float() if site.real is None else torch.where(site.real, score.float(), -torch.inf)
+        return Choice(lowest(-score, budget))
+
+    def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
+        """One, on its side. Raises ConfigError for a layer out of range."""
+        if self.side == "decoder":
+            layer = at_layer(2 if self.layer is None else self.layer, shape.layers, self.name)
+            return (Stage("decoder", layer, self.policy, self.budgets(shape, layout, layer)),)
+        layer = scoring_layer(shape) if self.layer is None else self.layer
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= shape.feature_layer:
+            raise ConfigError(
+                f"custom: layer={layer!r} is out of range: choose an encoder layer of 0 to {shape.feature_layer}"
+            )
+        side = "entry" if self.side == "entry" else in_encoder(shape)
+        tap = shape.saliency if {"score", "features"} & set(self.needs) else None
+        return (Stage(side, layer, self.policy, self.budgets(shape, layout), (), placing(shape), tap=tap),)
+
+    def to_json(self) -> str:
+        """As `Budgeted.to_json`, without the score: what a folder of programs needs to know."""
+        fields = [field.name for field in dataclasses.fields(self) if field.init and field.name != "score"]
+        return json.dumps({"method": self.name, "version": VERSION} | {name: getattr(self, name) for name in fields}, indent=2)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """As `Budgeted.of`; without a score it tells budgets, and cannot be traced."""
+        return super().of({name: value for name, value in values.items() if name != "policy"})
