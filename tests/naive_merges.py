@@ -120,7 +120,7 @@ def tome(
     keys [n, K]: of the block, the mean over heads; hidden [n, D]: between its attention and its MLP; sizes [n]: how many
     patches each stands for. Tokens 0, 2, 4, .. each draw an edge to the one of 1, 3, 5, .. whose key is most like its own;
     along the r edges of greatest cosine the former are merged into the latter, by the mean weighted by size. protected=1:
-    token 0 is CLS and draws none. At most (n - protected) // 2 go. At scale `sizes` enter the next block's attention
+    token 0 is CLS and draws none. At most (n - protected) // 2 go. `sizes` enter the next block's attention
     (`attend`).
 
     The rows are in raster order of the tokens that stay. In the published code those that drew an edge and stay come first, by

@@ -30,7 +30,14 @@ def cosine(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> 
 
 def cosines(rows: np.ndarray, others: np.ndarray) -> list[list[float]]:
     """rows [n, D], others [m, D] -> [n][m]."""
-    return [[cosine(row, other) for other in others] for row in rows]
+    # As `cosine`, with each length worked out once.
+    left, right = rows.tolist(), others.tolist()
+    lengths = [math.sqrt(dot(other, other)) for other in right]
+    table = []
+    for row in left:
+        length = math.sqrt(dot(row, row))
+        table.append([dot(row, other) / (length * far) if length * far else 0.0 for other, far in zip(right, lengths)])
+    return table
 
 
 def softmax(logits: Sequence[float]) -> list[float]:

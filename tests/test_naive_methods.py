@@ -276,7 +276,7 @@ def test_vscan():
     hidden = rows(FLAT, (0, 2), (5, 0), STEEP)
     assert vscan([0, 5, 1, 1], [1, 9, 3, 2], hidden, (2, 2), 1, 2) == ([1, 2], [[1.5, 3], [4.5, 1.5]])
     # Of an odd budget the smaller half is local.
-    assert vscan([0, 5, 1, 1], [1, 9, 3, 3], hidden, (2, 2), 1, 3)[0] == [1, 2, 3]
+    assert vscan([4, 5, 1, 1], [1, 9, 3, 3], hidden, (2, 2), 1, 3)[0] == [1, 2, 3]
     assert vscan([0, 5, 1, 1], [1, 9, 3, 2], hidden, (2, 2), 1, 1)[0] == [1]
     assert vscan([9, 5, 1, 1], [9, 1, 3, 2], hidden, (2, 2), 1, 2)[0] == [0, 2]
 
@@ -288,6 +288,10 @@ def test_tome():
     assert tome(keys, hidden, [1, 1, 3, 1], 1) == ([[0], [1], [2.25]], [1, 1, 4], [0, 1, 2, 2])
     assert tome(keys, hidden, [1, 1, 1, 1], 2) == ([[1], [5 / 3]], [1, 3], [1, 0, 1, 1])
     assert tome(keys, hidden, [1, 1, 1, 1], 9, protected=1) == ([[0], [1], [2.5]], [1, 1, 2], [0, 1, 2, 2])
+    # Token 0 is most like 3 of all, unless it is CLS.
+    alike = rows(FLAT, (0, 1), STEEP, FLAT)
+    assert tome(alike, hidden, [1, 1, 1, 1], 1)[2] == [2, 0, 1, 2]
+    assert tome(alike, hidden, [1, 1, 1, 1], 1, protected=1)[2] == [0, 1, 2, 2]
     assert tome(keys, hidden, [1, 1, 1, 1], 0)[2] == [0, 1, 2, 3]
     # All alike: the first edge, to the first.
     assert tome(np.ones((5, 2)), rows(*range(5)), [1] * 5, 1) == ([[0.5], [2], [3], [4]], [2, 1, 1, 1], [0, 0, 1, 2, 3])
