@@ -71,7 +71,8 @@ class Budgeted:
         if kept < 1:
             raise ConfigError(
                 f"{self.name}: retention={self.retention} leaves {kept} of {candidates} tokens, as the first {first} of "
-                f"{layers} layers see all: choose more than {(first + (layers - first) / candidates) / layers:.4f}, or an earlier layer"
+                f"{layers} layers see all: choose more than {(first + (layers - first) / candidates) / layers:.4f}, or an earlier "
+                "layer"
             )
         return min(candidates, -(-kept // multiple) * multiple)
 
