@@ -272,13 +272,19 @@ def test_the_published_form_refuses_what_it_cannot_do(deep):
 # Selection alone
 
 
+def _in_order(given):
+    """Of the encoder, what enters the decoder, the keys of its two stages."""
+    names = ("query_vision_0", "key_vision_0", "patches", "hidden", "visual", "key_decoder_0", "key_decoder_1")
+    return [given[name] for name in names]
+
+
 @torch.no_grad()
 def test_selection_alone_is_the_published_selection_of_every_sample(deep):
     schedule, batch = PRUNED["1/3"].schedule(family_of(deep).shape), 3
     vision, (shallow, last) = schedule.vision, schedule.decoder_stages
     given = selection_inputs(schedule, Request(batch, 64, 5), torch.float32, CPU)
-    found_patches, found_hidden = SelectionOnly(schedule)(*given)
-    query, key, patches, hidden, first, second, visual = (tensor.numpy() for tensor in given)
+    found_patches, found_hidden = SelectionOnly(schedule, given)(*given.values())
+    query, key, patches, hidden, visual, first, second = (tensor.numpy() for tensor in _in_order(given))
     n, side = vision.total, schedule.shape.grid[0]
     centers, width, reach = (stage_option[1] for stage_option in vision.options)
     for row in range(batch):

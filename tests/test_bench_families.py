@@ -128,8 +128,9 @@ def test_selection_alone_is_the_selection_of_every_image():
     layout = bench.Case(bench.Shape(family="qwen2_vl", image_size=196), images=2).layout()
     schedule = ViTCoPConfig.preset("1/3").schedule(shape, layout)
     given = selection_inputs(schedule, bench.Request(1, 5), torch.float32, torch.device("cpu"), padded=True)
-    kept, hidden = SelectionOnly(schedule)(*given)
-    query, key, _, states, first, second, _ = (tensor.double().numpy() for tensor in given[:7])
+    kept, hidden = SelectionOnly(schedule, given)(*given.values())
+    names = ("query_vision_0", "key_vision_0", "hidden", "key_decoder_0", "key_decoder_1")
+    query, key, states, first, second = (given[name].double().numpy() for name in names)
     vision, (shallow, last) = schedule.vision, schedule.decoder_stages
     options = dict(vision.options)
     n, parts_ = vision.tokens[0], []

@@ -189,7 +189,7 @@ def test_selection_of_pooled_images_has_their_shapes():
     shape = TINY_SHAPE.model_shape()
     schedule = ViTCoPConfig.preset("1/3", scope="pooled").schedule(shape, (shape.image,) * 3)
     given = selection_inputs(schedule, bench.Request(1, 8), torch.float32, torch.device("cpu"))
-    kept, hidden = SelectionOnly(schedule)(*given)
+    kept, hidden = SelectionOnly(schedule, given)(*given.values())
     assert kept.shape == (3, 1 + schedule.segment_tokens[0], 32)
     assert hidden.shape == (1, 8 + schedule.decoder_stages[1].total, 32)
 

@@ -15,7 +15,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..families.registry import host_of
 from ..host import Host
 from ..layout import Layout
-from ..schedule import ModelShape
+from ..schedule import Method, ModelShape, resolve
 from .arms import ARMS, Request, layouts
 from .models import DTYPES, MODELS, heads
 
@@ -90,7 +90,7 @@ class Entrant(NamedTuple):
 
     arm: str
     label: str
-    config: ViTCoPConfig
+    config: Method
 
     @property
     def key(self) -> str:
@@ -114,7 +114,7 @@ class Case:
     text_tokens: int = 64
     new_tokens: int = 64
     against: tuple[str, ...] = ("stock_compile",)
-    configs: Mapping[str, ViTCoPConfig] = field(default_factory=dict)
+    configs: Mapping[str, Method] = field(default_factory=dict)
     stages: tuple[str, ...] = STAGES
     images: int = 1
     frames: int = 0
@@ -131,13 +131,15 @@ class Case:
         """The images of each prompt."""
         return tuple(segment for image in layouts(self.shape.host(), self.request) for segment in image)
 
-    def settings(self) -> dict[str, ViTCoPConfig]:
-        """The pruned configurations by label."""
-        return {name: ViTCoPConfig.preset(name) for name in self.presets} | dict(self.configs)
+    def settings(self) -> dict[str, Method]:
+        """What is pruned, by label."""
+        presets: dict[str, Method] = {name: ViTCoPConfig.preset(name) for name in self.presets}
+        return presets | dict(self.configs)
 
     def entrants(self) -> list[Entrant]:
         """The arms of the run, in the order they are built."""
-        dense, settings = {DENSE: ViTCoPConfig.dense()}, self.settings()
+        dense: dict[str, Method] = {DENSE: ViTCoPConfig.dense()}
+        settings = self.settings()
         arms = {arm: dense if arm in BACKENDS or arm in STOCK_ARMS else settings for arm in self.against}
         arms[self.backend] = dense | settings
         return [Entrant(arm, label, config) for arm, labels in arms.items() for label, config in labels.items()]
@@ -168,7 +170,7 @@ class Case:
                 raise ConfigError(f"configs: {label!r} already names a setting: choose another label")
         shape, layout = self.shape.model_shape(), self.layout()
         for config in self.settings().values():
-            config.schedule(shape, layout)
+            resolve(config, shape, layout)
 
 
 def check_cases(cases: Iterable[Case], rounds: int) -> None:

@@ -8,10 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..backends import BACKENDS
-from ..config import ViTCoPConfig
 from ..optimized import OptimizedModel
 from ..pipeline import optimize
-from ..schedule import Schedule
+from ..schedule import Method, Schedule
 from .arms import Arm, Request, layouts, register
 from .bind import bind
 from .kernels import backend_kernel
@@ -19,7 +18,7 @@ from .selection import selection_arm
 from .timing import Call
 
 
-def ours(backend: str, model: PreTrainedModel, config: ViTCoPConfig, request: Request) -> Arm:
+def ours(backend: str, model: PreTrainedModel, config: Method, request: Request) -> Arm:
     """`optimize(model, config, backend=backend)`, prompts not padded to a bucket; stages as `bind` has them, the selection
     alone compiled when it is first called. Raises as `optimize` does."""
     with torch.no_grad():
@@ -34,7 +33,7 @@ def ours(backend: str, model: PreTrainedModel, config: ViTCoPConfig, request: Re
         return selection_arm(schedule, request, backend, optimized.dtype, optimized.device, padded)
 
     attention = _attention(optimized, schedule, backend, request)
-    return Arm(bind(optimized, request), attention, (lambda: selection()()) if config.prune else None)
+    return Arm(bind(optimized, request), attention, (lambda: selection()()) if schedule.stages else None)
 
 
 def _attention(optimized: OptimizedModel, schedule: Schedule, backend: str, request: Request) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from ..config import PRESETS
 from ..layout import Layout
-from ..schedule import ModelShape, Schedule
+from ..schedule import ModelShape, Schedule, resolve
 from .cases import DENSE, STAGES, Case, Entrant
 from .timing import ratios, summary
 
@@ -37,7 +38,7 @@ def rows(
     """
     found = []
     for entrant in case.entrants():
-        schedule, key = entrant.config.schedule(shape, layout), entrant.key
+        schedule, key = _resolved(entrant, shape, layout), entrant.key
         row: Row = {"backend": case.backend, "arm": entrant.arm, "preset": entrant.label}
         row |= {"shape": case.shape.name, "dtype": case.shape.dtype, **dataclasses.asdict(case.request)}
         for stage in (*STAGES, "selection"):
@@ -52,8 +53,12 @@ def rows(
             row[realized] = _over((row["ratio_to_dense"] or {}).get(stage, {}).get("median"), row[ideal])
         row |= {"peak_memory_bytes": None, "resident_memory_bytes": None, "attention": dict(attention.get(key, {}))}
         named = entrant.label == DENSE or entrant.label in PRESETS
-        found.append(row | {"config": None if named else dataclasses.asdict(entrant.config)})
+        found.append(row | {"config": None if named else json.loads(entrant.config.to_json())})
     return found
+
+
+def _resolved(entrant: Entrant, shape: ModelShape, layout: Layout | None) -> Schedule:
+    return resolve(entrant.config, shape, (shape.image,) if layout is None else layout)
 
 
 def _others(case: Case, entrant: Entrant, times: Times) -> Row:
