@@ -12,10 +12,24 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoConfig
 
-from ..config import PRESETS, ViTCoPConfig
+from ..config import PRESETS
 from ..errors import ConfigError, UnsupportedError, VitcopError
 from ..families.registry import host_of
 from ..host import Host
+from ..methods.named import settings_of_share
+
+__all__ = [
+    "PRESET_NAMES",
+    "TABLE_WIDTH",
+    "WIDE_TABLE_WIDTH",
+    "cannot_load",
+    "console",
+    "errors_as_lines",
+    "image_size_of",
+    "model_host",
+    "settings_of_share",
+    "without_future_warnings",
+]
 
 TABLE_WIDTH = 120
 # The columns of a benchmark.
@@ -45,12 +59,6 @@ def console(width: int = TABLE_WIDTH) -> Console:
     """Standard output; at least `width` columns where it is no terminal, so that tables stay whole."""
     out = Console()
     return out if out.is_terminal else Console(width=max(out.width, width))
-
-
-def settings_of_share(share: float) -> ViTCoPConfig:
-    """Settings that keep `share` of the visual tokens, with the ratios of the nearest preset. Raises ConfigError."""
-    nearest = min(PRESETS, key=lambda name: abs(PRESETS[name][2] - share))
-    return ViTCoPConfig.preset(nearest, retention=share)
 
 
 def model_host(model: str) -> Host:

@@ -11,6 +11,7 @@ from .divprune import DivPrune
 from .fastv import FastV
 from .floors import Downsample, Random, Uniform
 from .holov import HoloV
+from .named import method_from, method_named, method_names
 from .pyramiddrop import PyramidDrop
 from .scope import Scope
 from .sparsevlm import SparseVLM
@@ -41,5 +42,8 @@ __all__ = [
     "VisionZip",
     "ZSPAPrune",
     "load_method",
+    "method_from",
+    "method_named",
+    "method_names",
     "method_of",
 ]
