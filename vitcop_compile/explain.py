@@ -63,6 +63,19 @@ def table(schedule: Schedule, text: int = TEXT_TOKENS) -> Table:
     return out
 
 
+def summary(schedule: Schedule, text: int = TEXT_TOKENS) -> str:
+    """The schedule in a line: tokens stage by stage, their mean over layers, and what that saves."""
+    steps = [f"{schedule.patches} patches"]
+    for stage in schedule.stages:
+        where = {"encoder": "after encoder layer", "merge": "by encoder layer", "decoder": "before layer"}.get(stage.side)
+        place = "behind the projector" if where is None else f"{where} {stage.layer}"
+        steps.append(f"{_sum(stage.tokens)} {place} ({stage.policy})")
+    text += schedule.protected
+    kv = schedule.dense_kv_bytes(text) / schedule.kv_bytes(text)
+    saved = f"mean {schedule.mean_visual_tokens():.1f}, prefill FLOPs / {schedule.flop_ratio(text):.2f}, KV / {kv:.2f}"
+    return f"{' -> '.join(steps if len(steps) < 8 else [*steps[:2], '...', *steps[-2:]])}; {saved}"
+
+
 def explain(schedule: Schedule, text: int = TEXT_TOKENS) -> str:
     """The table as text, 110 columns wide, without color."""
     console = Console(file=io.StringIO(), width=110, color_system=None, force_terminal=False)
@@ -73,9 +86,13 @@ def explain(schedule: Schedule, text: int = TEXT_TOKENS) -> str:
 def _vision(stage: Stage | None) -> str:
     if stage is None:
         return "nothing pruned"
+    if stage.side == "entry":
+        return f"behind the projector: {stage.policy} to {_sum(stage.tokens)}"
     what = f"{'by' if stage.side == 'merge' else 'after'} layer {stage.layer}: keep {_sum(stage.tokens)}"
     centers = dict(stage.options).get("centers")
-    return what if centers is None else f"{what}, {_sum(centers)} clusters"
+    if centers is not None:
+        return f"{what}, {_sum(centers)} clusters"
+    return f"{what}, {stage.policy}"
 
 
 def _sum(counts: tuple[int, ...]) -> str:

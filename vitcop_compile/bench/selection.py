@@ -26,7 +26,7 @@ class SelectionOnly(nn.Module):
     """The very functions the passes insert, and nothing else: what selection costs inside vision and prefill together.
 
     Takes what `selection_inputs` makes of the same schedule, in order, and returns what leaves the last stage before the
-    decoder, its rows or which patches, and the last stage in it, if there are such. """
+    decoder, its rows or which patches, and the last stage in it, if there are such."""
 
     def __init__(self, schedule: Schedule, names: Sequence[str], exact: bool = True):
         super().__init__()
@@ -117,7 +117,7 @@ def selection_inputs(
     enters the first of them, or for one behind the encoder index and places, as in `program_modules.Select`, and features [I,
     n, D] behind the projector. hidden [B, L0, D] and visual int64 [B, n] enter the decoder's first stage; of the i-th
     query_decoder_i, key_decoder_i [B, heads, rows, hd], before_i, entry_i [B, rows, D], text_i and last_i, as far as it needs
-    them. """
+    them."""
     shape, batch, segment = schedule.shape, request.batch, schedule.layout[0]
     images, found = batch * len(schedule.layout), dict[str, Tensor]()
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import bench, demo, explain, export, regress
+from . import bench, demo, explain, export, regress, tune
 
 __all__ = ["app"]
 
@@ -19,4 +19,5 @@ app.command("bench")(bench.bench_command)
 app.command("plot")(bench.plot_command)
 app.command("regress")(regress.regress_command)
 app.command("explain")(explain.explain_command)
+app.command("tune")(tune.tune_command)
 app.command("demo")(demo.demo_command)

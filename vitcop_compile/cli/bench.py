@@ -10,7 +10,16 @@ from rich.text import Text
 
 from ..config import DEFAULT_PRESET, PRESETS
 from ..errors import ConfigError
-from .shared import PRESET_NAMES, WIDE_TABLE_WIDTH, console, errors_as_lines, without_future_warnings
+from ..methods.named import method_from
+from .shared import (
+    DEFAULT_RETENTION,
+    METHOD_HELP,
+    PRESET_NAMES,
+    WIDE_TABLE_WIDTH,
+    console,
+    errors_as_lines,
+    without_future_warnings,
+)
 
 _NONE = "none"
 _FAMILIES = "llava, internvl, qwen2_vl, qwen2_5_vl"
@@ -42,6 +51,7 @@ def bench_command(
     vision_layers: Annotated[
         int | None, typer.Option(help=f"Layers of the vision encoder; default: {_or('vision_layers')}.")
     ] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"Measured beside presets. {METHOD_HELP}")] = None,
     batch: Annotated[int, typer.Option(help="Prompts per call.")] = 1,
     image_size: Annotated[
         int | None, typer.Option(help="Pixels of a side of an image, or frame; default: 336 for llava, 448 else.")
@@ -66,6 +76,9 @@ def bench_command(
         given = {"presets": tuple(preset or ()) or None, "layers": layers, "vision_layers": vision_layers, "rounds": rounds}
         chosen: dict[str, Any] = (_FULL if full else _QUICK) | {k: value for k, value in given.items() if value is not None}
         presets, rounds = chosen.pop("presets"), chosen.pop("rounds")
+        configs = {name: method_from(name, retention=DEFAULT_RETENTION) for name in method or ()}
+        if method and not preset:
+            presets = ()
         size = image_size or bench.IMAGE_SIZES.get(family, 336)  # an unknown family is refused with its case
         common: dict[str, Any] = {
             "vision_hidden": vision_hidden,
@@ -75,7 +88,7 @@ def bench_command(
             "family": family,
         }
         shape = bench.Shape(hidden=hidden, **common, **chosen)
-        asked = (presets, batch, text_tokens, new_tokens, _against(against))
+        asked = (presets, batch, text_tokens, new_tokens, _against(against), configs)
         stages = bench.STAGES if full or family == "llava" else _QUICK_STAGES
         cases = [
             bench.Case(shape, name, *asked, stages=stages, images=images, frames=frames) for name in backend or ["inductor"]

@@ -24,15 +24,17 @@ from ..export.staging import check_target
 from ..export.writer import FORMATS, check_layouts, check_options
 from ..host import Host
 from ..layout import Layout
+from ..methods.named import method_from, settings_of_share
 from ..pipeline import optimize
+from ..schedule import Method, resolve
 from .shared import (
+    METHOD_HELP,
     PRESET_NAMES,
     cannot_load,
     console,
     errors_as_lines,
     image_size_of,
     model_host,
-    settings_of_share,
     without_future_warnings,
 )
 
@@ -47,7 +49,7 @@ class _Asked:
     """What `export` was asked for."""
 
     model: str
-    config: ViTCoPConfig
+    config: Method
     output_dir: Path
     format: str
     dtype: str
@@ -67,6 +69,7 @@ def export_command(
     retention: Annotated[
         str, typer.Option(help=f"A published setting ({PRESET_NAMES}), or the share of the visual tokens to keep.")
     ] = DEFAULT_PRESET,
+    method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
     format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "onnx",
     dtype: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; default: float32 for onnx, float16 for tensorrt.")
@@ -93,7 +96,7 @@ def export_command(
     with errors_as_lines(), without_future_warnings():
         asked = _Asked(
             model=model,
-            config=retention_config(retention),
+            config=retention_config(retention) if method is None else method_from(method, retention=retention),
             output_dir=output_dir,
             format=format,
             dtype=_dtype(dtype, format),
@@ -175,7 +178,7 @@ def _check_before_loading(asked: _Asked) -> None:
     check_target(asked.output_dir)
     host = model_host(asked.model)
     prompts = check_layouts(host, _layouts(asked, host), f"--model {asked.model}")
-    schedules = [asked.config.schedule(host.shape, tuple(itertools.chain(*images))) for images in prompts]
+    schedules = [resolve(asked.config, host.shape, tuple(itertools.chain(*images))) for images in prompts]
     numbers = (asked.batch_size, asked.max_text_len, asked.max_new_tokens)
     check_options(schedules, asked.format, *numbers, asked.prompt_buckets, asked.opset)
     if asked.format == "tensorrt":

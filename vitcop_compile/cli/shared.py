@@ -12,29 +12,22 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoConfig
 
-from ..config import PRESETS
+from ..config import DEFAULT_PRESET, PRESETS
 from ..errors import ConfigError, UnsupportedError, VitcopError
 from ..families.registry import host_of
 from ..host import Host
-from ..methods.named import settings_of_share
-
-__all__ = [
-    "PRESET_NAMES",
-    "TABLE_WIDTH",
-    "WIDE_TABLE_WIDTH",
-    "cannot_load",
-    "console",
-    "errors_as_lines",
-    "image_size_of",
-    "model_host",
-    "settings_of_share",
-    "without_future_warnings",
-]
+from ..methods.named import method_names
 
 TABLE_WIDTH = 120
 # The columns of a benchmark.
 WIDE_TABLE_WIDTH = 240
 PRESET_NAMES = ", ".join(PRESETS)
+# Of a method that is named without a target.
+DEFAULT_RETENTION = PRESETS[DEFAULT_PRESET][2]
+METHOD_HELP = (
+    "NAME or NAME:setting=value,setting=value, such as fastv:layer=2,tokens=64; repeat for several, `all` for all; "
+    f"names: {', '.join(method_names())}."
+)
 
 
 @contextmanager

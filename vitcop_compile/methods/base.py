@@ -71,8 +71,8 @@ class Budgeted:
         if kept < 1:
             raise ConfigError(
                 f"{self.name}: retention={self.retention} leaves {kept} of {candidates} tokens, as the first {first} of "
-                f"{layers} layers see all: choose more than {(first + (layers - first) / candidates) / layers:.4f}, or an earlier "
-                "layer"
+                f"{layers} layers see all: choose more than {(first + (layers - first) / candidates) / layers:.4f}, or an "
+                "earlier layer"
             )
         return min(candidates, -(-kept // multiple) * multiple)
 
@@ -104,8 +104,11 @@ def method_of(text: str) -> Method:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not a JSON text: {error}") from None
-    if not isinstance(values, dict) or "method" not in values:
+    if not isinstance(values, dict):
         return ViTCoPConfig.from_json(text)
+    values.pop("evidence", None)  # of what `tune` writes
+    if "method" not in values:
+        return ViTCoPConfig.from_json(json.dumps(values))
     name, version = values.pop("method"), values.pop("version", None)
     if name not in METHODS:
         raise ConfigError(f"method {name!r} is unknown: use one of vitcop, {', '.join(METHODS)}")
