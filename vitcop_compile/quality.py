@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, UnsupportedError
+from .errors import InputError
 from .optimized import OptimizedModel
 from .passes import rewrite, tower_passes
 from .policies import tap_of
@@ -33,7 +33,7 @@ def compare(dense: Any, pruned: OptimizedModel, inputs: Mapping[str, Any], token
     """Asks both models one request, greedily, for `tokens` tokens.
 
     dense: the stock model, or the same with nothing pruned through `optimize`; inputs: what a processor makes, input_ids int64
-    [B, T] among it. Raises InputError for a count below 1. """
+    [B, T] among it. Raises InputError for a count below 1."""
     if tokens < 1:
         raise InputError(f"tokens={tokens} is below 1: compare 1 or more")
     answers = [_answer(model, inputs, tokens) for model in (dense, pruned)]
@@ -54,10 +54,8 @@ def _answer(model: Any, inputs: Mapping[str, Any], tokens: int) -> tuple[Tensor,
 @torch.no_grad()
 def kept_saliency(pruned: OptimizedModel, inputs: Mapping[str, Any]) -> Tensor | None:
     """fp32 [B]: of the saliency of a prompt's patches, by the layer that scores them, the share of those that enter the
-    language model; None for a method that scores none before that. One more pass of the encoder, operator by operator, and of
-    the request's first step.
-
-    Raises UnsupportedError where tokens are put together behind the encoder: their scores are known to its programs alone.
+    language model; None for a method that scores none before that, and where tokens are put together behind the encoder, whose
+    scores its programs keep to themselves. One more pass of the encoder, operator by operator, and of the request's first step.
     """
     schedule = pruned.schedule
     stage = schedule.vision
@@ -65,9 +63,7 @@ def kept_saliency(pruned: OptimizedModel, inputs: Mapping[str, Any]) -> Tensor |
         return None
     programs = pruned.programs
     if programs.captured.encoder is None or schedule.shape.packed:
-        raise UnsupportedError(
-            "the saliency of tokens that are put together behind the encoder is not told: compare by kl and agreed"
-        )
+        return None
     pixels = inputs[pruned.host.inputs[0]]
     tower = rewrite(programs.captured.encoder, tower_passes(schedule, programs.attn_implementation))
     _, score, _ = tower(programs.family.patches(pixels.to(pruned.device, pruned.dtype)))
