@@ -55,8 +55,8 @@ def _answer(model: Any, inputs: Mapping[str, Any], tokens: int) -> tuple[Tensor,
 def kept_saliency(pruned: OptimizedModel, inputs: Mapping[str, Any]) -> Tensor | None:
     """fp32 [B]: of the saliency of a prompt's patches, by the layer that scores them, the share of those that enter the
     language model; None for a method that scores none before that, and where tokens are put together behind the encoder, whose
-    scores its programs keep to themselves. One more pass of the encoder, operator by operator, and of the request's first step.
-    """
+    scores its programs keep to themselves. One more pass of the encoder, operator by operator, and of the request's first
+    step."""
     schedule = pruned.schedule
     stage = schedule.vision
     if stage is None or tap_of(stage) is None or stage.also:
@@ -67,11 +67,7 @@ def kept_saliency(pruned: OptimizedModel, inputs: Mapping[str, Any]) -> Tensor |
     pixels = inputs[pruned.host.inputs[0]]
     tower = rewrite(programs.captured.encoder, tower_passes(schedule, programs.attn_implementation))
     _, score, _ = tower(programs.family.patches(pixels.to(pruned.device, pruned.dtype)))
-    out = pruned(**{name: value for name, value in inputs.items() if name != "attention_mask"} | _mask(inputs))
-    kept = out.past_key_values.selection.kept
+    kept = pruned(**inputs).past_key_values.selection.kept
     share = score.flatten().reshape(kept.shape[0], -1)
-    return (share.gather(1, kept).sum(1) / share.sum(1)).cpu()
-
-
-def _mask(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {"attention_mask": inputs["attention_mask"]} if inputs.get("attention_mask") is not None else {}
+    held = torch.where(kept >= 0, share.gather(1, kept.clamp_min(0)), 0)
+    return (held.sum(1) / share.sum(1)).cpu()

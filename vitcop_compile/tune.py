@@ -138,8 +138,8 @@ def _best(name: str, bound: float, found: Mapping[str, Candidate], left: list[st
         raise ConfigError(f"no method can be had on this model: {name}={bound} {TARGETS[name]} cannot be looked for")
     near = min(measured, key=by[name])
     raise ConfigError(
-        f"no method meets {name}={bound} {TARGETS[name]}: the best was {near.name} with {by[name](near):.4g}; raise the target, "
-        "or try other methods and retentions"
+        f"no method meets {name}={bound} {TARGETS[name]}: the best was {near.name} with {by[name](near):.4g}; raise the "
+        "target, or try other methods and retentions"
     )
 
 
