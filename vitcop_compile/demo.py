@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -35,13 +36,18 @@ from .progress import Steps
 # Sizes of the stand-in for LLaVA-1.5: the image and its 576 patches are the real ones.
 SMALL: dict[str, int] = {"vision_hidden": 256, "vision_layers": 4, "hidden": 512, "layers": 6, "vocab": 2048}
 NOTE = "random weights: tokens mean nothing, times and shapes are real"
+# A small model that was trained, with a picture and questions about it; there in a checkout, not in an installed package.
+TRAINED = Path(__file__).parents[1] / "examples" / "models" / "llava"
+_ASKED = "demo.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TEXT = "USER: <image>\n{} ASSISTANT:"
+_QUESTION = "Who is this, and what is the person wearing?"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `vitcop-compile demo` was asked for. image None: a sample photograph; model None: random weights.
+    """What `vitcop-compile demo` was asked for. image None: a sample of what the model was made for; model None: the trained
+    one, or where it is not there, or `random`, random weights.
 
     dtype None: float32 on the CPU, float16 on CUDA. max_new_tokens >= 1; rounds >= 1.
     """
@@ -50,22 +56,30 @@ class Options:
     model: str | None = None
     preset: str = DEFAULT_PRESET
     backend: str = "inductor"
-    prompt: str = "Who is this, and what is the person wearing?"
+    prompt: str | None = None
     max_new_tokens: int = 32
     output: Path = Path("vitcop-demo.png")
     seed: int = 0
     dtype: str | None = None
     rounds: int = 5
+    random: bool = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether the model is the trained one."""
+        return self.model is None and not self.random and (TRAINED / "model.safetensors").is_file()
 
 
 @dataclass
 class Subject:
-    """A model and a request for it. photo: as the model sees it; read: ids to text, None where text means nothing."""
+    """A model and a request for it. photo: as the model sees it; read: ids to text, None where text means nothing; more:
+    further requests by question, with the right answer to each."""
 
     model: PreTrainedModel
     inputs: dict[str, Tensor]
     photo: picture.Picture
     read: Callable[[list[int]], str] | None = None
+    more: dict[str, tuple[dict[str, Tensor], str]] = field(default_factory=dict)
 
     @property
     def text_tokens(self) -> int:
@@ -101,9 +115,11 @@ def run(options: Options, console: Console) -> Report:
     config = ViTCoPConfig.preset(options.preset)
     backend_of(options.backend)
     _check(options)
-    image = picture.load_image(options.image)
+    image = picture.load_image(options.image or (TRAINED / _asked()["picture"] if options.trained else None))
     steps = Steps(console)
-    if options.model is None:
+    if options.trained:
+        console.print(Text("A small LLaVA that was trained on pictures like this one (examples/README.md)."))
+    elif options.model is None:
         console.print(Text(f"A LLaVA-1.5 architecture at small size, {NOTE}.", style="bold yellow"))
     elsewhere = _dense_elsewhere(options)
     try:
@@ -121,8 +137,8 @@ def _run(
     steps: Steps,
     console: Console,
 ) -> Report:
-    with steps.step("loading the model" if options.model else "building the model"):
-        subject = _pretrained(options, options.model, image) if options.model else _random(options, image)
+    with steps.step("loading the model" if options.model or options.trained else "building the model"):
+        subject = _subject(options, image)
     with steps.step("capturing and rewriting the graphs, dense and pruned"):
         settings = {"dense": ViTCoPConfig.dense(), "pruned": config}
         arms = [Arm(name, optimize(subject.model, value, backend=options.backend)) for name, value in settings.items()]
@@ -135,8 +151,10 @@ def _run(
     report = Report(arms[0], arms[1], _peak_bytes(subject.model.device), options.output)
     console.print(_results(report, options, subject.model))
     _print_tokens(report, subject, console)
+    if subject.more:
+        console.print(_answers(arms, subject, options.max_new_tokens))
     with steps.step("drawing"):
-        title = f"ViTCoP, preset {options.preset}" + ("" if options.model else ", random weights")
+        title = f"ViTCoP, preset {options.preset}" + ("" if subject.read else ", random weights")
         grid = report.pruned.model.schedule.shape.grid
         picture.save(picture.figure(subject.photo, report.pruned.selection, grid, title), options.output)
     console.print(f"picture: {options.output}", soft_wrap=True, markup=False)
@@ -187,10 +205,35 @@ def _place(options: Options) -> tuple[torch.device, torch.dtype]:
     return device, DTYPES[options.dtype or ("float16" if device.type == "cuda" else "float32")]
 
 
+def _subject(options: Options, image: Image.Image) -> Subject:
+    if options.model:
+        return _pretrained(options, options.model, image)
+    return _trained(options, image) if options.trained else _random(options, image)
+
+
+def _asked() -> dict[str, Any]:
+    """The trained model's picture, and questions about it with the right answers: {"picture": name, "questions": {...}}."""
+    return json.loads((TRAINED / _ASKED).read_text())
+
+
+def _trained(options: Options, image: Image.Image) -> Subject:
+    """The trained model; asked about its own picture, all questions that come with that."""
+    known = {} if options.image else _asked()["questions"]
+    questions = {options.prompt: ""} if options.prompt else known or {"what is at the center?": ""}
+    first, *others = questions
+    subject = _pretrained(dataclasses.replace(options, prompt=first), str(TRAINED), image)
+    if len(questions) > 1:
+        processor = AutoProcessor.from_pretrained(TRAINED)
+        for question in (first, *others):
+            batch = processor(images=image, text=_TEXT.format(question), return_tensors="pt").to(subject.model.device)
+            subject.more[question] = {name: batch[name] for name in subject.inputs}, questions[question]
+    return subject
+
+
 def _random(options: Options, image: Image.Image) -> Subject:
     device, dtype = _place(options)
     model = toy.small_llava(**SMALL, seed=options.seed, dtype=dtype).to(device)  # type: ignore[arg-type]
-    inputs = toy.request(_TEXT.format(options.prompt), image, model.config)
+    inputs = toy.request(_TEXT.format(options.prompt or _QUESTION), image, model.config)
     processor = toy.processor(model.config)
     photo = picture.photograph(inputs["pixel_values"][0], processor.image_mean, processor.image_std)
     return Subject(model, {name: value.to(device) for name, value in inputs.items()}, photo)
@@ -203,9 +246,10 @@ def _pretrained(options: Options, name: str, image: Image.Image) -> Subject:
         model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
         raise UnsupportedError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    text = _TEXT.format(options.prompt)
+    prompt = options.prompt or _QUESTION
+    text = _TEXT.format(prompt)
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": options.prompt}]
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     batch = processor(images=image, text=text, return_tensors="pt").to(device)
     names = ("input_ids", "attention_mask", "pixel_values")
@@ -237,7 +281,7 @@ def _dense_elsewhere(options: Options) -> subprocess.Popen | None:
     """
     if options.backend != "inductor" or options.model or (os.cpu_count() or 1) < 2 or torch.cuda.is_available():
         return None
-    names = ("backend", "prompt", "seed", "dtype", "max_new_tokens")
+    names = ("backend", "prompt", "seed", "dtype", "max_new_tokens", "random")
     asked = json.dumps({name: getattr(options, name) for name in names})
     command = [sys.executable, "-m", "vitcop_compile.demo", asked]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -254,7 +298,7 @@ def _join(process: subprocess.Popen, steps: Steps, console: Console) -> None:
 def _compile_dense(asked: dict[str, Any]) -> None:
     """What the second process does: everything of a demo that the dense programs depend on."""
     options = Options(**asked)
-    subject = _random(options, picture.load_image(None))
+    subject = _subject(options, picture.load_image(TRAINED / _asked()["picture"] if options.trained else None))
     arm = Arm("dense", optimize(subject.model, ViTCoPConfig.dense(), backend=options.backend))
     _compile(arm, subject, options.max_new_tokens, Steps(Console(quiet=True)))
 
@@ -299,6 +343,29 @@ def _milliseconds(times: list[float]) -> str:
     middle, least, most = (1e3 * value for value in (median(times), min(times), max(times)))
     digits = 0 if middle >= 100 else 1
     return f"{middle:.{digits}f} ms ({least:.{digits}f}-{most:.{digits}f})"
+
+
+def _answers(arms: list[Arm], subject: Subject, new_tokens: int) -> Table:
+    """Every question of the picture to both, with the right answer: where they differ, pruning changed what is seen."""
+    assert subject.read is not None
+    out = Table(title="the same picture, dense and pruned")
+    for name in ("question", "right", "dense", "pruned", ""):
+        out.add_column(name)
+    for question, (inputs, right) in subject.more.items():
+        said = []
+        for arm in arms:
+            out_ids: Any = arm.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[misc]
+            said.append(_text_of(subject, out_ids[0, inputs["input_ids"].shape[1] :].tolist()))
+        out.add_row(question, right, *said, Text("differ", style="bold red") if said[0] != said[1] else "")
+    return out
+
+
+def _text_of(subject: Subject, tokens: list[int]) -> str:
+    """The answer without what ends it."""
+    assert subject.read is not None
+    ends = subject.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return subject.read([token for token in tokens if token not in ends]).strip()
 
 
 def _print_tokens(report: Report, subject: Subject, console: Console) -> None:

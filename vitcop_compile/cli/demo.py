@@ -13,13 +13,13 @@ from .shared import PRESET_NAMES, console, errors_as_lines, model_host, without_
 
 
 def demo_command(
-    image: Annotated[Path | None, typer.Option(help="A photograph; default: one that comes with matplotlib.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A photograph; default: one that comes with the model.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="A LLaVA-1.5 folder or model on the hub; default: a small one, random weights.")
+        str | None, typer.Option(help="A LLaVA-1.5 folder or model on the hub; default: the small one in examples/models.")
     ] = None,
     preset: Annotated[str, typer.Option(help=f"A published setting: {PRESET_NAMES}.")] = Options.preset,
     backend: Annotated[str, typer.Option(help="What the programs compile with: inductor, eager.")] = Options.backend,
-    prompt: Annotated[str, typer.Option(help="The question.")] = Options.prompt,
+    prompt: Annotated[str | None, typer.Option(help="The question; default: those that come with the picture.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = Options.max_new_tokens,
     output: Annotated[Path, typer.Option(help="Where to write the picture.")] = Options.output,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = Options.seed,
@@ -27,6 +27,7 @@ def demo_command(
         str | None, typer.Option(help="float32, float16 or bfloat16; default: float32 on CPU, float16 on CUDA.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Measured rounds.")] = Options.rounds,
+    random: Annotated[bool, typer.Option("--random", help="A small model with random weights, of any size of image.")] = False,
 ) -> None:
     """Compile a dense and a pruned model, measure both on a photograph and draw what was pruned."""
     with errors_as_lines():
@@ -36,6 +37,6 @@ def demo_command(
                 raise UnsupportedError(
                     f"--model {model} puts images together behind its encoder, which the demo cannot draw: use a LLaVA-1.5"
                 )
-        options = Options(image, model, preset, backend, prompt, max_new_tokens, output, seed, dtype, rounds)
+        options = Options(image, model, preset, backend, prompt, max_new_tokens, output, seed, dtype, rounds, random)
         with without_future_warnings():
             run(options, console())
