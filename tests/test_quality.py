@@ -12,7 +12,7 @@ from models import pixels, prompt
 from vitcop_compile import InputError, ViTCoPConfig, methods
 from vitcop_compile.quality import compare, kept_saliency
 
-HALF = ViTCoPConfig(vision_ratio=0.5, retention=0.4)
+HALF = ViTCoPConfig(vision_ratio=0.5, retention=0.3)
 
 
 def request(batch: int = 1) -> dict[str, torch.Tensor]:
