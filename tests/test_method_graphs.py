@@ -139,8 +139,8 @@ def static(program: ExportedProgram) -> None:
         assert not any(word in str(node.target) for word in FORBIDDEN), node.format_node()
         assert not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*getattr(node.target, "tags", ())}
         for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
-            assert isinstance(value, torch.Tensor | int), node.format_node()
-            assert not isinstance(value, torch.Tensor) or all(type(size) is int for size in value.shape), node.format_node()
+            assert value is None or isinstance(value, torch.Tensor), node.format_node()
+            assert value is None or all(type(size) is int for size in value.shape), node.format_node()
     used = {node.target.namespace for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     loops = {node.target for node in program.graph.nodes} & greedy.LOOPS.keys()
     # Of ours, choices made one by one alone.
@@ -197,7 +197,7 @@ def test_loops_are_spelled_out_up_to_a_length() -> None:
 # What all keep is the dense model
 
 
-@pytest.mark.parametrize("name", [name if name in ("visionzip", "dart") else slow(name) for name in EVERY])
+@pytest.mark.parametrize("name", [name if name == "visionzip" else slow(name) for name in EVERY])
 def test_all_tokens_are_the_dense_model(name: str) -> None:
     """To the last bit: nothing is merged, and rows are only moved."""
     model = shared(LAYERS)
