@@ -42,7 +42,8 @@ def _shares(left: int, real: Tensor) -> list[Tensor]:
     """int64 [b, 1] of each pivot: what it takes of `left`, the first ones one more; real: bool [b, pivots]."""
     count = real.sum(1, keepdim=True)
     turns = real.long().cumsum(1) - 1
-    shares = torch.where(real, left // count + (turns < left % count), 0)
+    total = torch.full_like(count, left)  # ONNX divides tensors alone
+    shares = torch.where(real, total // count + (turns < total % count), 0)
     return list(shares.split(1, 1))
 
 
