@@ -22,7 +22,7 @@ CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ e
 
 @dataclass(frozen=True)
 class Selection:
-    """Which visual tokens of a turn stayed. Every entry is int64 [B, ...]; None or empty where nothing was pruned.
+    """Which visual tokens of a turn stayed. Every entry is int64 [B, ...]; None or empty where nothing was pruned there.
 
     Tokens are counted through all images of a sample, in raster order: with 576 patches an image, 600 is in the second. Where
     samples differ in their images, rows end in -1.

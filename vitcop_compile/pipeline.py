@@ -13,7 +13,7 @@ from .attention import check_lowering
 from .backends import backend_of
 from .capture import capture
 from .config import DEFAULT_PRESET, ViTCoPConfig
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .families import family_of
 from .host import with_clips
 from .optimized import PROGRAM_BYTES, PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
@@ -45,6 +45,8 @@ def optimize(
     the model's shape cannot meet; both before anything is traced.
     """
     config = config or ViTCoPConfig.preset(DEFAULT_PRESET)
+    if getattr(config, "score", True) is None:
+        raise ConfigError("custom: a method that was read from a file, or has none, has no score: pass one")
     family = family_of(model)
     if getattr(config, "clips", None) == "pooled":
         family = replace(family, host=with_clips(family.host))

@@ -111,9 +111,10 @@ def tap_of(stage: Stage) -> Tap | None:
 def behind(stage: Stage) -> bool:
     """Whether the policy of a stage can choose behind an encoder: by hidden states, scores, keys and places alone."""
     policy, tap = policy_of(stage.policy), tap_of(stage)
-    within = {"before", "value", "whole", "entry", "text", "last"} | (
-        {"score", "features", "query", "key"} if tap is None else set()
-    )
+    within = {"before", "value", "whole", "entry", "text", "last"}
+    within |= {"score", "features"} if tap is None else set()
+    # Of a policy that has a tap, only that looks at these.
+    within |= {"query", "key"} if policy.tap is None else set()
     return not policy.needs & within
 
 

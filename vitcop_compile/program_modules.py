@@ -217,7 +217,7 @@ def _text(visual: Tensor, last: Tensor, rows: int) -> Tensor:
     text = real.scatter(1, visual, torch.zeros_like(visual, dtype=torch.bool))
     behind = text & (order > visual[:, -1:])
     for wider in (text, real):
-        behind = torch.where(behind.any(1, keepdim=True), behind, wider)
+        behind = behind | (wider & ~behind.any(1, keepdim=True))  # onnxruntime chooses among numbers alone
     return behind
 
 

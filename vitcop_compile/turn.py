@@ -182,24 +182,26 @@ class Part:
 
 def _selection(own: vision.Part, kept: Tensor | None, stages: list[Tensor]) -> Selection:
     """What stayed, counted through the segments of each sample: stages count within the one before."""
-    if kept is None:
+    if kept is None and not stages:
         return Selection()
     labels = own.state[0].clone() if own.state else None
     found, current = [], kept
     for index in stages:
-        current = current.gather(1, index)
+        # Where all enter the decoder, its first stage counts through all.
+        current = index.clone() if current is None else current.gather(1, index)
         found.append(current)
-    return Selection(kept.clone(), labels, tuple(found))
+    return Selection(None if kept is None else kept.clone(), labels, tuple(found))
 
 
 def _joined(parts: list[Selection], sizes: list[int], order: Tensor) -> Selection:
     """One selection of several, rows ending in -1 where there is less."""
-    whole = [part for part in parts if part.kept is not None]
-    if not whole:
+    there = [part.kept is not None or bool(part.stages) for part in parts]
+    if not any(there):
         return Selection()
+    first = parts[there.index(True)]
 
     def join(pick: Any) -> Tensor:
-        values = [None if part.kept is None else pick(part) for part in parts]
+        values = [pick(part) if own else None for part, own in zip(parts, there, strict=True)]
         width = max(value.shape[1] for value in values if value is not None)
         like = next(value for value in values if value is not None)
         rows = [
@@ -210,6 +212,7 @@ def _joined(parts: list[Selection], sizes: list[int], order: Tensor) -> Selectio
         ]
         return torch.cat(rows).index_select(0, order)
 
-    stages = tuple(join(lambda part, i=i: part.stages[i]) for i in range(len(whole[0].stages)))
-    labels = join(lambda part: part.labels) if whole[0].labels is not None else None
-    return Selection(join(lambda part: part.kept), labels, stages)
+    stages = tuple(join(lambda part, i=i: part.stages[i]) for i in range(len(first.stages)))
+    labels = join(lambda part: part.labels) if first.labels is not None else None
+    kept = join(lambda part: part.kept) if first.kept is not None else None
+    return Selection(kept, labels, stages)

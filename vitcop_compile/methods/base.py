@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,9 @@ class Budgeted:
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.retention is None):
             raise ConfigError(f"{self.name}: exactly one target is needed, set tokens or retention")
-        if self.tokens is not None and (isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1):
+        if self.tokens is not None and not is_count(self.tokens):
             raise ConfigError(f"{self.name}: tokens={self.tokens!r} is not a count of 1 or more")
-        number = isinstance(self.retention, int | float) and not isinstance(self.retention, bool)
-        if self.retention is not None and not (number and 0 < self.retention <= 1):
+        if self.retention is not None and not (is_number(self.retention, 0, 1) and self.retention > 0):
             raise ConfigError(f"{self.name}: retention={self.retention!r} is out of range: choose a ratio in (0, 1]")
 
     def budgets(self, shape: ModelShape, layout: Layout, first: int = 0) -> tuple[int, ...]:
@@ -69,10 +69,10 @@ class Budgeted:
         # The mean over layers: the first ones see all of them.
         kept = round((self.retention * layers - first) / (layers - first) * candidates)
         if kept < 1:
+            least = (first + (layers - first) / candidates) / layers
             raise ConfigError(
                 f"{self.name}: retention={self.retention} leaves {kept} of {candidates} tokens, as the first {first} of "
-                f"{layers} layers see all: choose more than {(first + (layers - first) / candidates) / layers:.4f}, or an "
-                "earlier layer"
+                f"{layers} layers see all: choose more than {least:.4f}, or an earlier layer"
             )
         return min(candidates, -(-kept // multiple) * multiple)
 
@@ -134,11 +134,28 @@ def scaled(layers: tuple[int, ...], depth: int, names: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def at_layer(layer: int, depth: int, name: str) -> int:
-    """A decoder layer before which tokens go. Raises ConfigError if the model has none such."""
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
-        raise ConfigError(f"{name}: layer={layer!r} is out of range for {depth} decoder layers: choose 0 to {depth - 1}")
+def at_layer(layer: int, depth: int, name: str, least: int = 1) -> int:
+    """A decoder layer before which tokens go, by what the layer before says if `least` is 1. Raises ConfigError if the model
+    has none such."""
+    if not is_count(layer, least) or layer >= depth:
+        raise ConfigError(f"{name}: layer={layer!r} is out of range for {depth} decoder layers: choose {least} to {depth - 1}")
     return layer
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is a whole number, `least` or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any, low: float, high: float = math.inf) -> bool:
+    """Whether a value is a number of low to high."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def check_count(name: str, field: str, value: Any, least: int = 1) -> None:
+    """Raises ConfigError for anything but a whole number, `least` or more."""
+    if not is_count(value, least):
+        raise ConfigError(f"{name}: {field}={value!r} is no whole number of {least} or more: choose one")
 
 
 def scoring_layer(shape: ModelShape) -> int:

@@ -20,9 +20,10 @@ from ..schedule import ModelShape, Stage
 from .base import VERSION, Budgeted, at_layer, in_encoder, placing, register, scoring_layer
 
 _SIDES = ("encoder", "entry", "decoder")
-_NEEDS = frozenset(
-    ("query", "key", "value", "scale", "hidden", "before", "whole", "entry", "text", "last", "score", "features")
-)
+_LAYER = frozenset(("query", "key", "value", "scale", "before"))
+_PROMPT = frozenset(("whole", "entry", "text", "last"))
+_TAPPED = frozenset(("score", "features"))
+_NEEDS = _LAYER | _PROMPT | _TAPPED | {"hidden"}
 _COUNT = itertools.count()
 
 
@@ -37,7 +38,8 @@ class CustomMethod(Budgeted):
     projector; "decoder", before decoder layer `layer`. None is the encoder's last layer but one, and decoder layer 2. On the
     first two sides needs of "score" and "features" are the family's own saliency and keys.
 
-    Raises ConfigError for values out of range, RewriteError while it is traced for a score of another shape.
+    Two of these are equal if they are one: functions cannot be compared. Raises ConfigError for values out of range and needs
+    that the side cannot meet, RewriteError while it is traced for a score of another shape.
     """
 
     score: Callable[[Site], Tensor] | None = None
@@ -64,8 +66,7 @@ class CustomMethod(Budgeted):
         return hash((self.policy, self.tokens, self.retention, self.side, self.layer, self.needs))
 
     def _choose(self, site: Site, budget: int) -> Choice:
-        if self.score is None:
-            raise RewriteError("custom: a method that was read from a file has no score: pass one")
+        assert self.score is not None
         score = self.score(site)
         if not isinstance(score, Tensor) or score.shape != site.at.shape:
             found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
@@ -76,9 +77,11 @@ class CustomMethod(Budgeted):
         return Choice(lowest(-score, budget))
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
-        """One, on its side. Raises ConfigError for a layer out of range."""
+        """One, on its side. Raises ConfigError for a layer out of range, and for needs that are not met there."""
+        self._check_needs(shape)
         if self.side == "decoder":
-            layer = at_layer(2 if self.layer is None else self.layer, shape.layers, self.name)
+            least = 1 if _LAYER & set(self.needs) else 0  # before layer 0 there is none to look at
+            layer = at_layer(2 if self.layer is None else self.layer, shape.layers, self.name, least)
             return (Stage("decoder", layer, self.policy, self.budgets(shape, layout, layer)),)
         layer = scoring_layer(shape) if self.layer is None else self.layer
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= shape.feature_layer:
@@ -89,12 +92,31 @@ class CustomMethod(Budgeted):
         tap = shape.saliency if {"score", "features"} & set(self.needs) else None
         return (Stage(side, layer, self.policy, self.budgets(shape, layout), (), placing(shape), tap=tap),)
 
+    def _check_needs(self, shape: ModelShape) -> None:
+        if self.side == "decoder":
+            missing, remedy = _TAPPED, "they are of an encoder: choose side 'encoder' or 'entry'"
+        elif self.side == "entry":
+            missing, remedy = _LAYER | _PROMPT, "use hidden, score and features, or side 'decoder'"
+        elif shape.packed:
+            missing = _LAYER | _PROMPT | {"hidden"}
+            remedy = "its tokens are put together behind it: use score and features, or side 'entry'"
+        else:
+            missing, remedy = _PROMPT, "an encoder knows of no prompt: choose side 'decoder'"
+        if unmet := missing & set(self.needs):
+            raise ConfigError(f"custom: needs={sorted(unmet)} cannot be met on side {self.side!r} of this model: {remedy}")
+
     def to_json(self) -> str:
         """As `Budgeted.to_json`, without the score: what a folder of programs needs to know."""
-        fields = [field.name for field in dataclasses.fields(self) if field.init and field.name != "score"]
+        fields = [field.name for field in dataclasses.fields(self) if field.name != "score"]
         return json.dumps({"method": self.name, "version": VERSION} | {name: getattr(self, name) for name in fields}, indent=2)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
-        """As `Budgeted.of`; without a score it tells budgets, and cannot be traced."""
-        return super().of({name: value for name, value in values.items() if name != "policy"})
+        """As `Budgeted.of`; without a score it tells budgets, and cannot be traced. Its stages have the name that they had."""
+        method = super().of({name: value for name, value in values.items() if name != "policy"})
+        if name := values.get("policy"):
+            if not str(name).startswith("custom_"):
+                raise ConfigError(f"custom: policy={name!r} is none of its own: leave it out")
+            POLICIES.setdefault(name, POLICIES.pop(method.policy))
+            object.__setattr__(method, "policy", name)
+        return method

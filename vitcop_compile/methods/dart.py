@@ -13,7 +13,7 @@ from ..ops.indexing import compact, least, lowest, take_rows
 from ..policies import Choice, Site
 from ..policies import register as policy
 from ..schedule import ModelShape, Stage
-from .base import Budgeted, at_layer, register
+from .base import Budgeted, at_layer, check_count, register
 
 
 @policy("duplication", "hidden", "whole", "key", "text")
@@ -42,7 +42,8 @@ def _shares(left: int, real: Tensor) -> list[Tensor]:
     """int64 [b, 1] of each pivot: what it takes of `left`, the first ones one more; real: bool [b, pivots]."""
     count = real.sum(1, keepdim=True)
     turns = real.long().cumsum(1) - 1
-    shares = torch.where(real, left // count + (turns < left % count), 0)
+    total = torch.full_like(count, left)  # ONNX divides tensors alone
+    shares = torch.where(real, total // count + (turns < total % count), 0)
     return list(shares.split(1, 1))
 
 
@@ -51,11 +52,16 @@ def _shares(left: int, real: Tensor) -> list[Tensor]:
 class Dart(Budgeted):
     """DART (arXiv 2502.11494, section 3): before decoder layer `layer` pivots are the tokens of greatest L1 norm of key,
     visual ones and of text; the visual ones stay, and each pivot takes its share of the tokens least like it. Tokens are
-    compared as they enter the layer, and keep their positions."""
+    compared as they enter the layer, and keep their positions. Raises ConfigError for pivots that are no counts."""
 
     layer: int = 2
     visual_pivots: int = 4
     text_pivots: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.name, "visual_pivots", self.visual_pivots)
+        check_count(self.name, "text_pivots", self.text_pivots)
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """One, in the decoder. Raises ConfigError for a layer out of range."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +15,16 @@ from ..ops.indexing import lowest
 from ..policies import Choice, Site
 from ..policies import register as policy
 from ..schedule import ModelShape, Stage
-from .base import Budgeted, in_encoder, placing, register, scoring_layer
+from .base import Budgeted, check_count, in_encoder, placing, register, scoring_layer
 
 
 @policy("random")
 def keep_random(site: Site, budget: int, *, seed: int) -> Choice:
     """A subset drawn from `seed`, the same for every image of as many candidates."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(site.at.shape[1], generator=generator).to(site.at.device).expand(site.at.shape)
+    # Drawn on the host, once: a generator of torch would be part of the graph, and draw anew in every run.
+    generator = random.Random(seed)
+    drawn = torch.tensor([generator.random() for _ in range(site.at.shape[1])], device=site.at.device)
+    order = drawn.expand(site.at.shape)
     return Choice(lowest(order if site.real is None else torch.where(site.real, order, torch.inf), budget))
 
 
@@ -74,9 +77,14 @@ def grid_of(site: Site) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @register("random")
 @dataclass(frozen=True, kw_only=True)
 class Random(Budgeted):
-    """Tokens at random, before the projector: the floor of every table. seed: of the subset."""
+    """Tokens at random, before the projector: the floor of every table. seed: of the subset. Raises ConfigError for one that
+    is no count."""
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.name, "seed", self.seed, 0)
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """One, in the encoder."""

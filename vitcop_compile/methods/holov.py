@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..layout import Layout
 from ..ops.indexing import compact, count, earlier
 from ..policies import Choice, Site
 from ..policies import register as policy
 from ..schedule import ModelShape, Stage
-from .base import Budgeted, placing, register, scoring_layer
+from .base import Budgeted, check_count, is_number, placing, register, scoring_layer
 from .floors import count_of
 
 
@@ -79,10 +80,17 @@ def _shares(scores: Tensor, sizes: Tensor, budget: int) -> Tensor:
 @dataclass(frozen=True, kw_only=True)
 class HoloV(Budgeted):
     """HoloV (arXiv 2510.02912): runs of the raster, `crops` of them, get budgets by their attention and by how varied their
-    tokens are among themselves; in each the tokens of most attention stay. alpha: weight of the variety."""
+    tokens are among themselves; in each the tokens of most attention stay. alpha: weight of the variety. Raises ConfigError
+    for values out of range."""
 
     crops: int = 9
     alpha: float = 0.09
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.name, "crops", self.crops)
+        if not is_number(self.alpha, 0):
+            raise ConfigError(f"holov: alpha={self.alpha!r} is out of range: choose a weight of 0 or more")
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """One, behind the projector."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 from ..layout import Layout
 from ..schedule import ModelShape, Stage
-from .base import Budgeted, register, scaled
+from .base import Budgeted, is_count, register, scaled
 
 
 @register("pyramiddrop")
@@ -17,10 +17,17 @@ class PyramidDrop(Budgeted):
     token in its last layer; what is left of the n tokens before `layers` is n s, n s^2, n s^3. They keep their positions.
 
     layers: of a decoder of 32, in proportion to other depths. With `tokens` that is what the last stage keeps, and the share s
-    follows; with `retention` the share that makes the mean over layers come out.
+    follows; with `retention` the share that makes the mean over layers come out. Raises ConfigError for layers that do not
+    ascend.
     """
 
     layers: tuple[int, ...] = (8, 16, 24)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = isinstance(self.layers, tuple) and all(map(is_count, self.layers))
+        if not counts or not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ConfigError(f"{self.name}: layers={self.layers!r} are no decoder layers: choose a tuple that ascends from 1")
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """One at each of `layers`. Raises ConfigError for a target that they cannot meet."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import ConfigError
 from ..layout import Layout
 from ..ops.greedy import cosines, most_coverage
 from ..ops.indexing import compact
 from ..policies import Choice, Site
 from ..policies import register as policy
 from ..schedule import ModelShape, Stage
-from .base import Budgeted, placing, register, scoring_layer
+from .base import Budgeted, is_number, placing, register, scoring_layer
 
 
 @policy("coverage", "hidden", "score")
@@ -27,9 +28,14 @@ def keep_covering(site: Site, budget: int, *, alpha: float) -> Choice:
 class Scope(Budgeted):
     """SCOPE (arXiv 2510.24214): greedy coverage gain weighted by saliency. Saliency is that of the encoder's last layer but
     one; tokens are compared as they leave that layer, and where they are put together behind the encoder, as they leave the
-    projector."""
+    projector. Raises ConfigError for an alpha, the power of saliency, out of range."""
 
     alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.alpha, 0):
+            raise ConfigError(f"scope: alpha={self.alpha!r} is out of range: choose a power of 0 or more")
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """One, in the encoder or behind the projector."""

@@ -24,26 +24,30 @@ def keep_rated(site: Site, budget: int) -> Choice:
     """The tokens that raters attend to most, mean over heads and raters."""
     assert site.query is not None and site.key is not None and site.scale is not None
     assert site.entry is not None and site.text is not None
-    chosen = raters(site.entry, site.text, site.at.reshape(site.entry.shape[0], -1))
-    return Choice(lowest(-site.candidates(attention_by(site.query, site.key, site.scale, chosen)), budget))
+    # Segments have raters of their own, those that run as a batch as well.
+    visual = site.at.unflatten(0, (site.entry.shape[0], -1))
+    chosen = raters(site.entry, site.text, visual)
+    score = attention_by(site.query, site.key, site.scale, chosen).gather(2, visual)
+    return Choice(lowest(-score.flatten(0, 1), budget))
 
 
 def raters(entry: Tensor, text: Tensor, visual: Tensor) -> Tensor:
-    """bool [B, t]: the rows of text whose share of the image's attention, mean over visual rows of softmax(H_v H_q^T) over
-    text, is the mean or above (section 3.2). entry: [B, t, D]; text: bool [B, t]; visual: int64 [B, n]."""
-    rows = entry.float()
-    logits = torch.where(text.unsqueeze(1), take_rows(rows, visual) @ rows.transpose(1, 2), -torch.inf)
-    share = logits.softmax(-1).mean(1)
-    return text & (share * text.sum(1, keepdim=True) >= 1 - _EQUAL)
+    """bool [B, s, t]: the rows of text whose share of the attention of each of s segments, mean over visual rows of
+    softmax(H_v H_q^T) over text, is the mean or above (section 3.2). entry: [B, t, D]; text: bool [B, t]; visual: int64
+    [B, s, n]."""
+    rows, text = entry.float(), text.unsqueeze(1)
+    logits = torch.where(text, take_rows(rows, visual.flatten(1)) @ rows.transpose(1, 2), -torch.inf)
+    share = logits.softmax(-1).unflatten(1, visual.shape[1:]).mean(2)
+    return text & (share * text.sum(2, keepdim=True) >= 1 - _EQUAL)
 
 
 @register("sparsevlm")
 @dataclass(frozen=True, kw_only=True)
 class SparseVLM(PyramidDrop):
     """SparseVLM (arXiv 2410.04417): text tokens that are relevant to the image rate its tokens by their attention, before each
-    of `layers`, in the layer before. Raters are chosen by what enters the language model. Layers and shares as `PyramidDrop`
-    has them, before 3, 7 and 16 of 32: budgets by the rank of the attention matrix depend on data, and recycling of pruned
-    tokens is left out."""
+    of `layers`, in the layer before. Raters are chosen by what enters the language model, of an image by those of its tokens
+    that are left, where the published code chooses them once. Layers and shares as `PyramidDrop` has them, before 3, 7 and 16
+    of 32: budgets by the rank of the attention matrix depend on data, and recycling of pruned tokens is left out."""
 
     layers: tuple[int, ...] = (3, 7, 16)
 

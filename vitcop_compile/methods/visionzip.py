@@ -22,8 +22,12 @@ from .floors import count_of
 def keep_dominant(site: Site, budget: int, *, contextual: int, heads: int, doubled: bool) -> Choice:
     """The tokens of greatest score as they are, the rest merged into evenly spaced ones by their keys. State: sizes."""
     assert site.hidden is not None and site.score is not None and site.features is not None
-    first = _marked(site.score, lowest(-site.score, budget - contextual))
+    first = torch.zeros_like(site.score, dtype=torch.bool)
+    if contextual < budget:
+        first = first.scatter(1, lowest(-site.score, budget - contextual), torch.ones_like(first))
     rest = ~first if site.real is None else site.real & ~first
+    if not contextual:  # what is left has nowhere to go
+        rest = torch.zeros_like(first)
     turn = rest.long().cumsum(1) - 1
     step = (count_of(site) - (budget - contextual)) // max(contextual, 1)
     target = rest & (turn % step.clamp_min(1) == 0) & (turn < step * contextual)
@@ -31,11 +35,6 @@ def keep_dominant(site: Site, budget: int, *, contextual: int, heads: int, doubl
     keys = site.features[:, site.prefix :].float().unflatten(2, (heads, -1)).mean(2)
     rows, sizes = merge_into(site.hidden, unit(keys), index, target, rest, doubled)
     return Choice(index, rows, (sizes,))
-
-
-def _marked(like: Tensor, index: Tensor) -> Tensor:
-    """bool [b, n]: true at index [b, m]."""
-    return torch.zeros_like(like, dtype=torch.bool).scatter(1, index, torch.ones_like(index, dtype=torch.bool))
 
 
 def merge_into(
@@ -69,7 +68,7 @@ class VisionZip(Budgeted):
     ConfigError for values out of range.
     """
 
-    contextual: float = 0.16
+    contextual: float = 10 / 64
     merge: str = "published"
 
     def __post_init__(self) -> None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import ConfigError
 from ..layout import Layout
 from ..ops.greedy import unit
 from ..ops.indexing import compact, count, earlier, lowest
 from ..policies import Choice, Site
 from ..policies import register as policy
 from ..schedule import ModelShape, Stage
-from .base import Budgeted, placing, register, scaled, scoring_layer
+from .base import Budgeted, check_count, is_number, placing, register, scaled, scoring_layer
 from .floors import grid_of
 from .visionzip import merge_into
 
@@ -50,7 +51,7 @@ def keep_scanned(site: Site, budget: int, *, window: int) -> Choice:
 class VScan(Budgeted):
     """VScan (arXiv 2505.22654): half of the tokens that leave the vision side by the attention of an early layer, equally many
     of every window, half by a late layer, and the others merged into those; then, before the decoder's middle layer, what the
-    last token of the prompt attends to, two thirds fewer.
+    last token of the prompt attends to, two thirds fewer. Raises ConfigError for values out of range.
 
     early: the encoder layer of the windows, of 24, in proportion to other depths; window: its side in tokens; middle: the
     decoder layer, of 32; last: what stays there, of what the vision side keeps. With `retention` both together make the mean;
@@ -61,8 +62,19 @@ class VScan(Budgeted):
     middle: int = 16
     last: float = 1 / 3
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.name, "early", self.early, 0)
+        check_count(self.name, "window", self.window)
+        check_count(self.name, "middle", self.middle)
+        if not is_number(self.last, 0, 1):
+            raise ConfigError(f"vscan: last={self.last!r} is out of range: choose a share of 0 to 1")
+
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
-        """One on either side of the decoder's entry. Raises ConfigError for layers out of range."""
+        """One on either side of the decoder's entry. Raises ConfigError for layers out of range, a retention that the last
+        stage leaves out of reach, and clips whose frames share a budget."""
+        if any(segment.grid[0] > 1 for segment in layout):
+            raise ConfigError("vscan: a clip is no grid of two dimensions: give frames budgets of their own")
         (middle,) = scaled((self.middle,), shape.layers, self.name)
         late = scoring_layer(shape)
         early = min(round(self.early * shape.vision_layers / 24), late - 1)
@@ -73,6 +85,11 @@ class VScan(Budgeted):
             tokens = self.budgets(shape, layout)
         else:
             whole = (middle + self.last * (shape.layers - middle)) / shape.layers
+            if self.retention > whole + 1e-9:
+                raise ConfigError(
+                    f"vscan: retention={self.retention} cannot be met, as {self.last:.4g} of the tokens are left from layer "
+                    f"{middle} of {shape.layers} on: choose {whole:.4f} or less, or a greater last"
+                )
             share = min(1.0, self.retention / whole)
             tokens = type(self)(**(vars(self) | {"retention": share})).budgets(shape, layout)
         then = tuple(max(1, round(self.last * count)) for count in tokens)

@@ -66,18 +66,18 @@ def last_attention(query: Tensor, key: Tensor, scale: float, last: Tensor) -> Te
 def attention_by(query: Tensor, key: Tensor, scale: float, chosen: Tensor, chunk: int = 128) -> Tensor:
     """Causal attention that `chosen` rows pay to every row, mean over them and over heads.
 
-    query: [B, heads, t, hd]; key: [B, kv_heads, t, hd]; scale: factor on the logits; chosen: bool [B, t]. Returns fp32 [B, t].
-    The attention matrix is never whole, where t is known: `chunk` queries are looked at together."""
+    query: [B, heads, t, hd]; key: [B, kv_heads, t, hd]; scale: factor on the logits; chosen: bool [B, s, t], s sets of rows.
+    Returns fp32 [B, s, t]. The attention matrix is never whole, where t is known: `chunk` queries are looked at together."""
     batch, heads, rows, _ = query.shape
     shared = heads // key.shape[1]
     keys = (key.float() * scale).transpose(-1, -2).unsqueeze(2)  # [B, kv_heads, 1, hd, t]
     grouped = query.float().unflatten(1, (key.shape[1], shared))
     order = torch.arange(rows, device=key.device)
     step = chunk if isinstance(rows, int) else rows
-    total = torch.zeros(batch, rows, device=key.device)
+    total = torch.zeros(batch, chosen.shape[1], rows, device=key.device)
     for start in range(0, rows, step) if isinstance(rows, int) else (0,):
         part = slice(start, start + step) if isinstance(rows, int) else slice(None)
         seen = order <= order[part].unsqueeze(1)
         weights = torch.where(seen, grouped[:, :, :, part] @ keys, -torch.inf).softmax(-1)
-        total = total + (weights * chosen[:, None, None, part, None]).sum((1, 2, 3))
-    return total / (heads * chosen.sum(1, keepdim=True))
+        total = total + chosen[:, :, part].float() @ weights.sum((1, 2))
+    return total / (heads * chosen.sum(2, keepdim=True))
