@@ -17,7 +17,6 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -99,12 +98,13 @@ def prefill_passes(
     """(embeddings [B, t, D], positions, [marks,] features [B, t, D]..., visual, state..., [last,] [text,] [length, removed,]
     key_0, value_0, ...) -> (hidden [B, t', D], index of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow,
     and caches that are not `filled` are no input; `exact` as `policies.Site` has it."""
-    settings: dict[str, Any] = {"states": states, "site": None if exact else {"exact": False}, "counted": counted_in(schedule.vision_stages)}
-    held: dict[str, Any] = {"groups": schedule.groups, "sized": schedule.sized, "filled": filled, "in_place": in_place}
+    stages, site = schedule.decoder_stages, None if exact else {"exact": False}
+    pruned = partial(prune, stages=stages, incoming=schedule.segment_tokens, states=states, site=site)
+    attached = partial(attach_cache, groups=schedule.groups, filled=filled, in_place=in_place)
     return (
         ("clean", clean),
-        ("prune", partial(prune, stages=schedule.decoder_stages, incoming=schedule.segment_tokens, **settings)),
-        ("attach_cache", partial(attach_cache, **held)),
+        ("prune", partial(pruned, counted=counted_in(schedule.vision_stages))),
+        ("attach_cache", partial(attached, sized=schedule.sized)),
         *_lowered(attn_implementation, filled, in_place),
     )
 
@@ -121,10 +121,10 @@ def extend_passes(schedule: Schedule, attn_implementation: str = "sdpa", in_plac
     Not `in_place`, the new rows k0, v0, k1, v1, ... [B, kv_heads, s, hd] follow the hidden state, and attention stays spelled
     out.
     """
-    held: dict[str, Any] = {"groups": schedule.groups, "sized": schedule.sized, "filled": True, "in_place": in_place, "blocks": False}
+    attached = partial(attach_cache, groups=schedule.groups, filled=True, in_place=in_place, blocks=False)
     return (
         ("clean", clean),
-        ("attach_cache", partial(attach_cache, **held)),
+        ("attach_cache", partial(attached, sized=schedule.sized)),
         *_lowered(attn_implementation, True, in_place),
     )
 

@@ -151,10 +151,11 @@ def attach_cache(
 
     Where anchors have marks, inputs places_g, int64 [B, r], of every group stand in front of those of layers, and hold the
     positions of its rows; blocks says whether any of the graph's tokens may be of one: without, they attend to what is before
-    them. In groups of `sized` inputs sizes_g hold how many tokens each row stands for: as the sizes of anchors say, one without,
-    and what is added to logits is made of them once a group. Not `in_place`, caches are only read, those to be filled are no input, and the new rows, int64 [B, s] of each group
-    and k0, v0, k1, v1, ... [B, kv_heads, s_l, hd], are returned behind the graph's results. Runs after `prune`, so that s_l
-    is what a layer really attends to. Raises RewriteError if there is not one group per layer.
+    them. In groups of `sized` inputs sizes_g hold how many tokens each row stands for: as the sizes of anchors say, one
+    without, and what is added to logits is made of them once a group. Not `in_place`, caches are only read, those to be filled
+    are no input, and the new rows, int64 [B, s] of each group and k0, v0, k1, v1, ... [B, kv_heads, s_l, hd], are returned
+    behind the graph's results. Runs after `prune`, so that s_l is what a layer really attends to. Raises RewriteError if there
+    is not one group per layer.
     """
     graph = module.graph
     found = anchors(graph)
@@ -185,8 +186,9 @@ def _told(graph: fx.Graph, anchor: fx.Node, sized: bool) -> fx.Node | None:
     sizes, marks = sizes_of(anchor), marks_of(anchor)
     if sizes is not None or (marks is None and not sized):
         return sizes
+    target, given = (ones_of, anchor.args[1]) if marks is None else (positions_of, marks[0])
     with graph.inserting_before(anchor):
-        return graph.call_function(ones_of, (anchor.args[1],)) if marks is None else graph.call_function(positions_of, marks[:1])
+        return graph.call_function(target, (given,))
 
 
 def _extend(

@@ -17,8 +17,8 @@ def lower_attention(module: fx.GraphModule, name: str) -> fx.GraphModule:
     """Replaces anchors, and the `attend` marks of a graph over caches, by the functions registered in LOWERINGS under `name`.
 
     Those of padded segments and those with marks or sizes get torch's, whatever the name: no other takes a mask. Of marks, and
-    of sizes, a mask is made in the graph, once for all layers that share them and a window. Raises RewriteError for an unknown name or a graph
-    without attention.
+    of sizes, a mask is made in the graph, once for all layers that share them and a window. Raises RewriteError for an unknown
+    name or a graph without attention.
     """
     if name not in LOWERINGS:
         raise RewriteError(f"attn_implementation={name!r} is unknown: use one of {', '.join(LOWERINGS)}")

@@ -196,8 +196,8 @@ def _log(sizes: Tensor) -> Tensor:
 
 
 def sdpa_marked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """`sdpa` with mask [B, 1, s, s] of every sample, bool or what is added to logits. Keys are repeated for the heads that share them: with `enable_gqa`
-    and a mask, torch is left with its math kernel."""
+    """`sdpa` with mask [B, 1, s, s] of every sample, bool or what is added to logits. Keys are repeated for the heads that
+    share them: with `enable_gqa` and a mask, torch is left with its math kernel."""
     shared = query.shape[1] // key.shape[1]
     if shared != 1:
         key, value = (rows.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2) for rows in (key, value))

@@ -21,8 +21,8 @@ class Calibrated:
     and in every later step: tokens that are alike and merged into one give what they gave before. All tokens keep their
     positions.
 
-    What merges becomes its plain mean, for a token of about twice the length is not one of those that it stands for: of methods
-    that have `merge` it is "mean" in place of "published". What a method drops is dropped: it counts for nothing.
+    What merges becomes its plain mean, for a token of about twice the length is none of those that it stands for: where the
+    method has `merge`, "mean" is in place of "published". What a method drops counts for nothing.
 
     Raises ConfigError for what is no method, or calibrated already.
     """
@@ -33,7 +33,9 @@ class Calibrated:
         if isinstance(self.method, Calibrated):
             raise ConfigError("calibrated: the method is calibrated already: pass the one inside")
         if isinstance(self.method, type) or not hasattr(self.method, "stages"):
-            raise ConfigError(f"calibrated: {self.method!r} is no method: pass a ViTCoPConfig, or another of vitcop_compile.methods")
+            raise ConfigError(
+                f"calibrated: {self.method!r} is no method: pass a ViTCoPConfig, or another of vitcop_compile.methods"
+            )
 
     @property
     def clips(self) -> str:
@@ -45,8 +47,8 @@ class Calibrated:
         that merges and does not say how many."""
         if shape.marks:
             raise ConfigError(
-                "calibrated: tokens of an image attend to each other both ways in this model, by masks of their own, which have "
-                "no room for sizes: use the method as it is"
+                "calibrated: tokens of an image attend to each other both ways in this model, by masks of their own, beside "
+                "which there are no sizes: use the method as it is"
             )
         method: Any = self.method
         if getattr(method, "merge", None) == "published":
@@ -74,8 +76,8 @@ def _weighing(stage: Stage) -> Stage:
     policy = POLICIES[stage.policy]
     if policy.merges and not policy.adds:
         raise ConfigError(
-            f"calibrated: policy {stage.policy!r} merges tokens and does not say how many each stands for: have it add that to "
-            "the state, last"
+            f"calibrated: policy {stage.policy!r} merges tokens and does not say how many each stands for: have it add that "
+            "to the state, last"
         )
     return dataclasses.replace(stage, positions="kept", weighs=policy.merges)
 

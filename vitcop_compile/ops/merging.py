@@ -54,16 +54,6 @@ def mean_by_cluster(
     return rows.to(hidden.dtype), index, sizes.squeeze(2).round().long()
 
 
-def _planned(saliency: Tensor, labels: Tensor, budget: int, images: int) -> tuple[_Plan, Tensor]:
-    """(the plan, index int64 [B, R] of the tokens where rows sit). Raises ValueError."""
-    n = labels.shape[1]
-    _check(budget, n)
-    if images < 1 or n % images:
-        raise ValueError(f"images={images} does not divide {n} tokens: every image brings equally many")
-    plan = _plan(saliency.float(), labels, budget, images)
-    return plan, compact(plan.keep | plan.seat, budget)[0]
-
-
 class _Plan(NamedTuple):
     """keep, seat, shared: bool [B, n]: tokens that stay as they are, tokens where a merged one sits, tokens of the one group
     that takes in whole clusters; together: bool [B * images, n / images, same]: pairs that merge within a cluster."""
@@ -72,6 +62,16 @@ class _Plan(NamedTuple):
     seat: Tensor
     shared: Tensor
     together: Tensor
+
+
+def _planned(saliency: Tensor, labels: Tensor, budget: int, images: int) -> tuple[_Plan, Tensor]:
+    """(the plan, index int64 [B, R] of the tokens where rows sit). Raises ValueError."""
+    n = labels.shape[1]
+    _check(budget, n)
+    if images < 1 or n % images:
+        raise ValueError(f"images={images} does not divide {n} tokens: every image brings equally many")
+    plan = _plan(saliency.float(), labels, budget, images)
+    return plan, compact(plan.keep | plan.seat, budget)[0]
 
 
 def _plan(saliency: Tensor, labels: Tensor, budget: int, images: int) -> _Plan:
