@@ -90,7 +90,7 @@ def attend_apart(
 ) -> Tensor:
     """Attention of queries [B, heads, s, hd] over what caches [B, kv_heads, r, hd] hold before row at[:, 0], or the rows of
     held bool [B, 1, s, r], and over the new rows up to their own, or those of mask bool [B, 1, s, s]. Of type fp32 either is
-    added to logits, held then [B, 1, 1, r].
+    added to logits, held then [B, 1, 1, r]. A row that is alone sees itself, and stands for itself.
 
     The new keys and values [B, kv_heads, s, hd] never enter the caches, which are only read: a program without mutation
     copies no cache. The scores of both parts share one softmax, in fp32.

@@ -29,7 +29,8 @@ def keep_dominant(site: Site, budget: int, *, contextual: int, heads: int, doubl
     target = rest & (turn % step.clamp_min(1) == 0) & (turn < step * contextual)
     index = compact(first | target, budget)[0]
     keys = site.features[:, site.prefix :].float().unflatten(2, (heads, -1)).mean(2)
-    rows, sizes = merge_into(site, unit(keys), index, target, rest, doubled)
+    # Without contextual tokens there is nothing to merge into.
+    rows, sizes = merge_into(site, unit(keys), index, target, rest if contextual else target, doubled)
     return Choice(index, rows, (sizes,))
 
 
