@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import calls, copy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import IMAGE, PATCHES, slow
 from naive_merges import attend
@@ -50,7 +50,6 @@ SEEING = {
 }
 TOLD: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 TURNS = (1, 0, 2)  # images of each
-EVERY = pytest.mark.parametrize("name", ["visionzip", slow("vitcop"), slow("tome")])
 
 
 @cache
@@ -85,13 +84,13 @@ def check_sizes(fast: Any, cache: Any, told: Any, sample: int = 0) -> None:
             assert set(sizes) == {1}
 
 
-def talk(fast: Any, name: str, batch: int = 1, near: float = NEAR) -> None:
-    """Turns with an image, of text, and with two, each of three tokens said."""
+def talk(fast: Any, name: str, batch: int = 1, near: float = NEAR, turns: tuple[int, ...] = TURNS) -> None:
+    """Turns with so many images, each of three tokens said."""
     _, settings, see = SEEING[name]
     told = [LlavaWeighing(models.shared(LAYERS), settings, see) for _ in range(batch)]
     whole, mask = torch.empty(batch, 0, dtype=torch.int64), torch.empty(batch, 0, dtype=torch.int64)
     cache, unfed = None, [[] for _ in range(batch)]
-    for turn, images in enumerate(TURNS):
+    for turn, images in enumerate(turns):
         prompts = [turn_ids(images, 7 * turn + sample) for sample in range(batch)]
         ids, real = models.pad([torch.tensor([prompt]) for prompt in prompts], "left")
         new = [models.pixels(images, 10 * turn + sample) if images else None for sample in range(batch)]
@@ -115,11 +114,12 @@ def talk(fast: Any, name: str, batch: int = 1, near: float = NEAR) -> None:
     assert max(map(max, told[0].sizes)) > 2, "something has merged"
 
 
-@EVERY
-def test_stock_layers_weighed_by_hand(name: str) -> None:
-    talk(optimized(Calibrated(SEEING[name][0])), name)
+@pytest.mark.parametrize(("name", "turns"), [("visionzip", (1, 1)), *(slow(name, TURNS) for name in SEEING)])
+def test_stock_layers_weighed_by_hand(name: str, turns: tuple[int, ...]) -> None:
+    talk(optimized(Calibrated(SEEING[name][0])), name, turns=turns)
 
 
+@pytest.mark.slow
 def test_a_batch_whose_samples_differ() -> None:
     """One image, text alone, two images, decoded together."""
     method, settings, see = SEEING["vitcop"]
@@ -163,12 +163,13 @@ def family_talk(method: Any, hand: FamilyWeighing, parts: list[list[Any]]) -> No
     assert max(map(max, hand.sizes)) > 2, "something has merged"
 
 
-def test_packed_tokens_pooled_behind_the_projector() -> None:
+@pytest.mark.parametrize("turns", [[[2, (4, 8), 3], [4]], slow([[2, (4, 8), 3, (4, 8), 1], [4], [2, (4, 8), 1]])])
+def test_packed_tokens_pooled_behind_the_projector(turns: list[list[Any]]) -> None:
     book = families.KINDS["qwen2_5_vl"].book
     every = FamilyWeighing(
         families.model("qwen2_5_vl"), book, lambda n: Settings(n, 1, 1, 1, 1, NOWHERE, NOWHERE, "original"), pool=(2, 3)
     )  # fmt: skip
-    family_talk(Downsample(tokens=6), every, [[2, (4, 8), 3], [4], [2, (4, 8), 1]])
+    family_talk(Downsample(tokens=6), every, turns)
 
 
 @pytest.mark.slow
@@ -200,28 +201,36 @@ MERGING = {
 }
 
 
-@pytest.mark.parametrize("name", ["tome", "vitcop", *map(slow, ("downsample", "vscan"))])
+ALIKE = torch.tensor([[IMAGE] * PATCHES + models.text(6)])
+
+
+def one_color() -> Tensor:
+    return models.pixels()[:, :, :1, :1].expand(1, 3, models.SIDE, models.SIDE).contiguous()
+
+
+@pytest.mark.parametrize("name", ["tome", *(slow(name) for name in MERGING if name != "tome")])
 def test_alike_tokens_that_merge_change_nothing(name: str) -> None:
-    """The stock model's logits, over two turns, and its beams. The image comes first: what is alike sees the same then."""
-    stock, color = alike(), models.pixels()[:, :, :1, :1].expand(1, 3, models.SIDE, models.SIDE).contiguous()
-    fast, plain = (models.optimize(stock, method) for method in (Calibrated(MERGING[name]), Kept(Calibrated(MERGING[name]))))
-    ids = torch.tensor([[IMAGE] * PATCHES + models.text(6)])
-    settings: dict[str, Any] = {
-        "max_new_tokens": 4,
-        "do_sample": False,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
-    asked = {"pixel_values": color, "attention_mask": torch.ones_like(ids)} | settings
-    expected, found, off = (model.generate(ids, **asked) for model in (stock, fast, plain))
+    """The image comes first: what is alike sees the same then."""
+    stock, fast = alike(), models.optimize(alike(), Calibrated(MERGING[name]))
+    asked = {"pixel_values": one_color(), "attention_mask": torch.ones_like(ALIKE), "max_new_tokens": 4} | TOLD
+    expected, found = (model.generate(ALIKE, **asked) for model in (stock, fast))
     torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), atol=1e-4, rtol=0)
-    assert (off.logits[0] - expected.logits[0]).abs().max() > 1e-2, "and uncalibrated they do"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MERGING)
+def test_alike_tokens_in_a_second_turn_and_in_beams(name: str) -> None:
+    """And without calibration the same tokens change much."""
+    stock, color, ids = alike(), one_color(), ALIKE
+    fast, plain = (models.optimize(stock, method) for method in (Calibrated(MERGING[name]), Kept(Calibrated(MERGING[name]))))
+    said = {"max_new_tokens": 4} | TOLD
+    asked = {"pixel_values": color, "attention_mask": torch.ones_like(ids)} | said
+    expected, found, off = (model.generate(ids, **asked) for model in (stock, fast, plain))
+    assert (off.logits[0] - expected.logits[0]).abs().max() > 1e-2
     more = torch.cat((expected.sequences, torch.tensor([models.text(5, 1)])), 1)
-    asked = {"attention_mask": torch.ones_like(more)} | settings
-    after = [
-        model.generate(more, past_key_values=out["past_key_values"], **asked)
-        for model, out in ((stock, expected), (fast, found))
-    ]
+    asked = {"attention_mask": torch.ones_like(more)} | said
+    turns = ((stock, expected), (fast, found))
+    after = [model.generate(more, past_key_values=out["past_key_values"], **asked) for model, out in turns]
     torch.testing.assert_close(*(torch.cat(out.logits) for out in after), atol=1e-4, rtol=0)
     asked = {"pixel_values": color, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
     assert fast.generate(ids, num_beams=3, **asked).tolist() == stock.generate(ids, num_beams=3, **asked).tolist()
@@ -240,18 +249,14 @@ class Kept:
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_sizes_of_one_change_nothing() -> None:
     """Nothing takes part in what is kept: the graphs weigh, and everything weighs the same."""
     method = Calibrated(VisionZip(tokens=20, contextual=0.0))
     ids, pixels = torch.tensor([turn_ids(1, 0)]), models.pixels()
-    settings: dict[str, Any] = {
-        "max_new_tokens": 3,
-        "do_sample": False,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
+    said = {"max_new_tokens": 3} | TOLD
     found, expected = (
-        optimized(of).generate(ids, pixel_values=pixels, **settings) for of in (method, Kept(method))
+        optimized(of).generate(ids, pixel_values=pixels, **said) for of in (method, Kept(method))
     )  # fmt: skip
     torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), atol=NEAR, rtol=NEAR)
     assert optimized(method).schedule.told == (0,) and optimized(Kept(method)).schedule.told == ()
@@ -262,6 +267,7 @@ def test_sizes_of_one_change_nothing() -> None:
 # Attention
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(0, 5))
 def test_attention_against_one_head_at_a_time(seed: int, shared: int, held: int, new: int, free: int) -> None:
     """Of a prompt, causal and not; of rows in caches; and of rows that never enter them."""
@@ -307,6 +313,7 @@ def test_attention_against_one_head_at_a_time(seed: int, shared: int, held: int,
 # Merging
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.booleans(), st.data())
 def test_means_of_clusters_against_loops(seed: int, n: int, counted: bool, data: st.DataObject) -> None:
     """What merges is what merges in the published stage; a row is the mean of all that stand in it."""
@@ -327,6 +334,7 @@ def test_means_of_clusters_against_loops(seed: int, n: int, counted: bool, data:
             np.testing.assert_allclose(rows[b, k], mean, atol=1e-5)
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.data())
 def test_means_of_clusters_of_several_images(seed: int, each: int, data: st.DataObject) -> None:
     """Images that share a budget: as one image whose clusters are told apart."""
@@ -352,6 +360,7 @@ def test_a_mean_of_two_by_hand() -> None:
     assert (rows.flatten().tolist(), sizes.tolist()) == ([2.5, 9], [[4, 5]])
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["dominant_and_contextual", "local_and_global", "downsample"]))
 def test_what_has_merged_merges_again(seed: int, name: str) -> None:
     """A merge of candidates that stand for several is the merge of as many copies of each: in total, and in every mean."""
@@ -537,17 +546,18 @@ def test_a_folder(name: str, opset: int, buckets: tuple[int, ...] | None, tmp_pa
     first, then = torch.tensor([turn_ids(1, 0)]), torch.tensor([turn_ids(1, 1)])
     found = []
     for model in (fast, engine):
-        settings = {"max_new_tokens": 4} | TOLD
-        before = model.generate(first, pixel_values=models.pixels(), **settings)
+        said = {"max_new_tokens": 4} | TOLD
+        before = model.generate(first, pixel_values=models.pixels(), **said)
         whole = torch.cat((before.sequences, then), 1)
         held = before["past_key_values"]
-        after = model.generate(whole, pixel_values=models.pixels(seed=1), past_key_values=held, **settings)
+        after = model.generate(whole, pixel_values=models.pixels(seed=1), past_key_values=held, **said)
         numbers = [sizes[:, : held.held[group]] for sizes, group in zip(held.held_buffers.numbers, fast.schedule.told)]
         found.append(([torch.cat(out.logits) for out in (before, after)], numbers))
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
     assert all(int(sizes.max()) > 2 for sizes in found[0][1])
 
 
+@pytest.mark.slow
 def test_a_policy_of_the_user_may_weigh() -> None:
     """Pairs of neighbours, merged before a decoder layer, behind a merge in the encoder: the sum counts."""
 
