@@ -220,7 +220,7 @@ def _prefill(manifest: Manifest, schedule: Schedule, batch: int, span: tuple[int
         _ints("positions", manifest.position_dims, batch, rows),
         TensorSpec("features", manifest.dtype, (batch, n + lead, schedule.shape.feature_width)),
         _ints("visual", batch, n + lead),
-        *(_state(schedule.vision_stages, batch, n) if stages else ()),
+        *(_state(schedule.vision_stages, batch, n) if schedule.follows else ()),
     ]
     if filled:
         given += [_ints("length", batch), _ints("removed", len(groups), batch), *_caches(manifest, "", batch)]
@@ -254,10 +254,11 @@ def _removed(schedule: Schedule) -> list[int]:
 
 
 def _caches(manifest: Manifest, prefix: str, batch: int, rows: Sequence[int | str] | None = None) -> list[TensorSpec]:
-    """Caches, of so many rows in each group of layers or their own: positions, where masks are made of them, keys, values."""
+    """Caches, of so many rows in each group of layers or their own: positions, where masks are made of them, or
+    how many tokens rows stand for, keys, values."""
     shape, rows = manifest.shape, manifest.cache_rows if rows is None else rows
-    places = [_ints(f"{prefix}place_{group}", batch, count) for group, count in enumerate(rows)] if shape.marks else []
-    return places + [
+    name = "place" if shape.marks else "size"
+    return [_ints(f"{prefix}{name}_{group}", batch, rows[group]) for group in manifest.schedule.told] + [
         TensorSpec(f"{prefix}{name}_{layer}", manifest.dtype, (batch, shape.kv_heads, rows[group], shape.head_dim))
         for layer, group in enumerate(manifest.schedule.groups)
         for name in ("key", "value")

@@ -183,7 +183,7 @@ class EngineFolder:
         if name not in self._around:
             loaded = self._get(program.spec)
             around = _filled_up(loaded, program, batch)
-            step = writing_rows(around, self.schedule.groups, filled=filled, marks=self.manifest.shape.marks)
+            step = writing_rows(around, self.schedule.groups, filled=filled, told=self.schedule.told)
             # A runner that can replay a whole decoding step, the writes included, brings its own wrapper.
             graphed = getattr(loaded, "graphed", None) if program.kind == "decode" else None
             self._around.setdefault(name, step if graphed is None else graphed(step))
@@ -283,7 +283,7 @@ def _host(manifest: Manifest, config: Any) -> Host:
         raise FolderError(f"{NAME}: architecture {manifest.architecture!r} is none of {', '.join(sorted(FAMILIES))}")
     try:
         host = entry.host(config, getattr(torch, manifest.dtype).itemsize)
-        host = with_clips(host) if manifest.config.clips == "pooled" else host
+        host = with_clips(host) if getattr(manifest.config, "clips", None) == "pooled" else host
     except Exception as error:  # a config of another model lacks whatever the family reads
         raise FolderError(f"config.json is not that of {manifest.architecture}: {error}") from None
     if host.shape != manifest.shape:

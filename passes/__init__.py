@@ -20,6 +20,7 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
+from ..policies import counted_in
 from ..schedule import Schedule
 from .attach_cache import attach_cache
 from .clean import clean
@@ -98,10 +99,12 @@ def prefill_passes(
     key_0, value_0, ...) -> (hidden [B, t', D], index of each stage...). Not `in_place`, the new rows k0, v0, k1, ... follow,
     and caches that are not `filled` are no input; `exact` as `policies.Site` has it."""
     stages, site = schedule.decoder_stages, None if exact else {"exact": False}
+    pruned = partial(prune, stages=stages, incoming=schedule.segment_tokens, states=states, site=site)
+    attached = partial(attach_cache, groups=schedule.groups, filled=filled, in_place=in_place)
     return (
         ("clean", clean),
-        ("prune", partial(prune, stages=stages, incoming=schedule.segment_tokens, states=states, site=site)),
-        ("attach_cache", partial(attach_cache, groups=schedule.groups, filled=filled, in_place=in_place)),
+        ("prune", partial(pruned, counted=counted_in(schedule.vision_stages))),
+        ("attach_cache", partial(attached, sized=schedule.sized)),
         *_lowered(attn_implementation, filled, in_place),
     )
 
@@ -118,9 +121,10 @@ def extend_passes(schedule: Schedule, attn_implementation: str = "sdpa", in_plac
     Not `in_place`, the new rows k0, v0, k1, v1, ... [B, kv_heads, s, hd] follow the hidden state, and attention stays spelled
     out.
     """
+    attached = partial(attach_cache, groups=schedule.groups, filled=True, in_place=in_place, blocks=False)
     return (
         ("clean", clean),
-        ("attach_cache", partial(attach_cache, groups=schedule.groups, filled=True, in_place=in_place, blocks=False)),
+        ("attach_cache", partial(attached, sized=schedule.sized)),
         *_lowered(attn_implementation, True, in_place),
     )
 

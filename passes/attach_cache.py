@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..attention import visible, visible_cached, within
+from ..attention import visible, visible_cached, weighed, weighed_before, weighed_cached, within
 from ..errors import RewriteError
-from .token_axis import anchors, finish, marks_of, output_node, placeholder
+from .token_axis import anchors, finish, marks_of, output_node, placeholder, sizes_of
 
 
 def cache_rows(length: Tensor, removed: Tensor, group: int, key: Tensor) -> Tensor:
@@ -49,23 +49,28 @@ def positions_of(marks: Tensor) -> Tensor:
     return marks[:, 1, 0]
 
 
-def write_places(places: Tensor, marks: Tensor, at: Tensor) -> Tensor:
-    """Writes the positions in marks [B, 2, 1, s] into places [B, r] at rows `at` int64 [B, s], in place; returns places."""
-    batch = torch.arange(places.shape[0], device=places.device)[:, None]
-    return places.index_put_((batch, at), positions_of(marks))
+def ones_of(key: Tensor) -> Tensor:
+    """int64 [B, s] of keys [B, kv_heads, s, hd]: the sizes of tokens of which each stands for itself."""
+    return key.new_ones((key.shape[0], key.shape[2]), dtype=torch.int64)
 
 
-def fill_places(places: Tensor, marks: Tensor) -> None:
-    """Makes the positions in marks [B, 2, 1, s] the first of places [B, r], in place, and zeros the others."""
-    places.copy_(F.pad(positions_of(marks), (0, places.shape[1] - marks.shape[3])))
+def write_numbers(held: Tensor, numbers: Tensor, at: Tensor) -> Tensor:
+    """Writes numbers int64 [B, s] into held [B, r] at rows `at` int64 [B, s], in place; returns held."""
+    batch = torch.arange(held.shape[0], device=held.device)[:, None]
+    return held.index_put_((batch, at), numbers)
 
 
-fx.node.has_side_effect(fill_places)
+def fill_numbers(held: Tensor, numbers: Tensor) -> None:
+    """Makes numbers int64 [B, s] the first of held [B, r], in place, and zeros the others."""
+    held.copy_(F.pad(numbers, (0, held.shape[1] - numbers.shape[1])))
+
+
+fx.node.has_side_effect(fill_numbers)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Marks attention of queries that stand in rows `at` [B, s], each over all rows up to its own, or those of mask bool [B,
-    1, s, r]; `lower_attention` gives it its kernel."""
+    """Marks attention of queries that stand in rows `at` [B, s], each over all rows up to its own, or by mask [B, 1, s, r],
+    bool or what is added to logits; `lower_attention` gives it its kernel."""
     raise RewriteError("a graph over caches is run before its attention is lowered: apply lower_attention")
 
 
@@ -84,7 +89,8 @@ def attend_apart(
     held: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries [B, heads, s, hd] over what caches [B, kv_heads, r, hd] hold before row at[:, 0], or the rows of
-    held bool [B, 1, s, r], and over the new rows up to their own, or those of mask bool [B, 1, s, s].
+    held bool [B, 1, s, r], and over the new rows up to their own, or those of mask bool [B, 1, s, s]. Of type fp32 either is
+    added to logits, held then [B, 1, 1, r]. A row that is alone sees itself, and stands for itself.
 
     The new keys and values [B, kv_heads, s, hd] never enter the caches, which are only read: a program without mutation
     copies no cache. The scores of both parts share one softmax, in fp32.
@@ -95,21 +101,25 @@ def attend_apart(
     grouped = _in_groups(query, groups) * scale
     if held is None:
         held = torch.arange(rows, device=query.device) < at[:, :1, None, None]
-    elif count != 1:
+    elif held.shape[2] != 1:
         held = held.repeat(1, 1, shared, 1)
-    old = (grouped @ key_cache.transpose(-1, -2)).float()
-    old = torch.where(held, old, torch.finfo(torch.float32).min)
+    old = _masked((grouped @ key_cache.transpose(-1, -2)).float(), held)
     new = (grouped @ key.transpose(-1, -2)).float()
     if count != 1:
         order = torch.arange(count, device=query.device)
         before = order <= order.unsqueeze(1) if mask is None else mask
         before = before.repeat(*(1,) * (before.dim() - 2), shared, 1)
-        new = torch.where(before, new, torch.finfo(torch.float32).min)
+        new = _masked(new, before)
     weights = torch.cat((old, new), -1).softmax(-1).to(query.dtype)
     out = weights[..., :rows] @ value_cache + weights[..., rows:] @ value
     if shared == 1 or isinstance(count, int):
         return out.reshape(batch, heads, count, width)
     return torch.stack([out[:, :, i * count : (i + 1) * count] for i in range(shared)], 2).flatten(1, 2)
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores fp32 with a mask, bool or what is added to them."""
+    return scores + mask if mask.is_floating_point() else torch.where(mask, scores, torch.finfo(torch.float32).min)
 
 
 def _in_groups(query: Tensor, groups: int) -> Tensor:
@@ -125,7 +135,13 @@ def _in_groups(query: Tensor, groups: int) -> Tensor:
 
 
 def attach_cache(
-    module: fx.GraphModule, groups: tuple[int, ...], *, filled: bool, in_place: bool = True, blocks: bool = True
+    module: fx.GraphModule,
+    groups: tuple[int, ...],
+    *,
+    filled: bool,
+    in_place: bool = True,
+    blocks: bool = True,
+    sized: tuple[int, ...] = (),
 ) -> fx.GraphModule:
     """Adds the inputs key_l, value_l of every layer, [B, kv_heads, r_l, hd], and runs attention over them.
 
@@ -135,9 +151,11 @@ def attach_cache(
 
     Where anchors have marks, inputs places_g, int64 [B, r], of every group stand in front of those of layers, and hold the
     positions of its rows; blocks says whether any of the graph's tokens may be of one: without, they attend to what is before
-    them. Not `in_place`, caches are only read, those to be filled are no input, and the new rows, int64 [B, s] of each group
-    and k0, v0, k1, v1, ... [B, kv_heads, s_l, hd], are returned behind the graph's results. Runs after `prune`, so that s_l
-    is what a layer really attends to. Raises RewriteError if there is not one group per layer.
+    them. In groups of `sized` inputs sizes_g hold how many tokens each row stands for: as the sizes of anchors say, one
+    without, and what is added to logits is made of them once a group. Not `in_place`, caches are only read, those to be filled
+    are no input, and the new rows, int64 [B, s] of each group and k0, v0, k1, v1, ... [B, kv_heads, s_l, hd], are returned
+    behind the graph's results. Runs after `prune`, so that s_l is what a layer really attends to. Raises RewriteError if there
+    is not one group per layer.
     """
     graph = module.graph
     found = anchors(graph)
@@ -145,49 +163,64 @@ def attach_cache(
         raise RewriteError(f"{len(groups)} groups were given for {len(found)} layers: one per layer is needed")
     rows = [cast(fx.Node, tensor) for anchor in found for tensor in anchor.args[1:3]]
     firsts = {group: anchor for group, anchor in zip(reversed(groups), reversed(found))}
-    marks = {group: told[0] for group in sorted(firsts) if (told := marks_of(firsts[group])) is not None}
+    told = {group: node for group in sorted(firsts) if (node := _told(graph, firsts[group], group in sized)) is not None}
     if filled:
-        _extend(graph, found, groups, marks, in_place, blocks)
+        _extend(graph, found, groups, told, in_place, blocks, sized)
     elif in_place:
-        places, caches = _places(graph, marks), _caches(graph, len(found))
-        for group, old in places.items():
+        held, caches = _held(graph, told, sized), _caches(graph, len(found))
+        for group, old in held.items():
             with graph.inserting_before(firsts[group]):
-                graph.call_function(fill_places, (old, marks[group]))
+                graph.call_function(fill_numbers, (old, told[group]))
         for i, anchor in enumerate(found):
             with graph.inserting_before(anchor):
                 for cache, tensor in zip(caches[i], rows[2 * i : 2 * i + 2], strict=True):
                     graph.call_function(fill_rows, (cache, tensor))
     if not in_place:
         output = output_node(graph)
-        with graph.inserting_before(output):
-            places_of_rows = [graph.call_function(positions_of, (own,)) for own in marks.values()]
-        output.args = ((*output.args[0], *places_of_rows, *rows),)  # type: ignore[misc]
+        output.args = ((*output.args[0], *told.values(), *rows),)  # type: ignore[misc]
     return finish(module)
+
+
+def _told(graph: fx.Graph, anchor: fx.Node, sized: bool) -> fx.Node | None:
+    """int64 [B, s]: what caches hold of the rows of a group beside keys and values. anchor: the group's first."""
+    sizes, marks = sizes_of(anchor), marks_of(anchor)
+    if sizes is not None or (marks is None and not sized):
+        return sizes
+    target, given = (ones_of, anchor.args[1]) if marks is None else (positions_of, marks[0])
+    with graph.inserting_before(anchor):
+        return graph.call_function(target, (given,))
 
 
 def _extend(
     graph: fx.Graph,
     found: list[fx.Node],
     groups: tuple[int, ...],
-    marks: dict[int, fx.Node],
+    told: dict[int, fx.Node],
     in_place: bool,
     blocks: bool,
+    sized: tuple[int, ...],
 ) -> None:
     length, removed = placeholder(graph, "length"), placeholder(graph, "removed")
-    places, caches = _places(graph, marks), _caches(graph, len(found))
+    held, caches = _held(graph, told, sized), _caches(graph, len(found))
     rows: dict[int, fx.Node] = {}
-    masks: dict[tuple[int, fx.Node, int], tuple[fx.Node, ...]] = {}  # layers of a group with one window share them
+    masks: dict[tuple[Any, ...], tuple[fx.Node, ...]] = {}  # layers of a group with one window share them
     for anchor, group, cache in zip(found, groups, caches, strict=True):
         query, key, value, scale = anchor.args[:4]
         with graph.inserting_before(anchor):
             if group not in rows:
                 rows[group] = graph.call_function(cache_rows, (length, removed, group, key))
-                if marks and in_place:
-                    places[group] = graph.call_function(write_places, (places[group], marks[group], rows[group]))
-            at, told = rows[group], marks_of(anchor)
-            if told is not None and (group, *told) not in masks:
-                masks[group, *told] = _masks(graph, at, *told, places[group], in_place, blocks)
-            mask = () if told is None else masks[group, *told]
+                if group in told and in_place:
+                    held[group] = graph.call_function(write_numbers, (held[group], told[group], rows[group]))
+            at, marks = rows[group], marks_of(anchor)
+            if (group, marks) not in masks:
+                if marks is not None:
+                    made = _masks(graph, at, *marks, held[group], in_place, blocks)
+                elif group in told:
+                    made = _weights(graph, at, told[group], held[group], in_place, anchor.meta["val"].dtype)
+                else:
+                    made = ()
+                masks[group, marks] = made
+            mask = masks[group, marks]
             if in_place:
                 written = [graph.call_function(write_rows, (old, new, at)) for old, new in zip(cache, (key, value))]
                 step = graph.call_function(attend, (query, *written, scale, at, *mask))
@@ -210,8 +243,18 @@ def _masks(
     return (new, graph.call_function(within, (at, marks, places, window))) if window else (new,)
 
 
-def _places(graph: fx.Graph, marks: dict[int, fx.Node]) -> dict[int, fx.Node]:
-    return {group: placeholder(graph, f"places_{group}") for group in marks}
+def _weights(
+    graph: fx.Graph, at: fx.Node, sizes: fx.Node, held: fx.Node, in_place: bool, dtype: torch.dtype
+) -> tuple[fx.Node, ...]:
+    """What `attend`, or `attend_apart`, takes as masks, where rows stand for so many tokens."""
+    if in_place:
+        return (graph.call_function(weighed_cached, (at, held, dtype)),)
+    new = graph.call_function(weighed, (sizes, True, torch.float32))
+    return new, graph.call_function(weighed_before, (at, held))
+
+
+def _held(graph: fx.Graph, told: dict[int, fx.Node], sized: tuple[int, ...]) -> dict[int, fx.Node]:
+    return {group: placeholder(graph, f"{'sizes' if group in sized else 'places'}_{group}") for group in told}
 
 
 def _caches(graph: fx.Graph, layers: int) -> list[tuple[fx.Node, fx.Node]]:

@@ -13,7 +13,18 @@ from ..ops.indexing import compact, take_along, take_rows
 from ..policies import POLICIES, Site, tap_of
 from ..schedule import Stage
 from .raw_key import raw_key, rows_of
-from .token_axis import anchors, content_beside, finish, first_input, layer_exit, output_node, placeholder, reroute, standing
+from .token_axis import (
+    anchors,
+    content_beside,
+    finish,
+    first_input,
+    give_sizes,
+    layer_exit,
+    output_node,
+    placeholder,
+    reroute,
+    standing,
+)
 
 
 def prune_tokens(
@@ -32,6 +43,7 @@ def prune_tokens(
     options: dict[str, Any],
     site: dict[str, Any],
     tap: str | None = None,
+    counted: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Reduces the visual tokens of every sample to `tokens`; no other row is touched.
 
@@ -39,7 +51,8 @@ def prune_tokens(
     query, key, value: [B, heads, t, hd] of the layer before, with `scale` on its logits; more: of `before`, [B, t, D],
     `entry`, `text` and `last` of `Site` those that the policy needs, and `also`, (query, key) of further layers; incoming: the
     n by segment; tokens: what each segment keeps, or one number for all of them; options: of the policy; site: further fields
-    of `Site`; tap: the policy whose tap scores the candidates by queries and keys, by default its own.
+    of `Site`; tap: the policy whose tap scores the candidates by queries and keys, by default its own; counted: which of the
+    state says how many tokens each candidate stands for, None where that is one.
 
     Returns (hidden [B, t', D], keep int64 [B, t']: the rows that stay, visual int64 [B, tokens]: the visual rows of the new
     sequence, index int64 [B, tokens]: which of the n they are, state [B, tokens] each...).
@@ -48,7 +61,7 @@ def prune_tokens(
     if isinstance(visual, int):
         visual = torch.arange(visual, visual + sum(incoming), device=hidden.device).expand(batch, sum(incoming))
     given = {"hidden": hidden, "whole": hidden, "query": query, "key": key, "value": value, "scale": scale} | (more or {})
-    found = _by_segment(policy, visual, state, given, incoming, tokens, options, site, tap)
+    found = _by_segment(policy, visual, state, given, incoming, tokens, options, site, tap, counted)
     index, rows = found[0], found[1]
     chosen = visual.gather(1, index)
     keep, slot = _remaining(visual, chosen, length)
@@ -60,6 +73,12 @@ def prune_tokens(
         1, new_visual, torch.arange(length, length + chosen.shape[1], device=keep.device).expand_as(new_visual)
     )
     return take_rows(torch.cat((hidden, rows), 1), source), keep, new_visual, index, *found[2]
+
+
+def row_sizes(hidden: Tensor, visual: Tensor, sizes: Tensor) -> Tensor:
+    """int64 [B, t]: how many tokens each row of hidden [B, t, D] stands for: rows `visual`, int64 [B, n], for `sizes`, others
+    for one."""
+    return torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device).scatter(1, visual, sizes)
 
 
 def _remaining(visual: Tensor, chosen: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -80,6 +99,7 @@ def _by_segment(
     options: dict[str, Any],
     site: dict[str, Any],
     tap: str | None,
+    counted: int | None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
     """(index [B, tokens], rows [B, tokens, D] or None, state) of a policy, segment by segment; equal ones run as a batch."""
     chosen = POLICIES[policy]
@@ -102,9 +122,11 @@ def _by_segment(
                 rows_in = take_rows(wired[name], visual[:, start:stop])
                 wired[name] = rows_in.reshape(-1, size, rows_in.shape[-1])
         held = tuple(values[:, start:stop].reshape(-1, size) for values in state)
+        if counted is not None:
+            wired["counts"] = held[counted]
         if blocks != 1:  # segments that share a budget, and are one from here on: their clusters stay different clusters
             owner = torch.cat([torch.full((count,), i, device=at.device) for i, count in enumerate(incoming)])
-            held = tuple(values * len(incoming) + owner for values in held)
+            held = tuple(v if i == counted else v * len(incoming) + owner for i, v in enumerate(held))
         sizes = (size // blocks,) * blocks if blocks else incoming
         choice = chosen.choose(Site(at=at, state=held, blocks=blocks or 1, sizes=sizes, **wired, **site), kept, **options)
         index, rows = choice.index, choice.rows
@@ -155,19 +177,21 @@ def prune(
     prefix: int | None = None,
     states: int = 0,
     site: dict[str, Any] | None = None,
+    counted: int | None = None,
 ) -> fx.GraphModule:
     """Inserts one `prune_tokens` node behind the layer of each stage and moves the rest of the graph onto the shorter axis.
 
     A stage of the encoder prunes what leaves its layer, one of the decoder what enters it; the layer left last is the one that
     is scored. incoming: candidates by segment. With a `prefix` they follow so many other rows; without it the graph gets an
     input `visual`, int64 [B, n], so many inputs `state_i`, [B, n], as `states` says, and of `last`, int64 [B], and `text`,
-    bool [B, t], those that a policy needs. site: further fields of `Site`.
+    bool [B, t], those that a policy needs. site: further fields of `Site`; counted: which of these states says how many tokens
+    each candidate stands for, None where that is one. Where it is not, and behind stages that weigh, anchors get sizes.
 
     Returned behind the graph's own result are the index of each stage, and then, with a `prefix`, the state. Skipped without
-    stages. Raises RewriteError if a stage's layer is not inside the graph or has no single exit, if stages do not ascend, for
-    an unknown policy, and where tokens would be merged that carry more than the hidden state.
+    stages and sizes. Raises RewriteError if a stage's layer is not inside the graph or has no single exit, if stages do not
+    ascend, for an unknown policy, and where tokens would be merged that carry more than the hidden state.
     """
-    if not stages:
+    if not stages and counted is None:
         return module
     graph = module.graph
     _check_places(stages, len(anchors(graph)))
@@ -181,6 +205,10 @@ def prune(
     befores = [_exit(graph, _scored(stage) - 1) if "before" in POLICIES[stage.policy].needs else None for stage in stages]
     for stage, cut in zip(stages, cuts, strict=True):
         _check_merge(graph, stage, cut)
+    sizes: dict[int, fx.Node] = {}  # by the first layer whose rows have them
+    if counted is not None:
+        with graph.inserting_after(standing(graph, embeddings)):
+            sizes[0] = graph.call_function(row_sizes, (embeddings, visual, state[counted]))
     selections: list[fx.Node] = []
     pruned_at: dict[fx.Node, fx.Node] = {}
     for stage, cut, before in zip(stages, cuts, befores, strict=True):
@@ -204,7 +232,8 @@ def prune(
             "tokens": stage.tokens,
             "options": {name: of_one(value) for name, value in stage.options},
             "site": (site or {}) | ({"centered": True} if stage.keys == "centered" else {}),
-        } | ({"tap": stage.tap} if stage.tap else {})
+        }
+        settings |= ({"tap": stage.tap} if stage.tap else {}) | ({} if counted is None else {"counted": counted})
         with graph.inserting_after(standing(graph, cut)):
             arguments = (cut, visual, state, *wired, *([more] if more else []))
             pruned = graph.call_function(prune_tokens, arguments, settings)  # type: ignore[arg-type]
@@ -214,8 +243,15 @@ def prune(
         reroute(graph, cut, hidden, keep, renumber=stage.positions == "index")
         told = _moved(graph, told, keep, sum(incoming) - stage.total, index)
         state, incoming = tuple(rest), stage.tokens
+        counted = len(state) - 1 if stage.weighs else None if policy.renews else counted
+        if counted is not None:
+            with graph.inserting_after(rest[-1]):
+                sizes[_scored(stage) + 1] = graph.call_function(row_sizes, (hidden, visual, state[counted]))
         pruned_at[cut] = hidden
         selections.append(index)
+    for layer, anchor in enumerate(anchors(graph)):
+        if before := [first for first in sizes if first <= layer]:
+            give_sizes(anchor, sizes[max(before)])
     output = output_node(graph)
     output.args = ((*output.args[0], *selections, *(state if prefix is not None else ())),)  # type: ignore[misc]
     return finish(module)
@@ -249,10 +285,12 @@ def of_one(value: Any) -> Any:
 
 
 def _check_places(stages: tuple[Stage, ...], layers: int) -> None:
-    before = -1 - (stages[0].side == "decoder")
+    before = -1 - any(stage.side == "decoder" for stage in stages)
     for stage in stages:
         if stage.policy not in POLICIES:
             raise RewriteError(f"policy {stage.policy!r} is unknown: use one of {', '.join(POLICIES)}")
+        if stage.weighs and not (POLICIES[stage.policy].merges and POLICIES[stage.policy].adds):
+            raise RewriteError(f"policy {stage.policy!r} does not say how many tokens each that it leaves stands for")
         if _scored(stage) < 0 and (keys := POLICIES[stage.policy].needs & {"query", "key", "value", "before"}):
             raise RewriteError(
                 f"policy {stage.policy!r} looks at {', '.join(sorted(keys))} of a layer before: none is before layer 0"

@@ -12,7 +12,8 @@ from ..errors import RewriteError
 from ..ops.indexing import take_along
 
 TABLE = "vitcop_table"
-_MARKS = 6  # which argument of an anchor
+_REAL, _MARKS = 5, 6  # which argument of an anchor
+_SIZES = 8
 
 
 def anchors(graph: fx.Graph) -> list[fx.Node]:
@@ -22,8 +23,19 @@ def anchors(graph: fx.Graph) -> list[fx.Node]:
 
 def marks_of(anchor: fx.Node) -> tuple[fx.Node, int] | None:
     """The marks that an anchor's mask is made of, and its window, 0 for none; None where it is plainly causal or full."""
-    marks, window = (*anchor.args[_MARKS:], None, 0)[:2]
+    marks, window = (*anchor.args[_MARKS:_SIZES], None, 0)[:2]
     return None if marks is None else (marks, window or 0)  # type: ignore[return-value]
+
+
+def sizes_of(anchor: fx.Node) -> fx.Node | None:
+    """How many tokens each of an anchor's rows stands for, None where that is one."""
+    return anchor.args[_SIZES] if len(anchor.args) > _SIZES else None  # type: ignore[return-value]
+
+
+def give_sizes(anchor: fx.Node, sizes: fx.Node) -> None:
+    """Tells an anchor how many tokens each of its rows stands for."""
+    unstated = (None, None, 0)[len(anchor.args) - _REAL :]
+    anchor.args = (*anchor.args, *unstated, sizes)
 
 
 def first_input(graph: fx.Graph) -> fx.Node:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration
 from vitcop_compile.export import EngineModel
 from vitcop_compile.passes import extend_passes, prefill_passes, rewrite
-from vitcop_compile.passes.attach_cache import write_places
+from vitcop_compile.passes.attach_cache import write_numbers
 
 from vitcop_compile import ConfigError, InputError, UnsupportedError, ViTCoPConfig
 from vitcop_compile.attention import ANCHOR, anchored, sdpa_cached, sdpa_marked, visible, visible_cached
@@ -187,7 +187,7 @@ def test_masks_are_made_once_for_layers_that_share_them() -> None:
     step = [node.target for node in extend.graph.nodes]
     assert step.count(torch.ops.vitcop.flash_cached.default) == 2 and step.count(sdpa_cached) == 3
     # The last group has no layer that slides, and nobody asks for the positions of its rows.
-    assert step.count(visible_cached) == step.count(write_places) == 2
+    assert step.count(visible_cached) == step.count(write_numbers) == 2
 
 
 def test_a_causal_model_is_another() -> None:

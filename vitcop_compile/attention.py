@@ -37,12 +37,16 @@ def attention(
     real: Tensor | None = None,
     marks: Tensor | None = None,
     window: int = 0,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention. query [B, heads, s, hd], key and value [B, kv_heads, s, hd] -> [B, heads, s, hd].
 
     real: bool [B, s], the keys that are no padding; None is all. marks: int64 [B, 2, 1, s], of every row its block, -1 for
-    none, and its position: what a mask is made of in place of `causal`, with `window`, see `visible`.
+    none, and its position: what a mask is made of in place of `causal`, with `window`, see `visible`. sizes: int64 [B, s], how
+    many tokens each stands for, see `weighed`.
     """
+    if sizes is not None:
+        return sdpa_marked(query, key, value, scale, weighed(sizes, causal, query.dtype)).clone()
     if marks is not None:
         return sdpa_marked(query, key, value, scale, visible(marks, window)).clone()
     return sdpa(query, key, value, scale, causal, real).clone()
@@ -58,6 +62,7 @@ def _(
     real: Tensor | None = None,
     marks: Tensor | None = None,
     window: int = 0,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(query)
 
@@ -164,9 +169,35 @@ def visible(marks: Tensor, window: int = 0) -> Tensor:
     return seen & (position - marks[:, 1:] < window) if window else seen
 
 
+def weighed(sizes: Tensor, causal: bool, dtype: torch.dtype) -> Tensor:
+    """[B, 1, s, s], or [B, 1, 1, s] where all rows see all: what is added to logits where each row stands for so many tokens,
+    sizes int64 [B, s], and counts as often: log sizes (proportional attention, ToMe, arXiv 2210.09461, Eq. 1), -inf where a
+    row is not seen."""
+    if not causal:
+        return _log(sizes).to(dtype)
+    order = torch.arange(sizes.shape[1], device=sizes.device)
+    return torch.where(order <= order.unsqueeze(1), _log(sizes), -torch.inf).to(dtype)
+
+
+def weighed_cached(at: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, s, r]: as `weighed`, of rows that stand at `at` int64 [B, s] of caches whose rows have sizes int64 [B, r]."""
+    rows = torch.arange(sizes.shape[1], device=at.device)
+    return torch.where((rows <= at.unsqueeze(-1)).unsqueeze(1), _log(sizes), -torch.inf).to(dtype)
+
+
+def weighed_before(at: Tensor, sizes: Tensor) -> Tensor:
+    """fp32 [B, 1, 1, r]: as `weighed`, of the rows of caches, with sizes int64 [B, r], before at[:, 0]."""
+    held = torch.arange(sizes.shape[1], device=at.device) < at[:, :1, None, None]
+    return torch.where(held, _log(sizes), -torch.inf)
+
+
+def _log(sizes: Tensor) -> Tensor:
+    return sizes.float().log()[:, None, None]
+
+
 def sdpa_marked(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """`sdpa` with mask bool [B, 1, s, s] of every sample. Keys are repeated for the heads that share them: with `enable_gqa`
-    and a mask, torch is left with its math kernel."""
+    """`sdpa` with mask [B, 1, s, s] of every sample, bool or what is added to logits. Keys are repeated for the heads that
+    share them: with `enable_gqa` and a mask, torch is left with its math kernel."""
     shared = query.shape[1] // key.shape[1]
     if shared != 1:
         key, value = (rows.unsqueeze(2).expand(-1, -1, shared, -1, -1).flatten(1, 2) for rows in (key, value))
@@ -197,7 +228,7 @@ def within(at: Tensor, marks: Tensor, places: Tensor, window: int) -> Tensor:
 
 def sdpa_cached(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor, mask: Tensor | None = None) -> Tensor:
     """Queries [B, heads, s, hd] that stand in rows `at` int64 [B, s] of caches [B, kv_heads, r, hd], each over all rows up to
-    its own, or those of mask bool [B, 1, s, r].
+    its own, or those of mask [B, 1, s, r], bool or what is added to logits.
 
     Heads that share a key stand as rows of one query: with `enable_gqa` and a mask, torch is left with its math kernel.
     """

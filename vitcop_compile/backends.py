@@ -62,14 +62,14 @@ def backend_of(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool, marks: bool = False) -> Program:
+def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool, told: tuple[int, ...] = ()) -> Program:
     """A program that returns its new keys and values behind its results, as one that writes them into its caches.
 
     groups: that of every layer; filled: the caches hold tokens, and the program gets `length` and `removed` to say how many:
     third and fifth of an extend program, the last two before the caches of a prefill program. Otherwise it takes no caches.
-    marks: the positions of the rows of each group come before keys and values, among caches and results.
+    told: groups of which a number of each row, such as its position, comes before keys and values, among caches and results.
     """
-    owners = [*(sorted(set(groups)) if marks else ()), *(group for group in groups for _ in "kv")]
+    owners = [*told, *(group for group in groups for _ in "kv")]
     count = len(owners)
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -77,8 +77,8 @@ def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool, mar
         outputs = program(*(inputs if filled else inputs[:-count]))
         results, rows = outputs[:-count], outputs[-count:]
         if not filled:
-            told, caches, rows = rows[: -2 * len(groups)], caches[-2 * len(groups) :], rows[-2 * len(groups) :]
-            for held, new in zip(inputs[-count:], told):
+            numbers, caches, rows = rows[: len(told)], caches[len(told) :], rows[len(told) :]
+            for held, new in zip(inputs[-count:], numbers):
                 held[:, : new.shape[1]].copy_(new)
             heads = [cache[:, :, : row.shape[2]] for cache, row in zip(caches, rows, strict=True)]
             torch._foreach_copy_(heads, list(rows))

@@ -234,14 +234,14 @@ class PrunedCache(Cache):
 
 class Buffers:
     """The tensors of one cache: `layers` key_0, value_0, ... and, by sample, `length`, `position`, `last` int64 [B], `token`
-    int64 [B, 1], `removed` int64 [groups, B]; `places` int64 [B, r] of each group, the positions of its rows, where masks are
-    made of them.
+    int64 [B, 1], `removed` int64 [groups, B]; `numbers` int64 [B, r] of each group in `told`, of its rows: positions, where
+    masks are made of them, or how many tokens they stand for.
 
-    rows: of each group of layers; marks: as `ModelShape` has it. Compiled programs are told that their addresses hold, so that
+    rows: of each group of layers; told: as `Schedule` has it. Compiled programs are told that their addresses hold, so that
     CUDA graphs copy none of them.
     """
 
-    def __init__(self, shapes: list[tuple[int, ...]], rows: tuple[int, ...], like: Tensor, marks: bool = False):
+    def __init__(self, shapes: list[tuple[int, ...]], rows: tuple[int, ...], like: Tensor, told: tuple[int, ...] = ()):
         batch, self.rows = shapes[0][0], rows
         self.give_back: Callable[[], Any] = lambda: None
         with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
@@ -249,7 +249,7 @@ class Buffers:
             self.length, self.position, self.last = (like.new_zeros(batch, dtype=torch.int64) for _ in range(3))
             self.token = like.new_zeros(batch, 1, dtype=torch.int64)
             self.removed = like.new_zeros(len(rows), batch, dtype=torch.int64)
-            self.places = [like.new_zeros(batch, count, dtype=torch.int64) for count in rows] if marks else []
+            self.numbers = [like.new_zeros(batch, rows[group], dtype=torch.int64) for group in told]
         if like.is_cuda:
             for tensor in (*self.written, self.length, self.position, self.last, self.token, self.removed):
                 # Without a guard: other addresses record another graph, they do not compile another program.
@@ -258,7 +258,7 @@ class Buffers:
     @property
     def written(self) -> list[Tensor]:
         """What programs write rows into, in their order."""
-        return [*self.places, *self.layers]
+        return [*self.numbers, *self.layers]
 
     def clear(self) -> None:
         """Zeros everything: what an earlier request left might not be finite, and even what no query attends to is
@@ -275,7 +275,7 @@ class Buffers:
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine[:, :, : theirs.shape[2]].copy_(theirs)
             mine[:, :, theirs.shape[2] :].zero_()
-        for mine, theirs in zip(self.places, other.places, strict=True):
+        for mine, theirs in zip(self.numbers, other.numbers, strict=True):
             mine[:, : theirs.shape[1]].copy_(theirs)
         for name in ("length", "position", "removed"):
             getattr(self, name).copy_(getattr(other, name))
@@ -294,14 +294,19 @@ class BufferPool:
         self._lock = threading.RLock()  # a cache may be collected while its own thread is in here
 
     def lend(
-        self, cache: PrunedCache, shapes: list[tuple[int, ...]], rows: tuple[int, ...], like: Tensor, marks: bool = False
+        self,
+        cache: PrunedCache,
+        shapes: list[tuple[int, ...]],
+        rows: tuple[int, ...],
+        like: Tensor,
+        told: tuple[int, ...] = (),
     ) -> Buffers:
         """Buffers of `shapes`, in the type and on the device of `like`, until `cache` is garbage."""
-        key = (*shapes, rows, like.dtype, like.device, marks)
+        key = (*shapes, rows, like.dtype, like.device, told)
         with self._lock:
             fitting = [i for i, (shapes, _) in enumerate(self._free) if shapes == key]
             buffers = self._free.pop(fitting[-1])[1] if fitting else None  # the latest is the likeliest to be in a CUDA graph
-        buffers = buffers or Buffers(shapes, rows, like, marks)
+        buffers = buffers or Buffers(shapes, rows, like, told)
         ending = weakref.finalize(cache, self._take_back, key, buffers)
         ending.atexit = False
         buffers.give_back = ending  # which runs once, whoever calls it first

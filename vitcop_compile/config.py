@@ -64,6 +64,8 @@ class ViTCoPConfig:
     keys: whose norms score tokens in the decoder: "rotated", as attention meets them (the published code), "raw", before
         rotation and norms of heads, "centered", raw without the mean of their segment. None is what suits the family.
     density_width, reach: kernel width and spatial reach (in units of the image side) of the density-peaks clustering.
+    merge: "published": tokens that merge become one of them plus the mean of all, about twice as long as others, as in the
+        published code; "mean": their mean.
     mean_tokens: overall target as mean visual tokens per layer, in place of `retention`.
     budgets: explicit token counts per stage, in place of any target; a tuple is read as Budgets(*tuple). They are those of a
         segment of the layout: of an image, or of an image's overview and its tiles each.
@@ -95,6 +97,7 @@ class ViTCoPConfig:
     prune: bool = True
     scope: Literal["per_image", "pooled"] = "per_image"
     clips: Literal["per_frame", "pooled"] = "per_frame"
+    merge: Literal["published", "mean"] = "published"
 
     def __post_init__(self) -> None:
         if isinstance(self.budgets, tuple | list):
@@ -130,6 +133,8 @@ class ViTCoPConfig:
             raise ConfigError(f"scope={self.scope!r} is unknown: use 'per_image' or 'pooled'")
         if self.clips not in ("per_frame", "pooled"):
             raise ConfigError(f"clips={self.clips!r} is unknown: use 'per_frame' or 'pooled'")
+        if self.merge not in ("published", "mean"):
+            raise ConfigError(f"merge={self.merge!r} is unknown: use 'published' or 'mean'")
         if self.shallow_layer < 1:
             raise ConfigError(f"shallow_layer={self.shallow_layer} is below 1: layer 0 has no keys before it to score")
         if self.shallow_layer >= self.deep_layer:
@@ -229,6 +234,7 @@ class ViTCoPConfig:
             raise ConfigError(f"positions='published' counts tokens anew, and this model's {why}: use 'original'")
         positions = "index" if self.positions == "published" or (self.positions is None and flat) else "kept"
         keys = self.keys or shape.keys
+        merging = "merge_by_cluster" if self.merge == "published" else "merge_to_means"
         return (
             Stage(
                 "merge" if shape.packed else "encoder",
@@ -238,7 +244,7 @@ class ViTCoPConfig:
                 clustering,
                 positions="kept" if shape.position_dims > 1 else "index",
             ),
-            Stage("decoder", shallow, "merge_by_cluster", tuple(merged for merged, _ in kept), keys=keys),
+            Stage("decoder", shallow, merging, tuple(merged for merged, _ in kept), keys=keys),
             Stage("decoder", deep, "keep_lowest", tuple(last for _, last in kept), positions=positions, keys=keys),
         )
 

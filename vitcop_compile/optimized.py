@@ -141,7 +141,7 @@ class CompiledOnDemand:
         return self._cache.get(key, make)
 
     def _writing(self, program: Program, filled: bool) -> Program:
-        return writing_rows(program, self.schedule.groups, filled=filled, marks=self.host.shape.marks)
+        return writing_rows(program, self.schedule.groups, filled=filled, told=self.schedule.told)
 
     def _owned(self, program: Program) -> Program:
         """CUDA graphs belong to the thread that recorded them: one thread calls all programs, whoever asks."""

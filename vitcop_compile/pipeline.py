@@ -53,7 +53,12 @@ def optimize(
     _check_weights(model)
     backend_of(backend)
     check_lowering(attn_implementation, model.device, model.dtype)
-    resolve(config, family.shape, family.host.layout)
+    schedule = resolve(config, family.shape, family.host.layout)
+    if schedule.sized and attn_implementation != "sdpa":
+        raise UnsupportedError(
+            f"attn_implementation={attn_implementation!r} adds nothing to logits, and a calibrated method adds log sizes: use "
+            "'sdpa'"
+        )
     captured = capture(family, model)
     programs = Programs(family, captured, config, attn_implementation, None if dump is None else Path(dump))
     return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets, program_bytes), config, backend)

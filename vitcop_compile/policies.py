@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops import cls_saliency, density_peaks, keep_lowest, key_norm, merge_by_cluster
+from .ops import cls_saliency, density_peaks, keep_lowest, key_norm, mean_by_cluster, merge_by_cluster
 from .ops.indexing import lowest, take_rows
 from .ops.saliency import attention_received
 from .schedule import Stage
@@ -31,7 +31,8 @@ class Site:
 
     before: [b, n, D], the candidates as they entered the layer before; whole: [B, t, D], `hidden` of all rows of a sample;
     entry: [B, t, D], those rows as they entered the language model; text: bool [B, t], which are text that has seen all
-    images; last: int64 [B], the row of the prompt's last token."""
+    images; last: int64 [B], the row of the prompt's last token. counts: int64 [b, n], how many tokens each candidate stands
+    for, None where that is one or nobody counts."""
 
     at: Tensor
     hidden: Tensor | None = None
@@ -55,6 +56,7 @@ class Site:
     entry: Tensor | None = None
     text: Tensor | None = None
     last: Tensor | None = None
+    counts: Tensor | None = None
 
     def candidates(self, values: Tensor) -> Tensor:
         """Of values [B, t] those of the candidates, [b, n]."""
@@ -89,7 +91,8 @@ class Policy:
     """choose(site, budget, **options) -> Choice; needs: the fields of `Site` beside `at` and `state` that it looks at;
     tap(query, key, scale, prefix, real) -> score: all that it looks at of a layer beside the keys, so that it can choose
     later, once the candidates have been put together; merges: whether it returns `rows`; adds: how many tensors, int64, it
-    adds to the state, or where it renews the state, has it consist of."""
+    adds to the state, or where it renews the state, has it consist of; the last that one adds which merges says how many
+    tokens each that stays stands for."""
 
     choose: Callable[..., Choice]
     needs: frozenset[str]
@@ -125,6 +128,15 @@ def states_of(stages: Sequence[Stage]) -> int:
         policy = policy_of(stage.policy)
         number = policy.adds + (0 if policy.renews else number)
     return number
+
+
+def counted_in(stages: Sequence[Stage]) -> int | None:
+    """Which tensor of the state behind `stages` says how many tokens each that stays stands for; None where none weighs."""
+    found = None
+    for i, stage in enumerate(stages):
+        if stage.weighs:
+            found = states_of(stages[: i + 1]) - 1
+    return found
 
 
 def register(
@@ -164,6 +176,15 @@ def merge_clusters(site: Site, budget: int) -> Choice:
     saliency, (labels, *_) = site.key_norms(), site.state
     rows, index = merge_by_cluster(site.hidden, saliency, labels, budget, site.blocks)
     return Choice(index, rows)
+
+
+@register("merge_to_means", "hidden", "key", merges=True, adds=1)
+def merge_clusters_to_means(site: Site, budget: int) -> Choice:
+    """As `merge_clusters`, but what merges becomes its mean, no longer than other tokens. State: the clusters; adds sizes."""
+    assert site.hidden is not None
+    saliency, (labels, *_) = site.key_norms(), site.state
+    rows, index, sizes = mean_by_cluster(site.hidden, saliency, labels, budget, site.blocks, site.counts)
+    return Choice(index, rows, (sizes,))
 
 
 @register("keep_lowest", "key")

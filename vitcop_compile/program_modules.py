@@ -171,7 +171,7 @@ class Prefill(nn.Module):
     def __init__(self, family: Family, decoder: fx.GraphModule, schedule: Schedule, states: int, all_logits: bool = False):
         super().__init__()
         self.embedding, self.decoder, self.head = family.embedding, decoder, family.head
-        self.removed, self.pruned = schedule.removed_rows()[-1], bool(schedule.decoder_stages)
+        self.removed, self.pruned = schedule.removed_rows()[-1], schedule.follows
         self.states, self.all_logits, self.marks = states, all_logits, schedule.shape.marks
         needs = frozenset[str]().union(*(POLICIES[stage.policy].needs for stage in schedule.decoder_stages))
         self.told = tuple(name for name in ("last", "text") if name in needs)

@@ -161,8 +161,7 @@ class Programs:
         shapes = _shapes(program)
         for stage, found in zip(schedule.decoder_stages, shapes[1:], strict=False):
             _expect(f"selection of layer {stage.layer}", found, (batch, stage.total))
-        told = len(schedule.group_tokens()) if schedule.shape.marks else 0  # positions come before keys and values
-        written = _written(program) if in_place else shapes[1 + len(schedule.decoder_stages) + told :]
+        written = _written(program) if in_place else shapes[1 + len(schedule.decoder_stages) + len(schedule.told) :]
         _expect_rows(schedule, written, batch, [text + tokens for tokens in schedule.group_tokens()])
         return program
 
@@ -183,8 +182,7 @@ class Programs:
             return _export(module, inputs, ({1: axis}, None, None, None, None, (None,) * (len(inputs) - 5)))
         program = _export(module, inputs)
         if not in_place:
-            told = len(rows) if schedule.shape.marks else 0
-            _expect_rows(schedule, _shapes(program)[1 + told :], batch, [tokens] * len(rows))
+            _expect_rows(schedule, _shapes(program)[1 + len(schedule.told) :], batch, [tokens] * len(rows))
         return program
 
     def extend_inputs(self, batch: int, tokens: int, rows: Sequence[int]) -> tuple[Tensor, ...]:
@@ -206,10 +204,10 @@ class Programs:
     ) -> Prefill:
         """The prefill program before export; inputs: examples of what it takes, for the dump of its graphs."""
         schedule = self._schedule(images)
-        states = self.states if schedule.decoder_stages else 0
+        states = self.states if schedule.follows else 0
         settings = {"states": states, "filled": filled, "in_place": in_place, "exact": exact}
         passes = prefill_passes(schedule, self.attn_implementation, **settings)  # type: ignore[arg-type]
-        pruned = (4,) if schedule.decoder_stages else ()
+        pruned = (4,) if schedule.follows else ()
         name = f"prefill_{images if isinstance(images, int) else len(images)}{'_filled' * filled}"
         given = self._decoder_inputs(inputs, pruned, schedule.shape.deepstack)
         decoder = self._rewrite(name, self.captured.decoder, passes, given)
@@ -232,7 +230,7 @@ class Programs:
         visual = torch.arange(n + lead, device=self._device()).repeat(batch, 1)
         positions = torch.arange(tokens, device=self._device()).repeat(self.family.shape.position_dims, batch, 1)
         features = self._zeros(batch, n + lead, schedule.shape.feature_width)
-        state = [torch.zeros_like(visual[:, :n])] * (self.states if schedule.decoder_stages else 0)
+        state = [torch.zeros_like(visual[:, :n])] * (self.states if schedule.follows else 0)
         rows = rows or [text + kept for kept in schedule.group_tokens()]
         places = [self._ints(batch), self._ints(len(rows), batch)] if filled else []
         caches = self._caches(schedule, batch, rows) if in_place or filled else []
@@ -268,8 +266,8 @@ class Programs:
         return self._zeros(tiles, shape.prefix_tokens + shape.patches, shape.vision_hidden)
 
     def _caches(self, schedule: Schedule, batch: int, rows: Sequence[int]) -> list[Tensor]:
-        places = [self._ints(batch, count) for count in rows] if schedule.shape.marks else []
-        return [*places, *(self._zeros(*shape) for shape in schedule.cache_shapes(batch, rows) for _ in "kv")]
+        told = [self._ints(batch, rows[group]) for group in schedule.told]
+        return [*told, *(self._zeros(*shape) for shape in schedule.cache_shapes(batch, rows) for _ in "kv")]
 
     def _parameter(self) -> Tensor:
         return next(self.family.head.parameters())

@@ -350,7 +350,8 @@ class CompiledModel(GenerationMixin):
         if not cache.filled or plan.rows != cache.rows:
             shapes = self.schedule.cache_shapes(batch, plan.rows)
             like = torch.empty((), dtype=self.dtype, device=self.device)
-            cache.take(self._pool.lend(cache, shapes, plan.rows, like, host.shape.marks), clear=() in reading.layouts)
+            buffers = self._pool.lend(cache, shapes, plan.rows, like, self.schedule.told)
+            cache.take(buffers, clear=() in reading.layouts)
         turn = Turn(images, reading, schedules, plan.text, filled=seen > 0, beams=beams)
         if images is not None and any(schedule.placed for schedule in schedules):
             positions, taken = positions_of(host, reading, images.about, beams)

@@ -103,7 +103,8 @@ class Stage:
     take their index in the stage's input, which is all that the decoder knows of stages before it where a position is one
     number, unless one of them says "kept"; keys: "rotated", as attention meets them, "raw", as their projection leaves them,
     or "centered", raw without the mean of their segment; tap: the policy whose tap scores candidates of an encoder for this
-    one, None for its own; also: more layers of the encoder that it scores them by, in front of `layer`.
+    one, None for its own; also: more layers of the encoder that it scores them by, in front of `layer`; weighs: whether a
+    token that it merges counts in attention for as many as it took in, from there on (`attention.weighed`).
     """
 
     side: str
@@ -115,6 +116,7 @@ class Stage:
     keys: str = "rotated"
     tap: str | None = None
     also: tuple[int, ...] = ()
+    weighs: bool = False
 
     @property
     def total(self) -> int:
@@ -172,6 +174,24 @@ class Schedule:
     def placed(self) -> bool:
         """Whether a prompt's positions depend on which of its tokens stay before the decoder."""
         return self.shape.position_dims > 1 or (self.vision is not None and self.vision.positions == "kept")
+
+    @property
+    def sized(self) -> tuple[int, ...]:
+        """Groups of layers in which a token may count for several."""
+        weighing = [group for group, stage in enumerate(self.decoder_stages, start=1) if stage.weighs]
+        first = 0 if any(stage.weighs for stage in self.vision_stages) else min(weighing, default=len(self.stages) + 1)
+        return tuple(group for group in sorted(set(self.groups)) if group >= first)
+
+    @property
+    def told(self) -> tuple[int, ...]:
+        """Groups of layers whose caches hold a number of every row beside keys and values: its position, where masks are made
+        of those, or how many tokens it stands for."""
+        return tuple(sorted(set(self.groups))) if self.shape.marks else self.sized
+
+    @property
+    def follows(self) -> bool:
+        """Whether a prefill program takes the state of the vision stages, to prune or to weigh by."""
+        return bool(self.decoder_stages) or any(stage.weighs for stage in self.vision_stages)
 
     @property
     def decoder_stages(self) -> tuple[Stage, ...]:

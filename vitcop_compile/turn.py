@@ -105,7 +105,7 @@ def _run_alike(
             dense = torch.from_numpy(turn.positions[:, samples]).to(device, non_blocking=True)
             positions = position.unsqueeze(1) + dense.gather(2, prompt.source.expand(len(dense), -1, -1))
         positions = positions.expand(provider.position_dims, batch, tokens)
-        state = own.state if schedule.decoder_stages else ()
+        state = own.state if schedule.follows else ()
         program = provider.prefill(batch, turn.text, schedule, buffers.rows, turn.filled)
         places = (length, removed) if turn.filled else ()
         given = (

@@ -4,6 +4,7 @@
 """
 
 from .base import METHODS, Budgeted, load_method, method_of
+from .calibrated import Calibrated
 from .cdpruner import CDPruner
 from .custom import CustomMethod
 from .dart import Dart
@@ -25,6 +26,7 @@ __all__ = [
     "METHODS",
     "Budgeted",
     "CDPruner",
+    "Calibrated",
     "CustomMethod",
     "Dart",
     "DivPrune",

@@ -17,6 +17,8 @@ from ..schedule import Method, ModelShape, Schedule, resolve
 
 VERSION = 1
 METHODS: dict[str, type[Budgeted]] = {}
+# name -> what makes a method of the fields of its `to_json`.
+READERS: dict[str, Callable[[dict[str, Any]], Method]] = {}
 _Kind = TypeVar("_Kind", bound="type[Budgeted]")
 
 
@@ -25,7 +27,7 @@ def register(name: str) -> Callable[[_Kind], _Kind]:
 
     def add(kind: _Kind) -> _Kind:
         kind.name = name
-        METHODS[name] = kind
+        METHODS[name], READERS[name] = kind, kind.of
         return kind
 
     return add
@@ -110,11 +112,11 @@ def method_of(text: str) -> Method:
     if "method" not in values:
         return ViTCoPConfig.from_json(json.dumps(values))
     name, version = values.pop("method"), values.pop("version", None)
-    if name not in METHODS:
-        raise ConfigError(f"method {name!r} is unknown: use one of vitcop, {', '.join(METHODS)}")
+    if name not in READERS:
+        raise ConfigError(f"method {name!r} is unknown: use one of vitcop, {', '.join(READERS)}")
     if version != VERSION:
         raise ConfigError(f"{name}: version {version!r} cannot be read: this package reads {VERSION}")
-    return METHODS[name].of(values)
+    return READERS[name](values)
 
 
 def load_method(path: str | Path) -> Method:

@@ -51,6 +51,8 @@ def pool(site: Site, budget: int, *, cells: tuple[int, int]) -> Choice:
     if site.real is not None:
         inside = inside & site.real.unsqueeze(1)
     weights, hidden = inside.float(), site.hidden
+    if site.counts is not None:
+        weights = weights * site.counts.unsqueeze(1)
     sizes = weights.sum(-1, keepdim=True)
     middle = ((first + stop - 1) // 2 * width).unsqueeze(2) + ((left + right - 1) // 2).unsqueeze(1)
     return Choice(middle.flatten(1), (weights / sizes @ hidden.float()).to(hidden.dtype), (sizes.squeeze(-1).long(),))

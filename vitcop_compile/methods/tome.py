@@ -43,7 +43,8 @@ def merge_alike(site: Site, budget: int) -> Choice:
 class ToMe(Budgeted):
     """ToMe (arXiv 2210.09461): bipartite soft matching behind every block of the encoder up to the one that the model reads,
     equally many tokens each. Merged between blocks, where the paper merges between attention and MLP, and attention does not
-    count how many a token stands for. Only for encoders whose patches are the language model's tokens."""
+    count how many a token stands for, unless the method is `Calibrated`. Only for encoders whose patches are the language
+    model's tokens."""
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """One a block. Raises ConfigError for encoders whose tokens are put together behind them, and for budgets that blocks,

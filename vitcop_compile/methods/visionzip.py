@@ -33,17 +33,19 @@ def keep_dominant(site: Site, budget: int, *, contextual: int, heads: int, doubl
     target = rest & (turn % step.clamp_min(1) == 0) & (turn < step * contextual)
     index = compact(first | target, budget)[0]
     keys = site.features[:, site.prefix :].float().unflatten(2, (heads, -1)).mean(2)
-    rows, sizes = merge_into(site.hidden, unit(keys), index, target, rest, doubled)
+    # Without contextual tokens there is nothing to merge into.
+    rows, sizes = merge_into(site, unit(keys), index, target, rest if contextual else target, doubled)
     return Choice(index, rows, (sizes,))
 
 
 def merge_into(
-    hidden: Tensor, likeness: Tensor, index: Tensor, target: Tensor, rest: Tensor, doubled: bool = False
+    site: Site, likeness: Tensor, index: Tensor, target: Tensor, rest: Tensor, doubled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(rows [b, m, D] at index int64 [b, m], sizes int64 [b, m]): tokens of `rest` bool [b, n] merged into that `target`, bool
     [b, n], whose likeness [b, n, K], of length 1, is most like theirs: the mean of all, or where `doubled` the target plus the
-    mean of the others."""
-    n = hidden.shape[1]
+    mean of the others. Tokens that stand for several count as often."""
+    assert site.hidden is not None
+    hidden, n = site.hidden, site.hidden.shape[1]
     joins = rest & ~target
     alike = likeness @ take_rows(likeness, index).transpose(1, 2)  # [b, n, m]
     alike = torch.where(target.gather(1, index).unsqueeze(1), alike, -torch.inf)
@@ -51,10 +53,17 @@ def merge_into(
     order = torch.arange(index.shape[1], device=index.device)
     nearest = torch.where(best, order, n).amin(2, keepdim=True)
     share = ((nearest == order) & joins.unsqueeze(2)).transpose(1, 2).float()  # [b, m, n]
+    if site.counts is not None:
+        share = share * site.counts.unsqueeze(1)
     count = share.sum(2, keepdim=True)
     total, own = share @ hidden.float(), take_rows(hidden, index).float()
     merged = own + total / count.clamp_min(1) if doubled else (own + total) / (1 + count)
-    return merged.to(hidden.dtype), count.squeeze(2).long() + 1
+    sizes = count.squeeze(2).long() + 1
+    if site.counts is not None and not doubled:
+        mine = site.counts.gather(1, index)
+        merged = (own * mine.unsqueeze(2) + total) / (mine.unsqueeze(2) + count)
+        sizes = count.squeeze(2).long() + mine
+    return merged.to(hidden.dtype), sizes
 
 
 @register("visionzip")

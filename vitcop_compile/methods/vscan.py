@@ -42,7 +42,7 @@ def keep_scanned(site: Site, budget: int, *, window: int) -> Choice:
     index = compact(kept, budget)[0]
     rest = kept if site.real is None else site.real | kept
     rest = torch.ones_like(kept) if site.real is None else rest
-    merged, sizes = merge_into(site.hidden, unit(site.hidden.float()), index, kept, rest)
+    merged, sizes = merge_into(site, unit(site.hidden.float()), index, kept, rest)
     return Choice(index, merged, (sizes,))
 
 

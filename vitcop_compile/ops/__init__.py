@@ -4,7 +4,7 @@ Plain torch that `torch.export` traces; indices are int64 and ties go to the low
 """
 
 from .clustering import density_peaks
-from .merging import keep_lowest, merge_by_cluster
+from .merging import keep_lowest, mean_by_cluster, merge_by_cluster
 from .saliency import cls_saliency, key_norm
 
-__all__ = ["cls_saliency", "density_peaks", "keep_lowest", "key_norm", "merge_by_cluster"]
+__all__ = ["cls_saliency", "density_peaks", "keep_lowest", "key_norm", "mean_by_cluster", "merge_by_cluster"]

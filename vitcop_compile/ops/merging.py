@@ -31,14 +31,27 @@ def merge_by_cluster(hidden: Tensor, saliency: Tensor, labels: Tensor, budget: i
     token is `h[m] + mean(h[group])` at m, the middle member of the group. Clusters of equal sums go by their first token.
     Raises ValueError for a budget out of range, and for tokens that `images` does not divide.
     """
-    n = hidden.shape[1]
-    _check(budget, n)
-    if images < 1 or n % images:
-        raise ValueError(f"images={images} does not divide {n} tokens: every image brings equally many")
-    plan = _plan(saliency.float(), labels, budget, images)
-    index, _ = compact(plan.keep | plan.seat, budget)
-    merged = take_rows(hidden, index).float() + _means(hidden.float(), index, plan, images)
+    plan, index = _planned(saliency, labels, budget, images)
+    merged = take_rows(hidden, index).float() + _means(hidden.float(), index, plan, images)[0]
     return merged.to(hidden.dtype), index
+
+
+def mean_by_cluster(
+    hidden: Tensor, saliency: Tensor, labels: Tensor, budget: int, images: int = 1, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `merge_by_cluster`, but a merged token is the mean of its group, in which m is: no longer than others.
+
+    counts: int64 [B, n], how many tokens each stands for, which its share in a mean goes by; None is one. Returns (hidden,
+    index, sizes int64 [B, R]: how many tokens each row stands for).
+    """
+    plan, index = _planned(saliency, labels, budget, images)
+    own = hidden.float()
+    weights = (torch.ones_like(labels) if counts is None else counts).float().unsqueeze(2)
+    means, members = _means(torch.cat((own * weights, weights), 2), index, plan, images)
+    alone, weight = members == 0, means[..., -1:]
+    rows = torch.where(alone, take_rows(own, index), means[..., :-1] / torch.where(alone, 1.0, weight))
+    sizes = torch.where(alone, take_rows(weights, index), weight * members)
+    return rows.to(hidden.dtype), index, sizes.squeeze(2).round().long()
 
 
 class _Plan(NamedTuple):
@@ -49,6 +62,16 @@ class _Plan(NamedTuple):
     seat: Tensor
     shared: Tensor
     together: Tensor
+
+
+def _planned(saliency: Tensor, labels: Tensor, budget: int, images: int) -> tuple[_Plan, Tensor]:
+    """(the plan, index int64 [B, R] of the tokens where rows sit). Raises ValueError."""
+    n = labels.shape[1]
+    _check(budget, n)
+    if images < 1 or n % images:
+        raise ValueError(f"images={images} does not divide {n} tokens: every image brings equally many")
+    plan = _plan(saliency.float(), labels, budget, images)
+    return plan, compact(plan.keep | plan.seat, budget)[0]
 
 
 def _plan(saliency: Tensor, labels: Tensor, budget: int, images: int) -> _Plan:
@@ -107,19 +130,24 @@ def _half(number: Tensor) -> Tensor:
     return torch.floor(number * 0.5)
 
 
-def _means(hidden: Tensor, index: Tensor, plan: _Plan, images: int) -> Tensor:
-    """fp32 [B, R, D]: the mean of the group that merges at each row of `index`, zero where a token stays as it is."""
+def _means(hidden: Tensor, index: Tensor, plan: _Plan, images: int) -> tuple[Tensor, Tensor]:
+    """(fp32 [B, R, D]: the mean of the group that merges at each row of `index`, zero where a token stays as it is; fp32 [B,
+    R, 1]: its members)."""
     batch, n, width = hidden.shape
     shared = plan.shared.gather(1, index).unsqueeze(-1)
     if images == 1:
         own = take_rows(plan.together.float(), index)
         group = torch.where(shared, plan.shared.float().unsqueeze(1), own)
-        return group @ hidden / group.sum(-1, keepdim=True).clamp_min(1)
+        members = group.sum(-1, keepdim=True)
+        return group @ hidden / members.clamp_min(1), members
     group = plan.together.float()
-    means = group @ hidden.reshape(batch * images, n // images, width) / group.sum(-1, keepdim=True).clamp_min(1)
+    members = group.sum(-1, keepdim=True)
+    means = group @ hidden.reshape(batch * images, n // images, width) / members.clamp_min(1)
     one = plan.shared.float().unsqueeze(1)
-    return torch.where(
-        shared, one @ hidden / one.sum(-1, keepdim=True).clamp_min(1), take_rows(means.reshape_as(hidden), index)
+    every = one.sum(-1, keepdim=True)
+    return (
+        torch.where(shared, one @ hidden / every.clamp_min(1), take_rows(means.reshape_as(hidden), index)),
+        torch.where(shared, every, take_rows(members.reshape(batch, n, 1), index)),
     )
 
 
