@@ -58,8 +58,8 @@ class Found:
         """Writes the method's settings, which `load_method`, `optimize` and `--config` take, with the evidence beside them;
         aside first, and moved into place."""
         target = Path(path)
-        evidence = {"target": self.target, "chosen": self.chosen, "left_out": dict(self.left_out)}
-        evidence["candidates"] = [asdict(candidate) for candidate in self.candidates]  # type: ignore[assignment]
+        candidates = [asdict(candidate) for candidate in self.candidates]
+        evidence = {"target": self.target, "chosen": self.chosen, "left_out": dict(self.left_out), "candidates": candidates}
         aside = target.with_name(target.name + ".partial")
         aside.write_text(json.dumps(json.loads(self.method.to_json()) | {"evidence": evidence}, indent=2) + "\n")
         aside.replace(target)

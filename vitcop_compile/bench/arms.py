@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..config import ViTCoPConfig
 from ..errors import ConfigError, UnsupportedError
 from ..host import Host
 from ..layout import Layout
+from ..schedule import Method
 from .timing import Call
 
 
@@ -53,7 +53,7 @@ class Arm:
 
 
 # build(model, config, request) -> Arm; `config` is dense for an arm that does not prune.
-Build = Callable[[PreTrainedModel, ViTCoPConfig, Request], Arm]
+Build = Callable[[PreTrainedModel, Method, Request], Arm]
 ARMS: dict[str, Build] = {}
 
 
@@ -67,7 +67,7 @@ def register(name: str) -> Callable[[Build], Build]:
     return add
 
 
-def build(name: str, model: PreTrainedModel, config: ViTCoPConfig, request: Request) -> Arm:
+def build(name: str, model: PreTrainedModel, config: Method, request: Request) -> Arm:
     """The arm `name`. Raises ConfigError, listing the known ones, for any other."""
     if name not in ARMS:
         raise ConfigError(f"arm {name!r} is unknown: use one of {', '.join(ARMS)}")

@@ -50,7 +50,8 @@ class SelectionOnly(nn.Module):
     def _inside(self, stages: list[Stage], given: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         shape, hidden = self.schedule.shape, given["patches"]
         state: tuple[Tensor, ...] = ()
-        incoming, prefix = (shape.patches,), shape.prefix_tokens
+        incoming: tuple[int, ...] = (shape.patches,)
+        prefix = shape.prefix_tokens
         for number, stage in enumerate(stages):
             looked = _looked_at(stage, given, f"vision_{number}")
             hidden, _, _, _, *rest = prune_tokens(
@@ -62,7 +63,8 @@ class SelectionOnly(nn.Module):
         return hidden, state
 
     def _behind(self, stage: Stage, given: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        prefix, told, score_of = self.schedule.shape.prefix_tokens, (), tap_of(stage)
+        prefix, score_of = self.schedule.shape.prefix_tokens, tap_of(stage)
+        told: tuple[Tensor, ...] = ()
         if score_of is not None:
             query, key, _, scale = _looked_at(stage, given, "vision_0")
             assert query is not None and key is not None and scale is not None

@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from ..cache import CACHE_NAME
-from ..config import ViTCoPConfig
 from ..errors import ConfigError
 from ..families import family_of
+from ..schedule import Method
 from .arms import Arm, Request, begin_step, inputs, register
 from .kernels import recorded
 from .timing import Call
 
 
 @register("stock_eager")
-def stock_eager(model: PreTrainedModel, config: ViTCoPConfig, request: Request) -> Arm:
+def stock_eager(model: PreTrainedModel, config: Method, request: Request) -> Arm:
     """transformers as it is, with torch's fused attention.
 
     Raises ConfigError for a config that prunes, and as `check_stock` does.
@@ -33,7 +33,7 @@ def stock_eager(model: PreTrainedModel, config: ViTCoPConfig, request: Request) 
 
 
 @register("stock_compile")
-def stock_compile(model: PreTrainedModel, config: ViTCoPConfig, request: Request) -> Arm:
+def stock_compile(model: PreTrainedModel, config: Method, request: Request) -> Arm:
     """The same under torch.compile: one full graph per stage at static shapes, with CUDA graphs on CUDA.
 
     Encoders that are told the grids of their images read them on the host, as their stock code has it: "vision" and "ttft" of
@@ -55,7 +55,7 @@ def stock_compile(model: PreTrainedModel, config: ViTCoPConfig, request: Request
     return _arm(model, config, request, made, rewind, _compiled)
 
 
-def check_stock(model: Any, config: ViTCoPConfig | None = None) -> None:
+def check_stock(model: Any, config: Method | None = None) -> None:
     """Raises UnsupportedError for a model of no known family, ConfigError if it is in training mode or not on "sdpa", and
     for a config that prunes."""
     family_of(model)
@@ -67,13 +67,13 @@ def check_stock(model: Any, config: ViTCoPConfig | None = None) -> None:
                 f"the {part.model_type} part has attn_implementation={part._attn_implementation!r}, the baselines are stated "
                 "for 'sdpa': load the model with attn_implementation='sdpa'"
             )
-    if config is not None and config.prune:
+    if config is not None and getattr(config, "prune", True):
         raise ConfigError("a stock model cannot prune: pass ViTCoPConfig.dense(), or choose an arm that prunes")
 
 
 def _arm(
     model: Any,
-    config: ViTCoPConfig,
+    config: Method,
     request: Request,
     make_cache: Callable[[int], Any],
     rewind: Callable[[Any, int], None],

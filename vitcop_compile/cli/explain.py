@@ -53,7 +53,7 @@ def explain_command(
         layout = tuple(segment for size in sizes for segment in host.layout_of(*size, len(sizes))) or host.layout
         schedules = {name: resolve(settings, _shape(host, layers), layout) for name, settings in methods.items()}
         if len(schedules) == 1:
-            console().print(table(*schedules.values(), text_tokens))
+            console().print(table(next(iter(schedules.values())), text_tokens))
         for name, schedule in schedules.items():
             console().print(Text(f"{name}: {summary(schedule, text_tokens)}"), soft_wrap=True)
 

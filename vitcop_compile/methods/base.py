@@ -97,7 +97,8 @@ class Budgeted:
         unknown = values.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ConfigError(f"{cls.name}: unknown settings {sorted(unknown)}: remove them or upgrade vitcop-compile")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**settings)
 
 
 def method_of(text: str) -> Method:
