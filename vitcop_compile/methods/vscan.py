@@ -38,7 +38,8 @@ def keep_scanned(site: Site, budget: int, *, window: int) -> Choice:
         taken = free & (turn < budget // 2)
     # What windows could not give goes to the late layer as well.
     order = torch.where(taken, -torch.inf, -whole)
-    kept = torch.zeros_like(taken).scatter(1, lowest(order, budget), torch.ones_like(taken))
+    chosen = lowest(order, budget)
+    kept = torch.zeros_like(taken).scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
     index = compact(kept, budget)[0]
     rest = kept if site.real is None else site.real | kept
     rest = torch.ones_like(kept) if site.real is None else rest
