@@ -149,8 +149,12 @@ def reroute(graph: fx.Graph, cut: fx.Node, hidden: fx.Node, keep: fx.Node, renum
     def shorten(value: fx.Node, dims: list[int]) -> fx.Node:
         source = value.meta.get(TABLE, value)
         new = source if renumber and _is_table(source) else value
+        second = _samples_second(value, cut)
         for dim in dims:
+            # Positions are [dims, B, t] where they cross as they came in.
+            new = graph.call_function(torch.ops.aten.transpose.int, (new, 0, 1)) if second else new
             new = graph.call_function(take_along, (new, keep, dim))
+            new = graph.call_function(torch.ops.aten.transpose.int, (new, 0, 1)) if second else new
             # The symbol stands for "tokens of the present stage", so the next cut reads these as it read the originals.
             new.meta["val"] = value.meta["val"]
         new.meta[TABLE] = source
@@ -189,6 +193,14 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
         return graph.placeholder(name)
+
+
+def _samples_second(value: fx.Node, cut: fx.Node) -> bool:
+    """Whether the samples of a value are its second axis, those of the hidden state `cut` being its first."""
+    samples, sizes = cut.meta["val"].shape[0], value.meta["val"].shape[:2]
+    if not isinstance(samples, torch.SymInt):
+        return False
+    return [isinstance(size, torch.SymInt) and size.node.expr == samples.node.expr for size in sizes] == [False, True]
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -107,7 +107,7 @@ def test_long_loops_are_refused_where_they_are_unrolled(monkeypatch: pytest.Monk
     assert unroll_loops.MOST_STEPS == 256
     monkeypatch.setattr(unroll_loops, "MOST_STEPS", KEPT - 2)
     with pytest.raises(UnsupportedError, match=r"chooses 8 tokens one by one, .* 7 is the most that is unrolled: lower"):
-        optimized("divprune", "onnxruntime").on_demand.vision(1)
+        models.optimize(shared(LAYERS), method("divprune"), backend="onnxruntime").on_demand.vision(1)
 
 
 @pytest.mark.covers("inductor", family="llava")

@@ -131,7 +131,7 @@ QWEN: dict[str, tuple[Callable[[], Any], Plan]] = {
         Plan(entry=(by_first_channel_of_image, some(FEW)), early=0),
     ),
 } | {name: (lambda make=make: make(FEW), plan(FEW)) for name, (make, plan) in DECODER.items()}
-QUICK = {"llava": ("visionzip", "sparsevlm"), "qwen": ("divprune",)}
+QUICK = {"llava": ("sparsevlm",), "qwen": ("vscan", "cdpruner")}
 
 
 def of(family: str, methods: Sequence[str]) -> Any:
@@ -264,13 +264,30 @@ def test_random_tokens_are_pruned_by_hand() -> None:
     check(found, told, told.turn(ids, pixels, said(found)))
 
 
+@pytest.mark.covers("batch", family="llava")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cdpruner", "fastv", "visionzip", "vscan"])
+def test_samples_of_one_layout_have_choices_and_positions_of_their_own(name: str) -> None:
+    """They go through programs together, of text of other lengths."""
+    samples = [llava_prompt(1, seed) for seed in (0, 3)]
+    pixels = torch.cat([own for _, own in samples if own is not None])
+    found = generate(optimized("llava", name), [ids for ids, _ in samples], {"pixel_values": pixels})
+    for sample, (ids, own) in enumerate(samples):
+        told = told_of("llava", LLAVA[name][1])
+        check(found, told, told.turn(ids, own, said(found, sample)), sample)
+
+
 def test_another_choice_would_be_seen() -> None:
-    """A control: the reference takes the least salient tokens."""
+    """A control: the reference takes the most salient tokens, and then the least."""
     ids, pixels = llava_prompt(1, 0)
 
     def least(image: Image, budget: int) -> Told:
         return book.visionzip(3)(Image(image.grid, image.hidden, [-s for s in image.score], [], image.keys), budget)
 
-    found, told = generate(optimized("llava", "visionzip"), [ids], {"pixel_values": pixels}), told_of("llava", Plan())
-    told.plan = Plan(encoder={2: (least, some(KEPT))})
+    found, told = (
+        generate(optimized("llava", "visionzip"), [ids], {"pixel_values": pixels}),
+        told_of("llava", LLAVA["visionzip"][1]),
+    )
+    check(found, told, told.turn(ids, pixels, said(found)))
+    told = told_of("llava", Plan(encoder={2: (least, some(KEPT))}))
     assert (torch.cat(found.logits) - told.turn(ids, pixels, said(found))).abs().max() > 100 * NEAR

@@ -24,7 +24,8 @@ def keep_dominant(site: Site, budget: int, *, contextual: int, heads: int, doubl
     assert site.hidden is not None and site.score is not None and site.features is not None
     first = torch.zeros_like(site.score, dtype=torch.bool)
     if contextual < budget:
-        first = first.scatter(1, lowest(-site.score, budget - contextual), torch.ones_like(first))
+        most = lowest(-site.score, budget - contextual)
+        first = first.scatter(1, most, torch.ones_like(most, dtype=torch.bool))
     rest = ~first if site.real is None else site.real & ~first
     if not contextual:  # what is left has nowhere to go
         rest = torch.zeros_like(first)

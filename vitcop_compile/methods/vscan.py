@@ -29,7 +29,7 @@ def keep_scanned(site: Site, budget: int, *, window: int) -> Choice:
         row, column, rows, columns = grid_of(site)
         down, across = (rows // window).clamp_min(1), (columns // window).clamp_min(1)
         place = torch.minimum(row // window, down - 1) * across + torch.minimum(column // window, across - 1)
-        limit = -(-(budget // 2) // (down * across))
+        limit = (budget // 2 + down * across - 1) // (down * across)
         ahead = local.unsqueeze(1) > local.unsqueeze(2)  # [b, n, n]: j goes before i
         ahead = ahead | ((local.unsqueeze(1) == local.unsqueeze(2)) & earlier(local.shape[1], local.device))
         own = count(ahead & (place.unsqueeze(1) == place.unsqueeze(2)))
@@ -38,7 +38,8 @@ def keep_scanned(site: Site, budget: int, *, window: int) -> Choice:
         taken = free & (turn < budget // 2)
     # What windows could not give goes to the late layer as well.
     order = torch.where(taken, -torch.inf, -whole)
-    kept = torch.zeros_like(taken).scatter(1, lowest(order, budget), torch.ones_like(taken))
+    chosen = lowest(order, budget)
+    kept = torch.zeros_like(taken).scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
     index = compact(kept, budget)[0]
     rest = kept if site.real is None else site.real | kept
     rest = torch.ones_like(kept) if site.real is None else rest
