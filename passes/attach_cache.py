@@ -44,9 +44,9 @@ def fill_rows(cache: Tensor, rows: Tensor) -> None:
 fx.node.has_side_effect(fill_rows)
 
 
-def positions_of(marks: Tensor) -> Tensor:
-    """int64 [B, s]: the positions in marks [B, 2, 1, s]."""
-    return marks[:, 1, 0]
+def numbers_of(told: Tensor) -> Tensor:
+    """int64 [B, s]: what caches hold of each row: the positions in marks [B, 2, 1, s], or sizes [B, s]."""
+    return told[:, 1, 0] if told.dim() == 4 else told
 
 
 def ones_of(key: Tensor) -> Tensor:
@@ -54,15 +54,15 @@ def ones_of(key: Tensor) -> Tensor:
     return key.new_ones((key.shape[0], key.shape[2]), dtype=torch.int64)
 
 
-def write_numbers(held: Tensor, numbers: Tensor, at: Tensor) -> Tensor:
-    """Writes numbers int64 [B, s] into held [B, r] at rows `at` int64 [B, s], in place; returns held."""
+def write_numbers(held: Tensor, told: Tensor, at: Tensor) -> Tensor:
+    """Writes `numbers_of(told)` into held int64 [B, r] at rows `at` int64 [B, s], in place; returns held."""
     batch = torch.arange(held.shape[0], device=held.device)[:, None]
-    return held.index_put_((batch, at), numbers)
+    return held.index_put_((batch, at), numbers_of(told))
 
 
-def fill_numbers(held: Tensor, numbers: Tensor) -> None:
-    """Makes numbers int64 [B, s] the first of held [B, r], in place, and zeros the others."""
-    held.copy_(F.pad(numbers, (0, held.shape[1] - numbers.shape[1])))
+def fill_numbers(held: Tensor, told: Tensor) -> None:
+    """Makes `numbers_of(told)` the first of held int64 [B, r], in place, and zeros the others."""
+    held.copy_(F.pad(numbers_of(told), (0, held.shape[1] - told.shape[-1])))
 
 
 fx.node.has_side_effect(fill_numbers)
@@ -177,18 +177,21 @@ def attach_cache(
                     graph.call_function(fill_rows, (cache, tensor))
     if not in_place:
         output = output_node(graph)
-        output.args = ((*output.args[0], *told.values(), *rows),)  # type: ignore[misc]
+        with graph.inserting_before(output):
+            numbers = [graph.call_function(numbers_of, (own,)) for own in told.values()]
+        output.args = ((*output.args[0], *numbers, *rows),)  # type: ignore[misc]
     return finish(module)
 
 
 def _told(graph: fx.Graph, anchor: fx.Node, sized: bool) -> fx.Node | None:
-    """int64 [B, s]: what caches hold of the rows of a group beside keys and values. anchor: the group's first."""
-    sizes, marks = sizes_of(anchor), marks_of(anchor)
-    if sizes is not None or (marks is None and not sized):
-        return sizes
-    target, given = (ones_of, anchor.args[1]) if marks is None else (positions_of, marks[0])
-    with graph.inserting_before(anchor):
-        return graph.call_function(target, (given,))
+    """The marks, or sizes, of which caches hold numbers of the rows of a group. anchor: the group's first."""
+    if (marks := marks_of(anchor)) is not None:
+        return marks[0]
+    sizes = sizes_of(anchor)
+    if sizes is None and sized:
+        with graph.inserting_before(anchor):
+            return graph.call_function(ones_of, (anchor.args[1],))
+    return sizes
 
 
 def _extend(

@@ -58,13 +58,11 @@ def merge_into(
         share = share * site.counts.unsqueeze(1)
     count = share.sum(2, keepdim=True)
     total, own = share @ hidden.float(), take_rows(hidden, index).float()
-    merged = own + total / count.clamp_min(1) if doubled else (own + total) / (1 + count)
-    sizes = count.squeeze(2).long() + 1
     if site.counts is not None and not doubled:
-        mine = site.counts.gather(1, index)
-        merged = (own * mine.unsqueeze(2) + total) / (mine.unsqueeze(2) + count)
-        sizes = count.squeeze(2).long() + mine
-    return merged.to(hidden.dtype), sizes
+        mine = site.counts.gather(1, index).unsqueeze(2)
+        return ((own * mine + total) / (mine + count)).to(hidden.dtype), (mine + count).squeeze(2).long()
+    merged = own + total / count.clamp_min(1) if doubled else (own + total) / (1 + count)
+    return merged.to(hidden.dtype), count.squeeze(2).long() + 1
 
 
 @register("visionzip")

@@ -32,7 +32,7 @@ def merge_by_cluster(hidden: Tensor, saliency: Tensor, labels: Tensor, budget: i
     Raises ValueError for a budget out of range, and for tokens that `images` does not divide.
     """
     plan, index = _planned(saliency, labels, budget, images)
-    merged = take_rows(hidden, index).float() + _means(hidden.float(), index, plan, images)[0]
+    merged = take_rows(hidden, index).float() + _means(hidden.float(), index, plan, images)
     return merged.to(hidden.dtype), index
 
 
@@ -47,11 +47,11 @@ def mean_by_cluster(
     plan, index = _planned(saliency, labels, budget, images)
     own = hidden.float()
     weights = (torch.ones_like(labels) if counts is None else counts).float().unsqueeze(2)
-    means, members = _means(torch.cat((own * weights, weights), 2), index, plan, images)
-    alone, weight = members == 0, means[..., -1:]
-    rows = torch.where(alone, take_rows(own, index), means[..., :-1] / torch.where(alone, 1.0, weight))
-    sizes = torch.where(alone, take_rows(weights, index), weight * members)
-    return rows.to(hidden.dtype), index, sizes.squeeze(2).round().long()
+    given = torch.cat((own * weights, weights), 2)
+    merged = _means(given, index, plan, images, sums=True)
+    merged = torch.where(merged[..., -1:] == 0, take_rows(given, index), merged)
+    rows, sizes = merged[..., :-1] / merged[..., -1:], merged[..., -1]
+    return rows.to(hidden.dtype), index, sizes.long()
 
 
 class _Plan(NamedTuple):
@@ -130,25 +130,20 @@ def _half(number: Tensor) -> Tensor:
     return torch.floor(number * 0.5)
 
 
-def _means(hidden: Tensor, index: Tensor, plan: _Plan, images: int) -> tuple[Tensor, Tensor]:
-    """(fp32 [B, R, D]: the mean of the group that merges at each row of `index`, zero where a token stays as it is; fp32 [B,
-    R, 1]: its members)."""
+def _means(hidden: Tensor, index: Tensor, plan: _Plan, images: int, sums: bool = False) -> Tensor:
+    """fp32 [B, R, D]: the mean of the group that merges at each row of `index`, or its sum, zero where a token stays as it
+    is."""
     batch, n, width = hidden.shape
+
+    def of(group: Tensor, rows: Tensor) -> Tensor:
+        return group @ rows if sums else group @ rows / group.sum(-1, keepdim=True).clamp_min(1)
+
     shared = plan.shared.gather(1, index).unsqueeze(-1)
     if images == 1:
         own = take_rows(plan.together.float(), index)
-        group = torch.where(shared, plan.shared.float().unsqueeze(1), own)
-        members = group.sum(-1, keepdim=True)
-        return group @ hidden / members.clamp_min(1), members
-    group = plan.together.float()
-    members = group.sum(-1, keepdim=True)
-    means = group @ hidden.reshape(batch * images, n // images, width) / members.clamp_min(1)
-    one = plan.shared.float().unsqueeze(1)
-    every = one.sum(-1, keepdim=True)
-    return (
-        torch.where(shared, one @ hidden / every.clamp_min(1), take_rows(means.reshape_as(hidden), index)),
-        torch.where(shared, every, take_rows(members.reshape(batch, n, 1), index)),
-    )
+        return of(torch.where(shared, plan.shared.float().unsqueeze(1), own), hidden)
+    means = of(plan.together.float(), hidden.reshape(batch * images, n // images, width))
+    return torch.where(shared, of(plan.shared.float().unsqueeze(1), hidden), take_rows(means.reshape_as(hidden), index))
 
 
 def _check(budget: int, n: int) -> None:
