@@ -63,11 +63,11 @@ def encoder_passes(schedule: Schedule, attn_implementation: str = "sdpa", exact:
     site = {"prefix": prefix, "grid": segment.grid[1:], "exact": exact}
     inside = tuple(stage.of_segment(0) for stage in schedule.vision_stages if stage.side == "encoder")
     behind = stage.of_segment(0) if stage is not None and stage.side != "encoder" else None
+    pruned = ("prune", partial(prune, stages=inside, incoming=(segment.candidates,), prefix=prefix, site=site))
     return (
         ("clean", clean),
         ("truncate_encoder", partial(truncate_encoder, feature_layer=shape.feature_layer)),
-        ("prune", partial(prune, stages=inside, incoming=(segment.candidates,), prefix=prefix, site=site)),
-        ("tap", partial(tap, stage=behind, prefix=prefix)),
+        pruned if behind is None else ("tap", partial(tap, stage=behind, prefix=prefix)),
         ("drop_prefix", partial(drop_prefix, prefix=prefix - segment.lead)),
         ("lower_attention", partial(lower_attention, name=attn_implementation)),
     )

@@ -291,16 +291,16 @@ def _check_places(stages: tuple[Stage, ...], layers: int) -> None:
             raise RewriteError(f"policy {stage.policy!r} is unknown: use one of {', '.join(POLICIES)}")
         if stage.weighs and not (POLICIES[stage.policy].merges and POLICIES[stage.policy].adds):
             raise RewriteError(f"policy {stage.policy!r} does not say how many tokens each that it leaves stands for")
-        if _scored(stage) < 0 and (keys := POLICIES[stage.policy].needs & {"query", "key", "value", "before"}):
-            raise RewriteError(
-                f"policy {stage.policy!r} looks at {', '.join(sorted(keys))} of a layer before: none is before layer 0"
-            )
         if not all(0 <= layer < stage.layer for layer in stage.also):
             raise RewriteError(f"layers {stage.also} that a stage looks at as well are to be below its own, {stage.layer}")
         if not before < _scored(stage) < layers - (stage.side == "decoder"):
             first = before + 1 + (stage.side == "decoder")
             raise RewriteError(
                 f"stage at layer {stage.layer} is out of place: stages ascend between layer {first} and {layers - 1}"
+            )
+        if _scored(stage) < 0 and (keys := POLICIES[stage.policy].needs & {"query", "key", "value", "before"}):
+            raise RewriteError(
+                f"policy {stage.policy!r} looks at {', '.join(sorted(keys))} of a layer before: none is before layer 0"
             )
         before = _scored(stage)
 

@@ -146,7 +146,7 @@ def test_a_shape_is_the_model_it_describes():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert TINY.model_shape() == dataclasses.replace(
         LLAVA, layers=4, hidden=32, intermediate=128, heads=1, kv_heads=1, head_dim=32, vocab=300, grid=(8, 8),
-        vision_layers=3, feature_layer=1, vision_hidden=32, vision_intermediate=128, element_bytes=4,
+        vision_layers=3, feature_layer=1, vision_hidden=32, vision_intermediate=128, vision_heads=1, element_bytes=4,
     )  # fmt: skip
     assert Shape(hidden=1024).model_shape().heads == 16 and Shape(hidden=1024).intermediate == 2752
     assert Shape().name == "1024x12" and Shape(dtype="bfloat16").model_shape().element_bytes == 2

@@ -29,7 +29,9 @@ def test_presets_are_the_published_settings(name: str) -> None:
     n, centers, merged, kept, mean = TABLE[name]
     schedule = ViTCoPConfig.preset(name).schedule()
     assert schedule.stages == (
-        Stage("encoder", 22, "cls_attention", (n,), (("centers", (centers,)), ("density_width", 8.0), ("reach", 0.6))),
+        Stage(
+            "encoder", 22, "cls_attention", (n,), (("centers", (centers,)), ("density_width", 8.0), ("reach", 0.6)), "index"
+        ),
         Stage("decoder", 2, "merge_by_cluster", (merged,)),
         Stage("decoder", 22, "keep_lowest", (kept,), positions="index"),
     )

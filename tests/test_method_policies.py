@@ -346,6 +346,6 @@ def test_a_score_that_is_shuffled_would_be_seen(name: str) -> None:
 def test_every_method_is_among_these() -> None:
     """A policy that is added has to be compared as well."""
     compared = {policy for policy, *_ in (*VISION.values(), *DECODER.values())} | {"bipartite_matching", "random"}
-    own = {"cls_attention", "attention_received", "merge_by_cluster", "keep_lowest"}
+    own = {"cls_attention", "attention_received", "merge_by_cluster", "merge_to_means", "keep_lowest"}
     assert {name for name in POLICIES if not name.startswith("custom_")} == compared | own
     assert len(methods.METHODS) == 17 and len(LOOPS) == 3

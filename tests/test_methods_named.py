@@ -38,7 +38,7 @@ from vitcop_compile.methods.named import fields_of, method_from, method_named, m
          VisionZip(merge="mean", contextual=0.125, tokens=64)),
         ("vscan", {"last": "1/4", "middle": "8", "tokens": "64"}, VScan(last=0.25, middle=8, tokens=64)),
         ("holov", {"alpha": "1e-1", "retention": "2/9"}, HoloV(alpha=0.1, retention=2 / 9)),
-        ("dart", {"visual_pivots": "0", "tokens": "32"}, Dart(visual_pivots=0, tokens=32)),
+        ("dart", {"visual_pivots": "1", "tokens": "32"}, Dart(visual_pivots=1, tokens=32)),
     ],
 )  # fmt: skip
 def test_words_make_the_method(name: str, settings: dict[str, Any], expected: Any) -> None:

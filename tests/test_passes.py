@@ -377,12 +377,12 @@ def stage(layer: int, policy: str = "keep_lowest", tokens: int = 8) -> Stage:
 @pytest.mark.parametrize(
     ("stages", "reason"),
     [
-        ([stage(0)], "layer 0 .* between layer 1 and 5"),
-        ([stage(LAYERS)], "layer 6 .* between layer 1 and 5"),
-        ([stage(-1)], "layer -1"),
+        ([stage(0)], "'keep_lowest' looks at key of a layer before: none is before layer 0"),
+        ([stage(LAYERS)], "layer 6 .* between layer 0 and 5"),
+        ([stage(-1)], "layer -1 .* between layer 0 and 5"),
         ([stage(3), stage(2, tokens=4)], "layer 2 .* between layer 4 and 5"),
         ([stage(3), stage(3, tokens=4)], "layer 3 .* between layer 4 and 5"),
-        ([stage(3, "keep_best")], "'keep_best' .* merge_by_cluster, keep_lowest"),
+        ([stage(3, "keep_best")], "'keep_best' is unknown: use one of .*merge_by_cluster, .*keep_lowest"),
     ],
 )
 def test_stages_that_do_not_fit(graphs, stages, reason):
