@@ -226,7 +226,7 @@ def prune(
             more["before"] = pruned_at.get(before, before)
         if stage.also:
             more["also"] = tuple(anchors(graph)[layer].args[:2] for layer in stage.also)
-        settings = {
+        settings: dict[str, Any] = {
             "policy": stage.policy,
             "incoming": incoming,
             "tokens": stage.tokens,
@@ -250,8 +250,8 @@ def prune(
         pruned_at[cut] = hidden
         selections.append(index)
     for layer, anchor in enumerate(anchors(graph)):
-        if before := [first for first in sizes if first <= layer]:
-            give_sizes(anchor, sizes[max(before)])
+        if behind := [first for first in sizes if first <= layer]:
+            give_sizes(anchor, sizes[max(behind)])
     output = output_node(graph)
     output.args = ((*output.args[0], *selections, *(state if prefix is not None else ())),)  # type: ignore[misc]
     return finish(module)
