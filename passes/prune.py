@@ -250,13 +250,8 @@ def prune(
         pruned_at[cut] = hidden
         selections.append(index)
     for layer, anchor in enumerate(anchors(graph)):
-<<<<<<< HEAD
         if given := [first for first in sizes if first <= layer]:
             give_sizes(anchor, sizes[max(given)])
-=======
-        if behind := [first for first in sizes if first <= layer]:
-            give_sizes(anchor, sizes[max(behind)])
->>>>>>> w-calib
     output = output_node(graph)
     output.args = ((*output.args[0], *selections, *(state if prefix is not None else ())),)  # type: ignore[misc]
     return finish(module)
