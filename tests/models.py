@@ -145,6 +145,11 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def exhaustive(*values):
+    """Parameters of a test that CI leaves out as well: what they combine is proven by others one by one."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 def pixels(batch: int = 1, seed: int = 0) -> Tensor:
     """Random normalised images [batch, 3, 112, 112], a color of its own for every patch."""
     generator = torch.Generator().manual_seed(1000 + seed)

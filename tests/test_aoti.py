@@ -71,8 +71,7 @@ def test_generates_what_eager_does(built, name):
     assert len(ahead.compiled) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [models.slow("1/9"), models.exhaustive("dense")])
 def test_forward_selects_and_updates_its_cache_as_eager_does(built, name):
     outs = []
     for fast in built(name):

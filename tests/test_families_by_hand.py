@@ -13,7 +13,7 @@ import models
 import pytest
 import torch
 from families_more import KINDS, START, Part
-from models import VOCAB, slow
+from models import VOCAB, exhaustive, slow
 from reference_llava import Settings
 from torch import Tensor
 from vitcop_compile.export import EngineModel
@@ -34,6 +34,9 @@ NAMES = [name for name in KINDS if name != "glm46v"]
 # In the default run: features that are added later.
 QUICK = ("qwen3_vl",)
 ALL = pytest.mark.parametrize("name", NAMES)
+# Compiled or exported, in CI: added features, a second tower, pixel shuffle, frames.
+COMPILED = ("qwen3_vl", "video_llava", "idefics3", "next_video")
+BACKENDS = pytest.mark.parametrize("name", [slow(name) if name in COMPILED else exhaustive(name) for name in NAMES])
 SOME_SLOW = pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NAMES])
 VIDEO = pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in NAMES if KINDS[name].videos])
 
@@ -185,8 +188,7 @@ def test_features_that_do_not_follow_the_rows_that_stay_would_be_seen() -> None:
 
 
 @pytest.mark.covers("onnxruntime", "folder")
-@pytest.mark.slow
-@ALL
+@BACKENDS
 def test_a_folder_gives_what_is_pruned_by_hand(name: str, tmp_path: Path) -> None:
     ids, given = families_more.prompt(name, [2, SMALLEST.get(name, (3, 3)), 3])
     rows = torch.tensor([ids])
@@ -198,8 +200,7 @@ def test_a_folder_gives_what_is_pruned_by_hand(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.covers("inductor")
-@pytest.mark.slow
-@ALL
+@BACKENDS
 def test_inductor_gives_what_the_stock_model_gives(name: str) -> None:
     """Nothing is pruned, and all have nine tokens of images among as many of text, so that kernels are compiled once."""
     ids, given = families_more.prompt(name, [2, SMALLEST.get(name, (3, 3)), 3])
@@ -208,5 +209,5 @@ def test_inductor_gives_what_the_stock_model_gives(name: str) -> None:
     dense = models.optimize(stock, ViTCoPConfig.dense(), backend="inductor", prompt_buckets=(32,))
     with torch.no_grad():
         expected = stock(input_ids=rows, **given).logits[:, -1]
-    found = dense(input_ids=rows, pixel_values=given.pop("pixel_values"), **given).logits[:, -1]
+    found = dense(input_ids=rows, **given).logits[:, -1]
     torch.testing.assert_close(found, expected, atol=BACKENDS_NEAR, rtol=0)

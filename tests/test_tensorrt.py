@@ -56,8 +56,10 @@ def export_both(monkeypatch, root, optimized, **options):
 
 # Half a minute each: every preset, and both types.
 _BUILT = [
-    pytest.param((dtype, preset), id=f"{dtype}-{preset}", marks=pytest.mark.slow)
-    for dtype, preset in zip(("float16", "float16", "bfloat16"), PRESETS, strict=True)
+    pytest.param((dtype, preset), id=f"{dtype}-{preset}", marks=mark)
+    for dtype, preset, mark in zip(
+        ("float16", "float16", "bfloat16"), PRESETS, (pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.slow), strict=True
+    )
 ]
 
 

@@ -36,9 +36,8 @@ _MODELS = {
 
 
 @needs_rtx
-@pytest.mark.slow
 @pytest.mark.covers("RTX build")
-@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize("name", [models.slow("onevision"), models.exhaustive("qwen2_vl"), models.exhaustive("next_video")])
 def test_rtx_builds_every_program(name: str, tmp_path: Path) -> None:
     """The builder parses and optimizes every graph; what it saw is what `vitcop.json` says, which `build_engine` compares."""
     make, config = _MODELS[name]

@@ -9,7 +9,7 @@ import models
 import pytest
 import tiled
 import torch
-from models import slow
+from models import exhaustive, slow
 from PIL import Image
 from reference_llava import PRESETS, Settings
 from reference_tiled import TiledConversation
@@ -112,7 +112,7 @@ def test_beams_see_images_once_and_say_what_stock_beams_say(name: str) -> None:
     assert ("tower", given["pixel_values"].flatten(2).any(2).sum().item(), tiled.GRID**2) in towers
 
 
-@pytest.mark.parametrize("name, language", [slow("next", "mistral"), slow("next", "qwen2"), slow("onevision", "mistral")])
+@pytest.mark.parametrize("name, language", [slow("next", "mistral"), exhaustive("next", "qwen2"), exhaustive("onevision", "mistral")])
 def test_other_language_models(name: str, language: str) -> None:
     ids, given = request(name, [(40, 100)], 1)
     stock = tiled.model(name, language)
@@ -210,8 +210,7 @@ def test_no_program_has_an_operation_that_waits_or_a_symbol(name: str) -> None:
 
 
 @pytest.mark.covers("folder")
-@pytest.mark.slow
-@BOTH
+@pytest.mark.parametrize("name", [slow("next"), exhaustive("onevision")])
 def test_a_folder_does_what_stock_layers_do_when_pruned_by_hand(name: str, tmp_path: Any) -> None:
     """Tiles, line breaks and all, of an image and of two."""
     fast = optimized(name)

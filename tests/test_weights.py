@@ -167,7 +167,7 @@ def test_optimized_again_it_serves() -> None:
     assert torch.equal(logits(again), logits(made(seed=1)[1]))
 
 
-@pytest.mark.parametrize("backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("inductor", "aotinductor"))])
+@pytest.mark.parametrize("backend", ["eager", models.slow("inductor"), models.exhaustive("aotinductor")])
 def test_values_that_change_in_place_are_followed(backend: str, served) -> None:
     model, fast, _ = served if backend == "eager" else (*made(backend), None)
     before = logits(fast)
