@@ -283,7 +283,7 @@ def _host(manifest: Manifest, config: Any) -> Host:
         raise FolderError(f"{NAME}: architecture {manifest.architecture!r} is none of {', '.join(sorted(FAMILIES))}")
     try:
         host = entry.host(config, getattr(torch, manifest.dtype).itemsize)
-        host = with_clips(host) if manifest.config.clips == "pooled" else host
+        host = with_clips(host) if getattr(manifest.config, "clips", None) == "pooled" else host
     except Exception as error:  # a config of another model lacks whatever the family reads
         raise FolderError(f"config.json is not that of {manifest.architecture}: {error}") from None
     if host.shape != manifest.shape:
