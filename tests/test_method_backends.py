@@ -44,7 +44,8 @@ def method(name: str) -> Any:
         "fastv": {"layer": 1}, "dart": {"layer": 1}, "pyramiddrop": {"layers": (10, 20)}, "sparsevlm": {"layers": (10, 20)},
         "v2drop": {"layers": (10, 20)}, "vscan": {"window": 3},
     }  # fmt: skip
-    return methods.METHODS[name](tokens=KEPT, **more.get(name, {}))
+    # ToMe takes a half of what there is in each of three blocks at most.
+    return methods.METHODS[name](tokens=30 if name == "tome" else KEPT, **more.get(name, {}))
 
 
 @cache
