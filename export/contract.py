@@ -254,8 +254,8 @@ def _removed(schedule: Schedule) -> list[int]:
 
 
 def _caches(manifest: Manifest, prefix: str, batch: int, rows: Sequence[int | str] | None = None) -> list[TensorSpec]:
-    """Caches, of so many rows in each group of layers or their own: positions, where masks are made of them, or
-    how many tokens rows stand for, keys, values."""
+    """Caches, of so many rows in each group of layers or their own: positions, where masks are made of them, or how many
+    tokens rows stand for; keys, values."""
     shape, rows = manifest.shape, manifest.cache_rows if rows is None else rows
     name = "place" if shape.marks else "size"
     return [_ints(f"{prefix}{name}_{group}", batch, rows[group]) for group in manifest.schedule.told] + [

@@ -172,7 +172,7 @@ def visible(marks: Tensor, window: int = 0) -> Tensor:
 def weighed(sizes: Tensor, causal: bool, dtype: torch.dtype) -> Tensor:
     """[B, 1, s, s], or [B, 1, 1, s] where all rows see all: what is added to logits where each row stands for so many tokens,
     sizes int64 [B, s], and counts as often: log sizes (proportional attention, ToMe, arXiv 2210.09461, Eq. 1), -inf where a
-    row is not seen."""
+    row is not seen. dtype: that of the query, which is what kernels take."""
     if not causal:
         return _log(sizes).to(dtype)
     order = torch.arange(sizes.shape[1], device=sizes.device)
