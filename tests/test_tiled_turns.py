@@ -112,7 +112,9 @@ def test_beams_see_images_once_and_say_what_stock_beams_say(name: str) -> None:
     assert ("tower", given["pixel_values"].flatten(2).any(2).sum().item(), tiled.GRID**2) in towers
 
 
-@pytest.mark.parametrize("name, language", [slow("next", "mistral"), exhaustive("next", "qwen2"), exhaustive("onevision", "mistral")])
+@pytest.mark.parametrize(
+    "name, language", [slow("next", "mistral"), exhaustive("next", "qwen2"), exhaustive("onevision", "mistral")]
+)
 def test_other_language_models(name: str, language: str) -> None:
     ids, given = request(name, [(40, 100)], 1)
     stock = tiled.model(name, language)

@@ -22,8 +22,8 @@ class Calibrated:
     positions.
 
     What merges becomes its plain mean, for a token of about twice the length is none of those that it stands for: where the
-    method has `merge`, "mean" is in place of "published". What a method drops counts for nothing. Policies that score tokens by
-    attention look at it without sizes, as published.
+    method has `merge`, "mean" is in place of "published". What a method drops counts for nothing. Policies that score tokens
+    by attention look at it without sizes, as published.
 
     Raises ConfigError for what is no method, or calibrated already.
     """
