@@ -11,7 +11,7 @@ import models
 import pytest
 import torch
 from folders import without_collection
-from models import shared
+from models import exhaustive, shared, slow
 from vitcop_compile.export import EngineModel
 from vitcop_compile.passes import unroll_loops
 
@@ -79,12 +79,15 @@ def prompts(images: int = 1) -> tuple[torch.Tensor, dict[str, Any]]:
     return torch.cat(rows, 1), {"pixel_values": models.pixels(images)}
 
 
+# Of each kind one: text in view, a loop, merging before and behind the projector, pivots.
+FEW = ("cdpruner", "tome", "vscan", "visionzip", "dart", "v2drop")
 ALL = [name for name in methods.METHODS if name != "custom"]
 
 
 @pytest.mark.covers("onnxruntime", family="llava")
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*ALL, "custom entry", "custom decoder"])
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in FEW else exhaustive(name) for name in (*ALL, "custom entry", "custom decoder")]
+)
 def test_onnxruntime_does_as_eager_does(name: str) -> None:
     ids, given = prompts()
     fast = optimized(name)
@@ -92,8 +95,7 @@ def test_onnxruntime_does_as_eager_does(name: str) -> None:
 
 
 @pytest.mark.covers("onnxruntime", family="qwen2_5_vl")
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["divprune", "visionzip", "sparsevlm"])
+@pytest.mark.parametrize("name", [slow("divprune"), exhaustive("visionzip"), exhaustive("sparsevlm")])
 def test_onnxruntime_serves_tokens_of_any_number(name: str) -> None:
     ids, given = families.prompt("qwen2_5_vl", [2, (3, 4), 3, (4, 4), 5])
     rows = torch.tensor([ids])
@@ -112,8 +114,7 @@ def test_long_loops_are_refused_where_they_are_unrolled(monkeypatch: pytest.Monk
 
 
 @pytest.mark.covers("inductor", family="llava")
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["divprune", "sparsevlm"])
+@pytest.mark.parametrize("name", [slow("divprune"), exhaustive("sparsevlm")])
 def test_inductor_does_as_eager_does(name: str) -> None:
     ids, given = prompts()
     fast = optimized(name)
@@ -121,8 +122,9 @@ def test_inductor_does_as_eager_does(name: str) -> None:
 
 
 @pytest.mark.covers("folder", "onnxruntime", family="llava")
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["divprune", "visionzip", "fastv", "cdpruner", "custom entry", "custom decoder"])
+@pytest.mark.parametrize(
+    "name", [*map(slow, ("visionzip", "fastv", "cdpruner", "custom entry")), *map(exhaustive, ("divprune", "custom decoder"))]
+)
 def test_a_folder_does_as_eager_does(name: str, tmp_path: Path) -> None:
     """Two turns, the second of text."""
     fast = optimized(name)
@@ -143,8 +145,7 @@ def test_a_folder_does_as_eager_does(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.covers("folder", family="qwen2_5_vl")
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["scope", "zspaprune"])
+@pytest.mark.parametrize("name", [exhaustive("scope"), slow("zspaprune")])
 def test_a_folder_of_tokens_of_any_number_does_as_eager_does(name: str, tmp_path: Path) -> None:
     ids, given = families.prompt("qwen2_5_vl", [2, (3, 4), 6])
     rows = torch.tensor([ids])

@@ -24,7 +24,9 @@ def keep_unlike(site: Site, budget: int, *, visual_pivots: int, text_pivots: int
     each = site.at.shape[0] // batch
     norm = site.key.float().abs().sum((1, 3))
     first = lowest(-site.candidates(norm), own)
-    asking = lowest(torch.where(site.text, -norm, torch.inf), text_pivots)
+    rows_in = norm.shape[1]  # a symbol where text is a dynamic axis
+    asked = min(text_pivots, rows_in) if isinstance(rows_in, int) else text_pivots
+    asking = lowest(torch.where(site.text, -norm, torch.inf), asked)
     # Where a prompt has fewer tokens of text, what was taken in their stead is no pivot.
     there = site.text.gather(1, asking)
     wide = torch.float64 if site.exact else torch.float32

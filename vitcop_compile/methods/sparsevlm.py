@@ -27,7 +27,8 @@ def keep_rated(site: Site, budget: int) -> Choice:
     # Segments have raters of their own, those that run as a batch as well.
     visual = site.at.unflatten(0, (site.entry.shape[0], -1))
     chosen = raters(site.entry, site.text, visual)
-    score = attention_by(site.query, site.key, site.scale, chosen).gather(2, visual)
+    wide = torch.float64 if site.exact else torch.float32  # sums over many rows: equal ones are to stay equal
+    score = attention_by(site.query, site.key, site.scale, chosen, dtype=wide).gather(2, visual)
     return Choice(lowest(-score.flatten(0, 1), budget))
 
 

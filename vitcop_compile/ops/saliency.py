@@ -63,21 +63,24 @@ def last_attention(query: Tensor, key: Tensor, scale: float, last: Tensor) -> Te
     return torch.where(seen[:, None, None], logits, -torch.inf).softmax(-1).mean((1, 2))
 
 
-def attention_by(query: Tensor, key: Tensor, scale: float, chosen: Tensor, chunk: int = 128) -> Tensor:
+def attention_by(
+    query: Tensor, key: Tensor, scale: float, chosen: Tensor, chunk: int = 128, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Causal attention that `chosen` rows pay to every row, mean over them and over heads.
 
     query: [B, heads, t, hd]; key: [B, kv_heads, t, hd]; scale: factor on the logits; chosen: bool [B, s, t], s sets of rows.
-    Returns fp32 [B, s, t]. The attention matrix is never whole, where t is known: `chunk` queries are looked at together."""
+    Returns [B, s, t] of `dtype`. The attention matrix is never whole, where t is known: `chunk` queries are looked at together.
+    """
     batch, heads, rows, _ = query.shape
     shared = heads // key.shape[1]
-    keys = (key.float() * scale).transpose(-1, -2).unsqueeze(2)  # [B, kv_heads, 1, hd, t]
-    grouped = query.float().unflatten(1, (key.shape[1], shared))
+    keys = (key.to(dtype) * scale).transpose(-1, -2).unsqueeze(2)  # [B, kv_heads, 1, hd, t]
+    grouped = query.to(dtype).unflatten(1, (key.shape[1], shared))
     order = torch.arange(rows, device=key.device)
     step = chunk if isinstance(rows, int) else rows
-    total = torch.zeros(batch, chosen.shape[1], rows, device=key.device)
+    total = torch.zeros(batch, chosen.shape[1], rows, device=key.device, dtype=dtype)
     for start in range(0, rows, step) if isinstance(rows, int) else (0,):
         part = slice(start, start + step) if isinstance(rows, int) else slice(None)
         seen = order <= order[part].unsqueeze(1)
         weights = torch.where(seen, grouped[:, :, :, part] @ keys, -torch.inf).softmax(-1)
-        total = total + chosen[:, :, part].float() @ weights.sum((1, 2))
+        total = total + chosen[:, :, part].to(dtype) @ weights.sum((1, 2))
     return total / (heads * chosen.sum(2, keepdim=True))
