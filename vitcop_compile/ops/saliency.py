@@ -69,7 +69,7 @@ def attention_by(
     """Causal attention that `chosen` rows pay to every row, mean over them and over heads.
 
     query: [B, heads, t, hd]; key: [B, kv_heads, t, hd]; scale: factor on the logits; chosen: bool [B, s, t], s sets of rows.
-    Returns [B, s, t] of `dtype`. The attention matrix is never whole, where t is known: `chunk` queries are looked at together.
+    Returns [B, s, t] of `dtype`. The attention matrix is never whole, where t is known: `chunk` queries are looked at at once.
     """
     batch, heads, rows, _ = query.shape
     shared = heads // key.shape[1]
