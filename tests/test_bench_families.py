@@ -237,7 +237,7 @@ def test_frames_are_stated_beside_the_first_count():
     assert (row["select_mib"], row["select_mib_to_first"]) == (32.0, 1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux")
 def test_frames_are_measured_stage_by_stage():
     shape = bench.Shape(hidden=64, layers=4, vision_hidden=64, vision_layers=2, family="qwen2_5_vl", image_size=56)

@@ -16,7 +16,7 @@ import gpu
 STAGES = ("vision", "prefill", "decode", "ttft")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_case_has_a_dense_row_and_three_presets_and_a_line_in_the_table():
     results = gpu.run(True, 1e9, 2, False, Console(quiet=True))  # minutes: no clock decides
     found = [(row["batch"], row["preset"]) for row in results["rows"]]

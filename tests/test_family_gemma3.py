@@ -118,7 +118,7 @@ def test_inductor_gives_what_the_stock_model_gives() -> None:
 
 
 @pytest.mark.covers("onnxruntime", "folder", family="gemma3")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_caches_that_programs_only_read(tmp_path: Path) -> None:
     """Two turns with an image each, pruned, from a folder, whose programs return their rows and positions."""
     first, then = request(5, 9), request(2, 7, seed=1)

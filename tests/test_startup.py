@@ -28,7 +28,7 @@ def results():
         return startup.measure(TINY, "inductor", "1/3", Console(file=io.StringIO()), text_tokens=16, planned=False)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_second_process_finds_every_program_compiled(results):
     first, second = results
     for row, happened in ((first, "miss"), (second, "hit")):
@@ -39,7 +39,7 @@ def test_a_second_process_finds_every_program_compiled(results):
                 assert counted == {event: int(event == happened) for event in EVENTS}, (row["process"], program)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_step_is_reported(results):
     for row in results:
         assert min(row["import_s"], row["optimize_s"], row["optimize_cpu_s"]) > 0

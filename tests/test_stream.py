@@ -289,7 +289,7 @@ def test_a_stream_is_served_as_fresh_models_serve_it(name: str) -> None:
     run(ARMS[name], 200, narrow=True)
 
 
-@pytest.mark.parametrize("name", [models.slow("eager"), models.slow("folder"), models.exhaustive("onnxruntime")])
+@pytest.mark.parametrize("name", [models.slow("eager"), models.exhaustive("folder"), models.exhaustive("onnxruntime")])
 def test_a_long_stream_is_served_as_fresh_models_serve_it(name: str) -> None:
     run(ARMS[name], 1000, narrow=False)
 

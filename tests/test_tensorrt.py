@@ -58,7 +58,10 @@ def export_both(monkeypatch, root, optimized, **options):
 _BUILT = [
     pytest.param((dtype, preset), id=f"{dtype}-{preset}", marks=mark)
     for dtype, preset, mark in zip(
-        ("float16", "float16", "bfloat16"), PRESETS, (pytest.mark.exhaustive, pytest.mark.slow, pytest.mark.slow), strict=True
+        ("float16", "float16", "bfloat16"),
+        PRESETS,
+        (pytest.mark.exhaustive, pytest.mark.exhaustive, pytest.mark.slow),
+        strict=True,
     )
 ]
 

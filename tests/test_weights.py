@@ -209,7 +209,7 @@ def test_what_leaves_weights_alone_is_no_change(served) -> None:
         assert torch.equal(logits(fast), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_weights_of_inference_mode_serve() -> None:
     with torch.inference_mode():
         model = models.llava(3)
