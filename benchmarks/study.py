@@ -78,7 +78,7 @@ def ablations(share: float) -> dict[str, Method]:
 
 def examples_of(model: Any, number: int) -> dict[str, list[Example]]:
     """Questions by kind."""
-    return {kind: list(held_out(kind, number, sizes=model.config.model_type)) for kind in KINDS}
+    return {kind: list(held_out(kind, number)) for kind in KINDS}
 
 
 def accuracy(fast: Any, processor: Any, name: str, asked: Mapping[str, list[Example]], batch: int) -> dict[str, list[bool]]:
