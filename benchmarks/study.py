@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.see.evaluate import Example, answers, held_out, interval
 from examples.see.models import load_processor
 from examples.see.questions import KINDS
-
 from vitcop_compile import ConfigError, ViTCoPConfig, optimize
 from vitcop_compile.methods import METHODS
 from vitcop_compile.methods.named import method_from

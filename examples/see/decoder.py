@@ -1,7 +1,7 @@
 """Teaching a decoder to answer, from the features of an encoder that stays as it is.
 
-A sequence holds a picture once and fourteen questions about it, none of which sees another: each has the positions it would have
-alone. So the picture's tokens, most of the work, are paid for once."""
+A sequence holds a picture once and fourteen questions about it, none of which sees another: each has the positions it would
+have alone. So the picture's tokens, most of the work, are paid for once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ LONGEST = 17  # tokens of a question with what follows it
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything stands. before: ids in front of the picture, after: behind a question; positions [3 or 1, T]; mask: bool
-    [T, T], what each token sees."""
+    """Where everything stands. before: ids in front of the picture, after: behind a question; positions [3 or 1, T]; mask:
+    bool [T, T], what each token sees."""
 
     before: list[int]
     between: list[int]
@@ -160,8 +160,8 @@ def loss_of(
 def train(
     kind: str, model: Any, steps: int, number: int, rate: float, seed: int, folder: Path, console: Console, batch: int = BATCH
 ) -> None:
-    """LLaVA's decoder learns from 144 averages a picture first, then, a third of the steps with half the pictures, from all 576
-    patches; Qwen's has 144 tokens a picture."""
+    """LLaVA's decoder learns from 144 averages a picture first, then, a third of the steps with half the pictures, from all
+    576 patches; Qwen's has 144 tokens a picture."""
     tokenizer = models.processor_of(kind).tokenizer
     known = Pictures(kind, model, number, seed, folder / "features.pt", console)
     projector = model.model.multi_modal_projector if kind == "llava" else model.model.visual.merger

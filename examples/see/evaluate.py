@@ -35,8 +35,8 @@ class Example:
 
 
 def held_out(kind: str, number: int, seed: int = 0) -> Iterator[Example]:
-    """Questions of one kind, each about a picture of its own, with names in colours and words on signs that no model has learned
-    from. The same for the same seed."""
+    """Questions of one kind, each about a picture of its own, with names in colours and words on signs that no model has
+    learned from. The same for the same seed."""
     at = found = 0
     while found < number:
         rng = random.Random(f"held out {seed} {kind} {at}")

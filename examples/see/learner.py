@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 
 class Learner:
-    """Steps of one part. Matrices inside layers learn by Muon (Jordan et al., 2024), everything else by AdamW, both at the same
-    rate: a rise over a twentieth of the steps, then half a cosine to a hundredth.
+    """Steps of one part. Matrices inside layers learn by Muon (Jordan et al., 2024), everything else by AdamW, both at the
+    same rate: a rise over a twentieth of the steps, then half a cosine to a hundredth.
 
-    Every step draws from a generator seeded by (seed, step), so that a training that was stopped and goes on from its file gives
-    the weights of one that was not. keep: steps after which the state is written."""
+    Every step draws from a generator seeded by (seed, step), so that a training that was stopped and goes on from its file
+    gives the weights of one that was not. keep: steps after which the state is written."""
 
     def __init__(self, name: str, parts: nn.ModuleDict, steps: int, rate: float, seed: int, keep: int = 200):
         self.name, self.parts, self.steps, self.rate, self.seed, self.keep = name, parts, steps, rate, seed, keep

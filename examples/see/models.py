@@ -1,4 +1,5 @@
-"""The two models, of stock classes at small size, and processors for them: a tokenizer of the questions' words, PIL pictures."""
+"""The two models, of stock classes at small size, and processors for them: a tokenizer of the questions' words, PIL
+pictures."""
 
 from __future__ import annotations
 
@@ -30,8 +31,10 @@ from .scenes import GRID, PATCH, SIDE
 
 MODELS = ("llava", "qwen2_5_vl")
 _PLAIN = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", ":")
-_CHAT = ("<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
-         "user", "assistant")  # fmt: skip
+_CHAT = (
+    "<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "user",
+    "assistant",
+)  # fmt: skip
 _WIDTH, _HEADS, _TEXT_LAYERS = 128, 4, 8
 _TEXT: dict[str, Any] = {
     "hidden_size": _WIDTH, "intermediate_size": 384, "num_hidden_layers": _TEXT_LAYERS, "num_attention_heads": _HEADS,
@@ -43,9 +46,12 @@ _AROUND = {
     "qwen2_5_vl": ("<|im_start|> user ", " <|im_end|> <|im_start|> assistant"),
 }
 _CHAT_TEMPLATE = (
-    "{{% for message in messages %}}{{% if message.role != 'user' %}}{{{{ raise_exception('one question at a time') }}}}{{% endif %}}"
-    "{before}{{% if message.content is string %}}{{{{ message.content }}}}{{% else %}}{{% for part in message.content %}}"
-    "{{% if part.type == 'image' %}}{image}{{% else %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}{after}{{% endfor %}}"
+    "{{% for message in messages %}}"
+    "{{% if message.role != 'user' %}}{{{{ raise_exception('one question at a time') }}}}{{% endif %}}{before}"
+    "{{% if message.content is string %}}{{{{ message.content }}}}{{% else %}}"
+    "{{% for part in message.content %}}"
+    "{{% if part.type == 'image' %}}{image}{{% else %}}{{{{ part.text }}}}{{% endif %}}"
+    "{{% endfor %}}{{% endif %}}{after}{{% endfor %}}"
 )
 
 

@@ -1,7 +1,7 @@
 """Pictures with known contents: things of one colour and a sign on a cluttered ground, drawn with the fonts of matplotlib.
 
-A picture has 192 x 192 pixels, 24 x 24 patches of 8, and nine places of 64 x 64. A thing takes 3 to 5 patches a side, a letter of
-a sign one to two. Everything follows from a `random.Random`."""
+A picture has 192 x 192 pixels, 24 x 24 patches of 8, and nine places of 64 x 64. A thing takes 3 to 5 patches a side, a letter
+of a sign one to two. Everything follows from a `random.Random`."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """word: on the sign, "" without one. Labels of patches, int64 [24, 24], 0 for none: `names` 1 to 16, 17 the sign; `colours`
-    1 to 8; `letters` 1 to 26; `orders` 1 to 4, which letter of the word; `centres` 1 where a thing's centre is; `places` 0 to 8,
-    of every patch."""
+    """word: on the sign, "" without one. Labels of patches, int64 [24, 24], 0 for none: `names` 1 to 16, 17 the sign;
+    `colours` 1 to 8; `letters` 1 to 26; `orders` 1 to 4, which letter of the word; `centres` 1 where a thing's centre is;
+    `places` 0 to 8, of every patch."""
 
     image: Image.Image
     things: tuple[Thing, ...]
