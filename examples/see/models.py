@@ -32,8 +32,8 @@ from .scenes import GRID, PATCH, SIDE
 MODELS = ("llava", "qwen2_5_vl")
 _PLAIN = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER", "ASSISTANT", ":")
 _CHAT = (
-    "<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "user",
-    "assistant",
+    "<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
+    "user", "assistant",
 )  # fmt: skip
 _WIDTH, _HEADS, _TEXT_LAYERS = 128, 4, 8
 _TEXT: dict[str, Any] = {
