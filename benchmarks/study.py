@@ -2,13 +2,15 @@
 
 For each method and budget the questions of `examples/see` that no model has learned from, by kind, with 95 % intervals; the
 same questions everywhere. What is done is kept in benchmarks/results/study_NAME.json after every setting, and not done again.
-`--tables` prints it."""
+`--ablate` adds ViTCoP with one thing changed, `--time` the time to the first token of compiled models, `--tables` and `--plot`
+show what was found."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,19 +20,23 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.study_report import save_plot, tables
 from examples.see.evaluate import Example, answers, held_out, interval
-from examples.see.models import load_processor
+from examples.see.models import load_processor, prompt
 from examples.see.questions import KINDS
 from vitcop_compile import ConfigError, ViTCoPConfig, optimize
-from vitcop_compile.methods import METHODS
+from vitcop_compile.config import PRESETS
+from vitcop_compile.methods import METHODS, Calibrated, CustomMethod
 from vitcop_compile.methods.named import method_from
+from vitcop_compile.policies import Site
 from vitcop_compile.progress import Steps
 from vitcop_compile.schedule import Method
+from vitcop_compile.tune import tune
 
 RESULTS = Path(__file__).parent / "results"
 # Mean visual tokens over the decoder's layers, as a share of all: the field's 192, 128, 64, 32 and 16 of 576.
 SHARES = {"192": 1 / 3, "128": 2 / 9, "64": 1 / 9, "32": 1 / 18, "16": 1 / 36}
-# In proportion to a decoder of a quarter of 32 layers, and earlier where a budget asks for that, as others have done.
+# Where a budget cannot be had at a method's own layers, of 32, it prunes earlier, as others have run it.
 LAYERS = {
     "fastv": (":layer=1",),
     "dart": (":layer=1",),
@@ -39,43 +45,77 @@ LAYERS = {
     "v2drop": ("", ":layers=4:8:16"),
     "vscan": ("", ":middle=8"),
 }
+MERGING = ("vitcop", "visionzip", "vscan", "tome", "downsample")
+Make = Callable[[], Method]
 
 
-def settings(name: str, share: float) -> Iterator[tuple[str, Method]]:
-    """(text, method) in the order in which they are to be tried: the first that a model can have is taken."""
+def settings(name: str, share: float) -> Iterator[Make]:
+    """In the order in which they are to be tried: the first that a model can have is taken."""
+    name, _, calibrated = name.partition("+")
+    wrap = Calibrated if calibrated else (lambda method: method)
     if name == "vitcop":
-        preset = min((0.5, 0.3333), (0.4, 0.2222), (0.3, 0.1111), key=lambda known: abs(known[1] - share))
+        vision, *_ = min(PRESETS.values(), key=lambda known: abs(known[2] - share))
         # Below the published budgets the vision stage keeps the published multiple of what is left on average.
-        for ratio in (preset[0], 2.7 * share):
-            if ratio <= preset[0]:
-                text = f"vitcop:retention={share},vision_ratio={ratio:.4f}"
-                yield text, method_from(text)
+        for ratio in (vision, 2.7 * share):
+            if ratio <= vision:
+                yield lambda ratio=ratio: wrap(method_from(f"vitcop:retention={share},vision_ratio={ratio:.4f}"))
         return
     for more in LAYERS.get(name, ("",)):
         text = f"{name}{more}{',' if more else ':'}retention={share}"
-        yield text, method_from(text)
+        yield lambda text=text: wrap(method_from(text))
 
 
-def ablations(share: float) -> dict[str, Method]:
-    """ViTCoP at one budget with one thing changed."""
-    base: dict[str, Any] = {"vision_ratio": 0.3, "center_ratio": 0.12, "retention": share}
-    found = {
+def ablations(share: float) -> dict[str, Make]:
+    """ViTCoP at one budget with one thing changed: the mean of visual tokens over the decoder's layers stays what it is, and
+    the other stages keep more where one keeps less."""
+    vision, center, _ = min(PRESETS.values(), key=lambda known: abs(known[2] - share))
+    base: dict[str, Any] = {"vision_ratio": vision, "center_ratio": center, "retention": share}
+    changed: dict[str, dict[str, Any]] = {
         "published": {},
         "positions kept": {"positions": "original"},
         "keys raw": {"keys": "raw"},
         "keys centered": {"keys": "centered"},
-        "vision stage half as many": {"vision_ratio": 0.2},
-        "vision stage twice as many": {"vision_ratio": 0.6},
-        "few clusters": {"center_ratio": 0.03},
-        "many clusters": {"center_ratio": 0.4},
-        "deep stage later": {"deep_divisor": 2},
-        "deep stage off": {"deep_divisor": 1},
-        "earlier vision layer": {"vision_layer": -3},
+        "merged to means": {"merge": "mean"},
+        "vision stage keeps less": {"vision_ratio": 0.8 * vision},
+        "vision stage keeps more": {"vision_ratio": min(1.0, 1.6 * vision)},
+        "no vision stage": {"vision_ratio": 1.0},
+        "a third of the clusters": {"center_ratio": center / 3},
+        "three times the clusters": {"center_ratio": min(1.0, 3 * center)},
+        "no deep stage": {"deep_divisor": 1},
+        "mild deep stage": {"deep_divisor": 2},
+        "layers 1 and 3": {"shallow_layer": 1, "deep_layer": 3},
+        "layers 1 and 7": {"shallow_layer": 1, "deep_layer": 7},
+        "layers 2 and 6": {"shallow_layer": 2, "deep_layer": 6},
+        "scored a layer earlier": {"vision_layer": -3},
+        "scored two layers earlier": {"vision_layer": -4},
     }
-    return {name: ViTCoPConfig(**(base | changed)) for name, changed in found.items()}
+    found: dict[str, Make] = {name: partial(ViTCoPConfig, **(base | change)) for name, change in changed.items()}
+    found["calibrated"] = lambda: Calibrated(ViTCoPConfig(**base))
+    return found
 
 
-def examples_of(model: Any, number: int) -> dict[str, list[Example]]:
+def no_shallow_stage(model: Any, share: float) -> ViTCoPConfig:
+    """What the vision stage keeps stays until the deep stage."""
+    shape = optimize(model, ViTCoPConfig.dense(), backend="eager").schedule.shape
+    _, deep = ViTCoPConfig.preset("1/3").layers(shape.layers)
+    candidates = 576 if model.config.model_type == "llava" else 144
+    kept = round(share * candidates * shape.layers / (deep + (shape.layers - deep) / 5))
+    return ViTCoPConfig(budgets=(kept, kept, max(1, round(kept / 5))))
+
+
+def shuffled(site: Site) -> torch.Tensor:
+    """A score that tells nothing: that of the tower, in an order of its own."""
+    assert site.score is not None
+    order = torch.randperm(site.score.shape[1], generator=torch.Generator().manual_seed(0))
+    return site.score[:, order.to(site.score.device)]
+
+
+def scored(score: Callable[[Site], torch.Tensor], share: float) -> Make:
+    """Tokens by the tower's own saliency, as `score` has it."""
+    return lambda: CustomMethod(score=score, needs=("score",), side="entry", retention=share)
+
+
+def examples_of(number: int) -> dict[str, list[Example]]:
     """Questions by kind."""
     return {kind: list(held_out(kind, number)) for kind in KINDS}
 
@@ -101,10 +141,17 @@ def summary(right: Mapping[str, list[bool]]) -> dict[str, Any]:
     return found
 
 
+def request_of(fast: Any, processor: Any, name: str, example: Example) -> dict[str, Any]:
+    """What a processor makes of one question."""
+    given = processor(images=[[example.image]], text=[prompt(name, example.question)], return_tensors="pt")
+    names = ("input_ids", "attention_mask", *fast.host.inputs)
+    return {key: given[key] for key in names if key in given}
+
+
 def measured(fast: Any, processor: Any, name: str, asked: Mapping[str, list[Example]], batch: int) -> dict[str, Any]:
     """One row."""
-    (layout, *_) = [fast.host.layout] if fast.host.fixed else fast.layouts_of(**_request(fast, processor, name, asked))[0]
-    schedule = fast.schedule_of(layout)
+    images = fast.layouts_of(**request_of(fast, processor, name, asked[KINDS[0]][0]))[0]
+    schedule = fast.schedule_of(tuple(segment for image in images for segment in image))
     right = accuracy(fast, processor, name, asked, batch)
     return {
         "accuracy": summary(right),
@@ -113,101 +160,115 @@ def measured(fast: Any, processor: Any, name: str, asked: Mapping[str, list[Exam
         "of": schedule.patches,
         "kv_bytes": schedule.kv_bytes(16),
         "flop_ratio": schedule.flop_ratio(16),
-        "method": json.loads(fast.pruning_config.to_json()),
     }
 
 
-def _request(fast: Any, processor: Any, name: str, asked: Mapping[str, list[Example]]) -> dict[str, Any]:
-    from examples.see.models import prompt
+class Study:
+    """What was found, kept in a file after every row."""
 
-    example = asked[KINDS[0]][0]
-    given = processor(images=[[example.image]], text=[prompt(name, example.question)], return_tensors="pt")
-    names = ("input_ids", *fast.host.inputs)
-    return {key: given[key] for key in names if key in given}
+    def __init__(self, folder: Path, output: Path, number: int, batch: int, steps: Steps):
+        self.output, self.batch, self.steps = output, batch, steps
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.name, self.processor = self.model.config.model_type, load_processor(folder)
+        self.found: dict[str, Any] = {"model": self.name, "asked": number, "rows": {}, "times": {}}
+        if output.exists():
+            self.found = json.loads(output.read_text())
+        if self.found["asked"] != number:
+            raise ConfigError(
+                f"{output} holds {self.found['asked']} questions of each kind, {number} are asked for: give another --output"
+            )
+        self.asked = examples_of(number)
 
+    def save(self) -> None:
+        """Aside, and moved into place."""
+        aside = self.output.with_suffix(".partial")
+        aside.write_text(json.dumps(self.found, indent=1) + "\n")
+        aside.replace(self.output)
 
-def wanted(shares: list[str], methods: list[str]) -> Iterator[tuple[str, str, Iterator[tuple[str, Method]]]]:
-    """(row, budget, what to try)."""
-    for share in shares:
-        for name in methods:
-            yield name, share, settings(name, SHARES[share])
-
-
-def run(
-    folder: Path, output: Path, number: int, shares: list[str], methods: list[str], batch: int, ablate: bool, steps: Steps
-) -> dict[str, Any]:
-    """Everything that is missing in `output`."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    name, processor = model.config.model_type, load_processor(folder)
-    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"model": name, "asked": number, "rows": {}}
-    if found["asked"] != number:
-        raise ConfigError(
-            f"{output} holds {found['asked']} questions of each kind, {number} are asked for: give another --output"
-        )
-    asked = examples_of(model, number)
-
-    def add(row: str, tries: Iterator[tuple[str, Method]]) -> None:
-        if row in found["rows"]:
+    def add(self, row: str, tries: Iterator[Make], dtype: torch.dtype = torch.float32) -> None:
+        """The row, if it is not there; one that the model cannot have is left out with the reason."""
+        if row in self.found["rows"]:
             return
         why = "nothing was tried"
-        for _, method in tries:
+        for make in tries:
             try:
-                fast = optimize(model, method, backend="eager")
-                with steps.step(row):
-                    found["rows"][row] = measured(fast, processor, name, asked, batch)
+                fast = optimize(self.model.to(dtype), make(), backend="eager")
+                with self.steps.step(row):
+                    self.found["rows"][row] = measured(fast, self.processor, self.name, self.asked, self.batch)
                 break
             except ConfigError as error:
                 why = str(error)
+            finally:
+                self.model.float()
         else:
-            found["rows"][row] = {"left_out": why}
-        aside = output.with_suffix(".partial")
-        aside.write_text(json.dumps(found, indent=1) + "\n")
-        aside.replace(output)
+            self.found["rows"][row] = {"left_out": why}
+        self.save()
 
-    add("dense", iter([("dense", ViTCoPConfig.dense())]))
-    for method, share, tries in wanted(shares, methods):
-        add(f"{method} {share}", tries)
-    if ablate:
-        for label, config in ablations(SHARES["64"]).items():
-            add(f"ablation 64: {label}", iter([(label, config)]))
-    return found
+    def ablate(self, label: str) -> None:
+        """One thing changed, at the budget `label`."""
+        share = SHARES[label]
+        for name, make in ablations(share).items():
+            self.add(f"ablation {label}: {name}", iter([make]))
+        self.add(f"ablation {label}: no shallow stage", iter([lambda: no_shallow_stage(self.model, share)]))
+        self.add(f"ablation {label}: in bfloat16", settings("vitcop", share), torch.bfloat16)
+        self.add("dense in bfloat16", iter([ViTCoPConfig.dense]), torch.bfloat16)
+        self.add(f"saliency {label}", iter([scored(lambda site: site.score, share)]))
+        self.add(f"saliency shuffled {label}", iter([scored(shuffled, share)]))
 
-
-def table(found: Mapping[str, Any]) -> str:
-    """Markdown: a row a method and budget, a column a kind; intervals of all."""
-    kinds = [*KINDS, "all"]
-    lines = ["| | tokens | " + " | ".join(kinds) + " | 95 % | KV |", "|---|---:|" + "---:|" * (len(kinds) + 2)]
-    for row, values in found["rows"].items():
-        if "left_out" in values:
-            continue
-        own = values["accuracy"]
-        cells = [f"{100 * own[kind]['share']:.0f}" for kind in kinds]
-        span = f"{100 * own['all']['low']:.0f} to {100 * own['all']['high']:.0f}"
-        kv = f"{values['kv_bytes'] / 2**20:.2f} MiB"
-        lines.append(f"| {row} | {values['mean_tokens']:.0f} of {values['of']} | {' | '.join(cells)} | {span} | {kv} |")
-    return "\n".join(lines)
+    def time(self, label: str, names: list[str], backend: str, rounds: int) -> None:
+        """Time to the first token of one question, every method beside dense in interleaved rounds, compiled."""
+        methods: dict[str, Method] = {}
+        for name in names:
+            for make in settings(name, SHARES[label]):
+                try:
+                    method = make()
+                    optimize(self.model, method, backend="eager")
+                except ConfigError:
+                    continue
+                methods[name] = method
+                break
+        dense = optimize(self.model, ViTCoPConfig.dense(), backend="eager")
+        request = request_of(dense, self.processor, self.name, self.asked["what"][0])
+        told = tune(self.model, [request], methods, "ttft=1000000", backend=backend, rounds=rounds, steps=self.steps)
+        self.found["times"][label] = {"backend": backend} | {own.name: own.ttft for own in told.candidates}
+        self.save()
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="A trained model of examples/see.")],
     questions: Annotated[int, typer.Option(help="Of each kind.")] = 100,
     share: Annotated[list[str] | None, typer.Option(help=f"Budgets, of {', '.join(SHARES)}; default: all.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Methods; default: all.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Methods; NAME+calibrated calibrates; default: all.")] = None,
     batch: Annotated[int, typer.Option(help="Questions at a time.")] = 10,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Also ViTCoP with one thing changed.")] = False,
+    ablate: Annotated[list[str] | None, typer.Option(help="Budgets at which ViTCoP has one thing changed.")] = None,
+    time: Annotated[list[str] | None, typer.Option(help="Budgets at which times are measured, and nothing else.")] = None,
+    backend: Annotated[str, typer.Option(help="Of times.")] = "inductor",
+    rounds: Annotated[int, typer.Option(help="Of times.")] = 15,
     threads: Annotated[int, typer.Option(help="Threads; 0: torch's choice.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/study_MODEL.json.")] = None,
-    tables: Annotated[bool, typer.Option("--tables", help="Print what was measured, measure nothing.")] = False,
+    show: Annotated[bool, typer.Option("--tables", help="Print what was measured, measure nothing.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw what was measured, measure nothing.")] = None,
 ) -> None:
-    """Measure what is missing, and print the table."""
+    """Measure what is missing, and print the tables."""
     if threads:
         torch.set_num_threads(threads)
     path = output or RESULTS / f"study_{folder.name}.json"
-    if not tables:
-        every = ["vitcop", *(name for name in METHODS if name != "custom")]
+    if plot:
+        save_plot(json.loads(path.read_text()), plot)
+    elif not show:
+        every = ["vitcop", *(name for name in METHODS if name != "custom"), *(f"{name}+calibrated" for name in MERGING)]
+        study = Study(folder, path, questions, batch, Steps(Console(stderr=True)))
         with torch.no_grad():
-            run(folder, path, questions, share or list(SHARES), method or every, batch, ablate, Steps(Console(stderr=True)))
-    print(table(json.loads(path.read_text())))
+            for label in time or ():
+                study.time(label, method or every, backend, rounds)
+            if not time:
+                study.add("dense", iter([ViTCoPConfig.dense]))
+                for label in share or list(SHARES):
+                    for name in method or every:
+                        study.add(f"{name} {label}", settings(name, SHARES[label]))
+                for label in ablate or ():
+                    study.ablate(label)
+    print(tables(json.loads(path.read_text())))
 
 
 if __name__ == "__main__":

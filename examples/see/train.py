@@ -1,7 +1,7 @@
 """Trains one of the two models: `python -m examples.see.train llava --folder /somewhere`.
 
 Three parts, each of which goes on where it was stopped: the tower learns what its patches show; then it stays as it is and the
-decoder learns to answer from its features; then the weights are written to the folder as transformers saves them."""
+decoder learns to answer from its features; then the weights are written to `model` in the folder as transformers saves them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from . import decoder, models
 from .learner import Learner
+from .sample import write_sample
 from .tower import Heads, features_of, pixels_of, scenes_of
 
 BATCH = 16
@@ -57,7 +58,8 @@ def main(
     model = models.make(kind, seed)
     train_tower(kind, model, tower_steps, rate, seed, folder / "tower.pt", console)
     decoder.train(kind, model, decoder_steps, pictures, rate, seed, folder, console)
-    models.save(model, models.processor_of(kind), folder)
+    models.save(model, models.processor_of(kind), folder / "model")
+    write_sample(folder / "model")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""What the study found, as tables and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BUDGETS = ("192", "128", "64", "32", "16")
+_NOTED = ("vitcop", "visionzip", "divprune", "cdpruner", "fastv", "sparsevlm", "holov", "random", "uniform", "downsample")
+
+
+def _share(values: Mapping[str, Any], kind: str = "all") -> str:
+    return f"{100 * values['accuracy'][kind]['share']:.0f}"
+
+
+def _methods(rows: Mapping[str, Any]) -> list[str]:
+    found = dict.fromkeys(row.rsplit(" ", 1)[0] for row in rows if row.rsplit(" ", 1)[-1] in BUDGETS)
+    return [name for name in found if not name.startswith(("saliency", "ablation"))]
+
+
+def by_budget(found: Mapping[str, Any]) -> str:
+    """Markdown: a row a method, a column a budget; of all questions, with half the widest interval of a column."""
+    rows = found["rows"]
+    lines = ["| method | " + " | ".join(BUDGETS) + " |", "|---|" + "---:|" * len(BUDGETS)]
+    for name in _methods(rows):
+        cells = [rows.get(f"{name} {budget}", {}) for budget in BUDGETS]
+        lines.append(f"| {name} | " + " | ".join(_share(cell) if "accuracy" in cell else "-" for cell in cells) + " |")
+    widths = []
+    for budget in BUDGETS:
+        spans = [own["accuracy"]["all"] for row, own in rows.items() if row.endswith(f" {budget}") and "accuracy" in own]
+        widths.append(f"± {50 * max((span['high'] - span['low'] for span in spans), default=0):.0f}")
+    lines.append("| 95 % | " + " | ".join(widths) + " |")
+    return "\n".join(lines)
+
+
+def by_kind(found: Mapping[str, Any], budget: str) -> str:
+    """Markdown: a row a method at one budget, a column a kind."""
+    rows, times = found["rows"], found.get("times", {}).get(budget, {})
+    kinds = [kind for kind in rows["dense"]["accuracy"] if kind != "all"]
+    head = ["tokens", *kinds, "all", "95 %", "KV", "FLOPs", *(["TTFT"] if times else [])]
+    lines = [f"| at {budget} | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    for row in ("dense", *(f"{name} {budget}" for name in _methods(rows))):
+        own = rows.get(row, {})
+        if "accuracy" not in own:
+            continue
+        name, span = row.rsplit(" ", 1)[0] if row != "dense" else row, own["accuracy"]["all"]
+        cells = [f"{own['mean_tokens']:.0f} of {own['of']}", *(_share(own, kind) for kind in kinds), _share(own)]
+        cells += [f"{100 * span['low']:.0f} to {100 * span['high']:.0f}", f"{own['kv_bytes'] / 2**20:.2f} MiB"]
+        cells += [f"1/{own['flop_ratio']:.1f}"]
+        if times:
+            cells.append(f"{times['dense'] / times[name]:.2f}x" if times.get(name) else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablations(found: Mapping[str, Any]) -> str:
+    """Markdown: ViTCoP with one thing changed; and how many answers turned right or wrong against the published setting."""
+    rows = found["rows"]
+    told = [row for row in rows if row.startswith("ablation") and "accuracy" in rows[row]]
+    if not told:
+        return ""
+    kinds = [kind for kind in rows["dense"]["accuracy"] if kind != "all"]
+    head = [*kinds, "all", "right now", "wrong now"]
+    lines = ["| ablation | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    for row in told:
+        own, base = rows[row], rows[f"{row.split(':')[0]}: published"]
+        one, two = ("".join(values["right"].values()) for values in (base, own))
+        gained = sum(pair == ("0", "1") for pair in zip(one, two, strict=True))
+        lost = sum(pair == ("1", "0") for pair in zip(one, two, strict=True))
+        cells = [*(_share(own, kind) for kind in kinds), _share(own), str(gained), str(lost)]
+        lines.append(f"| {row.removeprefix('ablation ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """All of them, and what a model could not have."""
+    rows = found["rows"]
+    parts = [f"{found['model']}, {found['asked']} questions of each kind", by_budget(found)]
+    parts += [by_kind(found, budget) for budget in BUDGETS if f"vitcop {budget}" in rows]
+    parts.append(ablations(found))
+    parts.append("\n".join(f"- left out: {row}: {own['left_out']}" for row, own in rows.items() if "left_out" in own))
+    return "\n\n".join(part for part in parts if part)
+
+
+def save_plot(found: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against tokens, a panel a kind of question; PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = found["rows"]
+    kinds = list(rows["dense"]["accuracy"])
+    figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), sharex=True, sharey=True, layout="constrained")
+    colours = pyplot.get_cmap("tab10")
+    for panel, kind in zip(axes.flat, kinds):
+        panel.axhline(100 * rows["dense"]["accuracy"][kind]["share"], color="black", lw=1, ls=":")
+        for at, name in enumerate(_NOTED):
+            points = [rows[f"{name} {budget}"] for budget in BUDGETS if "accuracy" in rows.get(f"{name} {budget}", {})]
+            if points:
+                x = [point["mean_tokens"] / point["of"] for point in points]
+                y = [100 * point["accuracy"][kind]["share"] for point in points]
+                floor = name in ("random", "uniform", "downsample")
+                panel.plot(x, y, "--" if floor else "-", marker=".", color=colours(at), label=name, lw=2.4 if at == 0 else 1.2)
+        panel.set_title(kind)
+        panel.set_xscale("log")
+        panel.set_xticks([1 / 36, 1 / 18, 1 / 9, 2 / 9, 1 / 3], ["1/36", "1/18", "1/9", "2/9", "1/3"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    for panel in axes[-1]:
+        panel.set_xlabel("visual tokens, mean over layers")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("right, %")
+    axes.flat[-1].legend(fontsize=7, ncols=2)
+    figure.suptitle(f"{found['model']}: answers of a small trained model, {found['asked']} held-out questions of each kind")
+    aside = path.with_name(f"{path.stem}.partial{path.suffix}")
+    figure.savefig(aside, dpi=110)
+    pyplot.close(figure)
+    aside.replace(path)
