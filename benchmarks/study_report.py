@@ -112,7 +112,7 @@ def save_plot(found: Mapping[str, Any], path: Path) -> None:
         panel.set_xlabel("visual tokens, mean over layers")
     for panel in axes[:, 0]:
         panel.set_ylabel("right, %")
-    axes.flat[-1].legend(fontsize=7, ncols=2)
+    axes.flat[0].legend(fontsize=7, ncols=2)
     figure.suptitle(f"{found['model']}: answers of a small trained model, {found['asked']} held-out questions of each kind")
     aside = path.with_name(f"{path.stem}.partial{path.suffix}")
     figure.savefig(aside, dpi=110)

@@ -1,7 +1,8 @@
 """Trains one of the two models: `python -m examples.see.train llava --folder /somewhere`.
 
 Three parts, each of which goes on where it was stopped: the tower learns what its patches show; then it stays as it is and the
-decoder learns to answer from its features; then the weights are written to `model` in the folder as transformers saves them."""
+decoder learns to answer from its features; then the weights are written to `model` in the folder as transformers saves
+them."""
 
 from __future__ import annotations
 

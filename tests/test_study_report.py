@@ -1,0 +1,75 @@
+"""The study's tables, from numbers made up here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.study_report import ablations, by_budget, by_kind, save_plot, tables
+
+
+def _row(right: str, tokens: float) -> dict[str, Any]:
+    share = right.count("1") / len(right)
+    told = {"share": share, "low": share - 0.1, "high": share + 0.1, "asked": len(right)}
+    return {
+        "accuracy": {"what": told, "all": told}, "right": {"what": right}, "mean_tokens": tokens, "of": 576,
+        "kv_bytes": 2**20, "flop_ratio": 2.0,
+    }  # fmt: skip
+
+
+FOUND: dict[str, Any] = {
+    "model": "llava",
+    "asked": 4,
+    "rows": {
+        "dense": _row("1111", 576),
+        "vitcop 192": _row("1110", 192),
+        "random 192": _row("1100", 192),
+        "vitcop 64": _row("1000", 64),
+        "fastv 64": {"left_out": "too few"},
+        "vitcop+calibrated 64": _row("1100", 64),
+        "ablation 64: published": _row("1000", 64),
+        "ablation 64: keys raw": _row("0110", 64),
+        "saliency 64": _row("1111", 64),
+    },
+    "times": {"64": {"backend": "inductor", "dense": 30.0, "vitcop": 20.0}},
+}
+
+
+def test_accuracy_by_budget() -> None:
+    lines = by_budget(FOUND).splitlines()
+    assert lines[2:] == [
+        "| vitcop | 75 | - | 25 | - | - |",
+        "| random | 50 | - | - | - | - |",
+        "| fastv | - | - | - | - | - |",
+        "| vitcop+calibrated | - | - | 50 | - | - |",
+        "| 95 % | ± 10 | ± 0 | ± 10 | ± 0 | ± 0 |",
+    ]
+
+
+def test_accuracy_by_kind_with_times() -> None:
+    lines = by_kind(FOUND, "64").splitlines()
+    assert lines[2] == "| dense | 576 of 576 | 100 | 100 | 90 to 110 | 1.00 MiB | 1/2.0 | 1.00x |"
+    assert lines[3] == "| vitcop | 64 of 576 | 25 | 25 | 15 to 35 | 1.00 MiB | 1/2.0 | 1.50x |"
+    assert lines[4].endswith("| - |") and len(lines) == 5
+    assert "TTFT" not in by_kind(FOUND, "192")
+
+
+def test_answers_that_turned() -> None:
+    assert ablations(FOUND).splitlines()[-1] == "| 64: keys raw | 50 | 50 | 2 | 1 |"
+    assert ablations({"rows": {"dense": _row("1", 1)}}) == ""
+
+
+def test_all_tables() -> None:
+    text = tables(FOUND)
+    assert "- left out: fastv 64: too few" in text and text.startswith("llava, 4 questions of each kind")
+
+
+def test_plot(tmp_path: Path) -> None:
+    save_plot(FOUND, tmp_path / "study.png")
+    shown = Image.open(tmp_path / "study.png").convert("L")
+    assert shown.width > 1000 and len(set(shown.get_flattened_data())) > 20
+    assert [file.name for file in tmp_path.iterdir()] == ["study.png"]
