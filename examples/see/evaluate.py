@@ -41,7 +41,7 @@ def held_out(kind: str, number: int, seed: int = 0) -> Iterator[Example]:
     while found < number:
         rng = random.Random(f"held out {seed} {kind} {at}")
         at += 1
-        seen = scene(rng, held_out=True, sign=True if kind == "read" else None)
+        seen = scene(rng, held_out=True, signs=1 if kind == "read" else None)
         asked = question(kind, seen, rng, held_out=True)
         if asked is not None:
             found += 1

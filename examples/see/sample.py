@@ -19,7 +19,7 @@ def write_sample(folder: Path, seed: int = 0) -> None:
     while len(found) < len(KINDS):
         rng = random.Random(f"sample {seed} {at}")
         at += 1
-        seen = scene(rng, held_out=True, sign=True)
+        seen = scene(rng, held_out=True, signs=1)
         asked = [question(kind, seen, rng, held_out=True) for kind in KINDS]
         found = dict(one for one in asked if one is not None) if len(seen.things) >= 6 else {}
     seen.image.save(folder / PICTURE)

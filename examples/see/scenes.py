@@ -49,9 +49,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """word: on the sign, "" without one. Labels of patches, int64 [24, 24], 0 for none: `names` 1 to 16, 17 the sign;
-    `colours` 1 to 8; `letters` 1 to 26; `orders` 1 to 4, which letter of the word; `centres` 1 where a thing's centre is;
-    `places` 0 to 8, of every patch."""
+    """word: on the sign, "" without one, of several all in a row. Labels of patches, int64 [24, 24], 0 for none: `names` 1 to
+    16, 17 the sign; `colours` 1 to 8; `letters` 1 to 26; `orders` 1 to 4, which letter of the word; `centres` 1 where a
+    thing's centre is; `places` 0 to 8, of every patch."""
 
     image: Image.Image
     things: tuple[Thing, ...]
@@ -123,13 +123,15 @@ def _pairs(rng: random.Random, number: int, repeated: int, held_out: bool) -> li
     return [pair(name, at == chosen or (None if held_out else False)) for at, name in enumerate(names)]
 
 
-def scene(rng: random.Random, held_out: bool = False, sign: bool | None = None) -> Scene:
-    """A picture with 2 to 7 things, and in three of four a sign (sign None). held_out: with a pair of name and colour that no
-    picture has otherwise; words of a sum of letters divisible by five are on signs only there."""
+def scene(rng: random.Random, held_out: bool = False, signs: int | None = None) -> Scene:
+    """A picture with 2 to 7 things, and `signs` signs, up to 7; None is one in three pictures of four. held_out: with a pair
+    of name and colour that no picture has otherwise; words of a sum of letters divisible by five are on signs only there."""
     repeated = rng.randint(1, MOST)
     number = rng.randint(max(2, repeated), 7)
-    signed = rng.random() < 0.75 if sign is None else sign
-    places = rng.sample(range(9), number + 1)
+    many = int(rng.random() < 0.75) if signs is None else signs
+    number = min(number, 9 - many)
+    repeated = min(repeated, number)
+    places = rng.sample(range(9), number + max(1, many))
     labels = {kind: np.zeros((GRID, GRID), dtype=np.int64) for kind in LABELS}
     labels["places"] = _PLACES
     pixels = _ground(rng)
@@ -145,7 +147,7 @@ def scene(rng: random.Random, held_out: bool = False, sign: bool | None = None) 
         labels["names"][here], labels["colours"][here] = NAMES.index(name) + 1, SHADES.index(colour) + 1
         labels["centres"][(top + height // 2) // PATCH, (left + width // 2) // PATCH] = 1
         things.append(Thing(name, colour, place, (left, top, left + width, top + height)))
-    word = _write(rng, pixels, labels, places[number], held_out) if signed else ""
+    word = "".join(_write(rng, pixels, labels, place, held_out) for place in places[number : number + many])
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     return Scene(image, tuple(things), word, labels)
 

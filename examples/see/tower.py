@@ -83,6 +83,6 @@ class Heads(nn.Module):
         return total, seen
 
 
-def scenes_of(rng: random.Random, number: int) -> list[Scene]:
-    """Pictures to learn from."""
-    return [scene(rng) for _ in range(number)]
+def scenes_of(rng: random.Random, number: int, signs: bool = False) -> list[Scene]:
+    """Pictures to learn from. signs: two of three with two to six signs."""
+    return [scene(rng, signs=rng.randint(2, 6) if signs and rng.random() < 0.67 else None) for _ in range(number)]

@@ -6,13 +6,14 @@ them."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from . import decoder, models
 from .learner import Learner
@@ -27,16 +28,17 @@ def tower_of(kind: str, model: nn.Module) -> nn.Module:
     return model.model.vision_tower if kind == "llava" else model.model.visual  # type: ignore[union-attr, return-value]
 
 
-def train_tower(kind: str, model: nn.Module, steps: int, rate: float, seed: int, file: Path, console: Console) -> None:
-    """From nothing."""
+def train_tower(kind: str, model: nn.Module, steps: int, rate: float, seed: int, folder: Path, console: Console) -> None:
+    """From nothing; then, half as many steps, with more signs, as letters are what comes last."""
     heads = Heads(tower_of(kind, model).config.hidden_size, kind == "llava")  # type: ignore[union-attr, arg-type]
-    learner = Learner("tower", nn.ModuleDict({"tower": tower_of(kind, model), "heads": heads}), steps, rate, seed)
+    parts = nn.ModuleDict({"tower": tower_of(kind, model), "heads": heads})
+    for name, length, signs in (("tower", steps, False), ("tower-signs", steps // 2, True)):
 
-    def loss_of(rng):  # type: ignore[no-untyped-def]
-        scenes = scenes_of(rng, BATCH)
-        return heads.loss(*features_of(kind, model, pixels_of(kind, scenes)), scenes)
+        def loss_of(rng: random.Random, signs: bool = signs) -> tuple[Tensor, dict[str, float]]:
+            scenes = scenes_of(rng, BATCH, signs)
+            return heads.loss(*features_of(kind, model, pixels_of(kind, scenes)), scenes)
 
-    learner.run(loss_of, file, console)
+        Learner(name, parts, length, rate, seed).run(loss_of, folder / f"{name}.pt", console)
 
 
 def main(
@@ -57,7 +59,7 @@ def main(
     console = Console(stderr=True)
     folder.mkdir(parents=True, exist_ok=True)
     model = models.make(kind, seed)
-    train_tower(kind, model, tower_steps, rate, seed, folder / "tower.pt", console)
+    train_tower(kind, model, tower_steps, rate, seed, folder, console)
     decoder.train(kind, model, decoder_steps, pictures, rate, seed, folder, console)
     models.save(model, models.processor_of(kind), folder / "model")
     write_sample(folder / "model")
