@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vitcop_compile import ConfigError, ModelShape, ViTCoPConfig
 from vitcop_compile.layout import Layout, Segment
-from vitcop_compile.schedule import Schedule, resolve
+from vitcop_compile.schedule import Schedule, Stage, resolve
 
 IMAGE = ModelShape().image
 HALF = Segment("image", (1, 12, 24), 288)
@@ -280,3 +280,36 @@ def test_decode_ratio() -> None:
     dense, pruned = schedule.dense_kv_bytes(3, 4), schedule.kv_bytes(3, 4)
     assert schedule.decode_ratio(3, 4, 5) == (weights + 5 * dense) / (weights + 5 * pruned)
     assert schedule.decode_ratio(3) == (weights + schedule.dense_kv_bytes(3)) / (weights + schedule.kv_bytes(3))
+
+
+# Where stages can stand
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """A method of stages on these sides."""
+
+    sides: tuple[str, ...]
+
+    def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
+        return tuple(Stage(side, 1, "uniform", (9,) * len(layout)) for side in self.sides)
+
+    def to_json(self) -> str:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("packed", "sides", "message"),
+    [
+        (True, ("encoder",), "'uniform' has a stage in the encoder, and this model's tokens are put together behind it: use"),
+        (False, ("merge",), "of side 'merge', and this model puts no tokens together behind its encoder: use side 'encoder'"),
+        (True, ("merge", "entry", "decoder"), "2 stages stand between encoder and decoder: there is place for 1"),
+        (False, ("entry", "entry"), "2 stages stand between encoder and decoder: there is place for 1"),
+        (False, ("encoder", "entry"), "stages inside the encoder and behind it: .* use either"),
+        (False, ("decoder", "encoder"), "stages of sides decoder, encoder are out of order: the encoder's come first"),
+        (False, ("tower",), "side 'tower' is none: use one of encoder, merge, entry, decoder"),
+    ],
+)
+def test_stages_that_no_program_has_a_place_for(packed: bool, sides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(Staged(sides), dataclasses.replace(SMALL, packed=packed), (SMALL.image,))

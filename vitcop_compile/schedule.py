@@ -7,7 +7,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from .errors import ConfigError
 from .layout import Layout, Segment
+
+# The sides of a stage -> which comes first.
+_ORDER = {"encoder": 0, "merge": 1, "entry": 1, "decoder": 2}
 
 
 @dataclass(frozen=True)
@@ -336,8 +340,38 @@ class Schedule:
 
 
 def resolve(method: Method, shape: ModelShape, layout: Layout) -> Schedule:
-    """The schedule of `method` on a model of `shape`, for a prompt of `layout`. Raises ConfigError if it cannot be met."""
-    return Schedule(shape, layout, method.stages(shape, layout))
+    """The schedule of `method` on a model of `shape`, for a prompt of `layout`. Raises ConfigError if it cannot be met, and for
+    stages that no program of this model has a place for."""
+    stages = method.stages(shape, layout)
+    _check_sides(stages, shape)
+    return Schedule(shape, layout, stages)
+
+
+def _check_sides(stages: tuple[Stage, ...], shape: ModelShape) -> None:
+    for stage in stages:
+        if stage.side not in _ORDER:
+            raise ConfigError(f"a stage of side {stage.side!r} is none: use one of {', '.join(_ORDER)}")
+        if stage.side == "encoder" and shape.packed:
+            raise ConfigError(
+                f"policy {stage.policy!r} has a stage in the encoder, and this model's tokens are put together behind it: use "
+                "side 'merge' or 'entry'"
+            )
+        if stage.side == "merge" and not shape.packed:
+            raise ConfigError(
+                f"policy {stage.policy!r} has a stage of side 'merge', and this model puts no tokens together behind its "
+                "encoder: use side 'encoder' or 'entry'"
+            )
+    sides = [stage.side for stage in stages]
+    if sides != sorted(sides, key=_ORDER.__getitem__):
+        raise ConfigError(f"stages of sides {', '.join(sides)} are out of order: the encoder's come first, the decoder's last")
+    behind = sides.count("merge") + sides.count("entry")
+    if behind > 1:
+        raise ConfigError(f"{behind} stages stand between encoder and decoder: there is place for 1, use one of them")
+    if behind and "encoder" in sides:
+        raise ConfigError(
+            "stages inside the encoder and behind it: what is chosen there is told of whole images; use either, or go on in "
+            "the decoder"
+        )
 
 
 def _projection_weights(shape: ModelShape) -> int:
