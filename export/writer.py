@@ -196,6 +196,14 @@ def check_options(
             f"{most} image tokens, max_text_len={text} and max_new_tokens={new} need {total} positions, the "
             f"model has {limit}: lower one of them"
         )
+    # Where a position is one number and all tokens keep theirs, those that go take one too.
+    shape, kept = schedules[0].shape, [schedule.patches for schedule in schedules if schedule.placed]
+    places = max(kept, default=0) + text + new
+    if shape.position_dims == 1 and places > shape.max_positions:
+        raise ConfigError(
+            f"{max(kept)} image tokens, which keep their positions, max_text_len={text} and max_new_tokens={new} need {places} "
+            f"positions, the model has {shape.max_positions}: lower one of them"
+        )
     if buckets is None:
         return batches, None
     values = tuple(buckets)

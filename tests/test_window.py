@@ -17,6 +17,7 @@ from vitcop_compile.attention import anchored
 from vitcop_compile.capture import capture
 from vitcop_compile.families import family_of
 from vitcop_compile.families.registry import shape_of
+from vitcop_compile.methods import Calibrated, Uniform
 
 WINDOW = 140
 SIZES: dict[str, Any] = {
@@ -77,6 +78,33 @@ def test_pruned_rows_count_and_not_the_image() -> None:
     assert len(greedy(fast, 90, models.prompt(10, 20), models.pixels())[0]) == 94 + 90
     with pytest.raises(InputError, match="a prompt of 50 rows and 91 new tokens need 141 positions"):
         greedy(fast, 91, models.prompt(10, 20), models.pixels())
+
+
+KEPT = Calibrated(Uniform(tokens=20))
+
+
+def test_pruned_tokens_that_keep_positions_take_them() -> None:
+    """78 positions of which 34 are rows; a second turn of 10 and an image takes 74 more, and 1 was said."""
+    model = models.llava(1, positions=158)
+    fast = vitcop_compile.optimize(model, KEPT, backend="eager", prompt_buckets=(32,))
+    ids, pixels = models.prompt(5, 9), models.pixels()
+    assert fast.schedule.placed
+    with pytest.raises(
+        InputError, match="a prompt of 78 positions, which pruned tokens keep, and 81 new tokens need 159, the model has 158"
+    ):
+        greedy(fast, 81, ids, pixels)
+    out = fast.generate(ids, pixel_values=pixels, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    whole = torch.cat((out.sequences, models.prompt(4, 6, 1)), 1)
+    asked = {"pixel_values": pixels, "attention_mask": torch.ones_like(whole), "past_key_values": out.past_key_values}
+    with pytest.raises(InputError, match="a prompt of 154 positions, .* and 5 new tokens need 159, the model has 158"):
+        fast.generate(whole, max_new_tokens=5, do_sample=False, **asked)
+    assert fast.generate(whole, max_new_tokens=4, do_sample=False, **asked).shape == (1, 158)
+
+
+def test_engines_of_tokens_that_keep_positions_end_with_those(tmp_path) -> None:
+    fast = models.optimize(models.shared(3), KEPT)
+    with pytest.raises(ConfigError, match="64 image tokens, which keep their positions, max_text_len=900 .* need 1025 pos"):
+        export(fast, tmp_path / "folder", max_text_len=900, max_new_tokens=61)
 
 
 def test_engines_end_at_the_window(tmp_path) -> None:

@@ -56,6 +56,7 @@ class PrunedCache(Cache):
         self.placeholders: tuple[int, ...] = ()
         self.held: tuple[int, ...] = ()
         self._lengths: list[int] = []
+        self._positions: list[int] = []
         self._removed: list[list[int]] = []
         self._buffers: Buffers | None = None
         self._seen = 0
@@ -74,11 +75,6 @@ class PrunedCache(Cache):
         if self._buffers is None:
             raise InputError("the cache is empty: pass a prompt first")
         return self._buffers
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sample as layer 0 sees them, on the host."""
-        return self._lengths
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -120,16 +116,31 @@ class PrunedCache(Cache):
                 tensor.copy_(value)
             raise
 
+    def reaches(self, rows: list[int], positions: list[int]) -> tuple[int, int]:
+        """(rows of layer 0, positions) that the longest samples reach with a turn that takes so many of each, by sample."""
+        most = [max(values) for values in self._with(rows, positions)]
+        return most[0], most[1]
+
+    def _with(self, rows: list[int], positions: list[int]) -> list[list[int]]:
+        held = (self._lengths or [0] * len(rows), self._positions or [0] * len(rows))
+        return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(held, (rows, positions), strict=True)]
+
     def account(
-        self, columns: int, rows: list[int], removed: list[list[int]], images: tuple[int, ...], placeholders: tuple[int, ...]
+        self,
+        columns: int,
+        rows: list[int],
+        removed: list[list[int]],
+        images: tuple[int, ...],
+        placeholders: tuple[int, ...],
+        positions: list[int],
     ) -> None:
         """Counts, on the host, a turn that the programs have written.
 
         columns: of `input_ids`; rows: by sample, in layer 0; removed: by group and sample, rows that the turn lacks there;
-        images and their placeholders: by sample.
+        images, their placeholders, and the positions that the turn takes: by sample.
         """
         self._seen += columns
-        self._lengths = [a + b for a, b in zip(self._lengths or [0] * len(rows), rows, strict=True)]
+        self._lengths, self._positions = self._with(rows, positions)
         before = self._removed or [[0] * len(rows) for _ in removed]
         self._removed = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, removed, strict=True)]
         none = (0,) * len(rows)
@@ -144,6 +155,7 @@ class PrunedCache(Cache):
         self.length.add_(1)
         self.position.add_(1)
         self._lengths = [length + 1 for length in self._lengths]
+        self._positions = [position + 1 for position in self._positions]
         self.held = tuple(held + 1 for held in self.held)
         self._seen += 1
         self._room -= 1

@@ -343,7 +343,11 @@ class CompiledModel(GenerationMixin):
         seen = cache.get_seq_length()
         new = max(1, cache.max_length - seen - length) if cache.max_length else None
         rows = [text + tokens[0] for text, tokens in zip(reading.text, visual, strict=True)]
-        self._check_length(max(map(sum, zip(rows, cache.lengths or [0] * batch, strict=True))), new or 1)
+        positions = taken = None
+        if images is not None and any(schedule.placed for schedule in schedules):
+            positions, taken = positions_of(host, reading, images.about, beams)
+        ends = rows if taken is None else taken.tolist()
+        self._check_length(cache.reaches(rows, ends), new or 1)
         most = tuple(map(max, zip(*visual, strict=True)))
         ask = Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows, most, tuple(found))
         plan = provider.plan(ask)
@@ -352,15 +356,12 @@ class CompiledModel(GenerationMixin):
             like = torch.empty((), dtype=self.dtype, device=self.device)
             buffers = self._pool.lend(cache, shapes, plan.rows, like, self.schedule.told)
             cache.take(buffers, clear=() in reading.layouts)
-        turn = Turn(images, reading, schedules, plan.text, filled=seen > 0, beams=beams)
-        if images is not None and any(schedule.placed for schedule in schedules):
-            positions, taken = positions_of(host, reading, images.about, beams)
-            turn = turn._replace(positions=positions, taken=taken)
+        turn = Turn(images, reading, schedules, plan.text, seen > 0, beams, positions, taken)
         with cache.unless_it_fails():
             logits = run_turn(provider, turn, cache)
         removed = [[tokens[0] - tokens[group] for tokens in visual] for group in range(len(plan.rows))]
         placeholders = tuple(sum(segment.tokens for segment in layout) for layout in reading.layouts)
-        cache.account(length, rows, removed, reading.images, placeholders)
+        cache.account(length, rows, removed, reading.images, placeholders, ends)
         return _answer(logits, cache)
 
     def _check_pixels(self, images: Tensor, cache: PrunedCache) -> None:
@@ -382,13 +383,20 @@ class CompiledModel(GenerationMixin):
         cache.advance()
         return _answer(logits, cache)
 
-    def _check_length(self, prompt: int, new_tokens: int) -> None:
-        shape = self.schedule.shape
-        if prompt + new_tokens > shape.most_tokens:
+    def _check_length(self, prompt: tuple[int, int], new_tokens: int) -> None:
+        """prompt: (rows, positions) that its sequences reach; tokens that were pruned have positions too where all keep
+        theirs."""
+        shape, (rows, positions) = self.schedule.shape, prompt
+        if rows + new_tokens > shape.most_tokens:
             limit = f"{shape.max_positions}" if shape.most_tokens == shape.max_positions else f"a window of {shape.window}"
             raise InputError(
-                f"a prompt of {prompt} rows and {new_tokens} new tokens need {prompt + new_tokens} positions, the model has "
+                f"a prompt of {rows} rows and {new_tokens} new tokens need {rows + new_tokens} positions, the model has "
                 f"{limit}: shorten the prompt or lower max_new_tokens"
+            )
+        if positions + new_tokens > shape.max_positions:
+            raise InputError(
+                f"a prompt of {positions} positions, which pruned tokens keep, and {new_tokens} new tokens need "
+                f"{positions + new_tokens}, the model has {shape.max_positions}: shorten the prompt or lower max_new_tokens"
             )
 
 
