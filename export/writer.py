@@ -201,8 +201,8 @@ def check_options(
     places = max(kept, default=0) + text + new
     if shape.position_dims == 1 and places > shape.max_positions:
         raise ConfigError(
-            f"{max(kept)} image tokens, which keep their positions, max_text_len={text} and max_new_tokens={new} need {places} "
-            f"positions, the model has {shape.max_positions}: lower one of them"
+            f"{max(kept)} image tokens, which keep their positions, max_text_len={text} and max_new_tokens={new} need "
+            f"{places} positions, the model has {shape.max_positions}: lower one of them"
         )
     if buckets is None:
         return batches, None

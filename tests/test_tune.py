@@ -13,7 +13,7 @@ import torch
 from models import pixels, prompt
 from rich.console import Console
 
-from vitcop_compile import ConfigError, InputError, ViTCoPConfig, methods, tune
+from vitcop_compile import ConfigError, InputError, ViTCoPConfig, methods, quality, tune
 from vitcop_compile.methods import load_method
 from vitcop_compile.progress import Steps
 
@@ -59,6 +59,30 @@ def test_the_fastest_that_is_near_enough_is_chosen() -> None:
         assert near[search(f"kl={bound}").chosen] <= bound < max(near.values())
         with pytest.raises(ConfigError, match=r"no method meets ttft=2.0 ms: the best was half with 4; raise"):
             search("ttft=2")
+
+
+def test_nothing_is_asked_or_traced_twice() -> None:
+    """Each request once of the dense model and once of each candidate, all of one capture."""
+    asked, made = [], []
+
+    def answer(model, request, tokens):
+        asked.append((id(model), id(request)))
+        return quality.answer(model, request, tokens)
+
+    def optimized(*given, **options):
+        made.append((models.optimize(*given, **options), options.get("like")))
+        return made[-1][0]
+
+    with (
+        mock.patch.object(tune, "answer", answer),
+        mock.patch.object(tune, "optimize", optimized),
+        mock.patch.object(tune, "interleave", lambda calls, *_, **__: {name: [1.0] for name in calls}),
+    ):
+        found = search("kl=100")
+    assert len(asked) == len(set(asked)) == 4 * 2
+    (dense, none), *others = made
+    assert none is None and len(others) == 6 and all(like is dense for _, like in others)  # three tried, and four timed
+    assert all(0 <= own.agreed <= 1 for own in found.candidates if own.agreed is not None)
 
 
 def test_what_it_writes_is_read_again(tmp_path: Path) -> None:

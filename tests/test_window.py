@@ -96,14 +96,14 @@ def test_pruned_tokens_that_keep_positions_take_them() -> None:
     out = fast.generate(ids, pixel_values=pixels, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
     whole = torch.cat((out.sequences, models.prompt(4, 6, 1)), 1)
     asked = {"pixel_values": pixels, "attention_mask": torch.ones_like(whole), "past_key_values": out.past_key_values}
-    with pytest.raises(InputError, match="a prompt of 154 positions, .* and 5 new tokens need 159, the model has 158"):
+    with pytest.raises(InputError, match=r"a prompt of 154 positions, .* and 5 new tokens need 159, the model has 158"):
         fast.generate(whole, max_new_tokens=5, do_sample=False, **asked)
     assert fast.generate(whole, max_new_tokens=4, do_sample=False, **asked).shape == (1, 158)
 
 
 def test_engines_of_tokens_that_keep_positions_end_with_those(tmp_path) -> None:
     fast = models.optimize(models.shared(3), KEPT)
-    with pytest.raises(ConfigError, match="64 image tokens, which keep their positions, max_text_len=900 .* need 1025 pos"):
+    with pytest.raises(ConfigError, match=r"64 image tokens, which keep their positions, max_text_len=900 .* need 1025 pos"):
         export(fast, tmp_path / "folder", max_text_len=900, max_new_tokens=61)
 
 

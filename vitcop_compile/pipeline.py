@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from .attention import check_lowering
 from .backends import backend_of
-from .capture import capture
+from .capture import Capture, capture
 from .config import DEFAULT_PRESET, ViTCoPConfig
 from .errors import ConfigError, UnsupportedError
 from .families import family_of
 from .host import with_clips
 from .optimized import PROGRAM_BYTES, PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
 from .programs import Programs
-from .schedule import Method, resolve
+from .schedule import Method, check_ready, resolve
 
 
 def optimize(
@@ -30,6 +30,7 @@ def optimize(
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
     program_bytes: int = PROGRAM_BYTES,
     dump: str | Path | None = None,
+    like: OptimizedModel | None = None,
 ) -> OptimizedModel:
     """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded, or wholly on "meta".
 
@@ -38,15 +39,16 @@ def optimize(
     prompt_buckets: ascending numbers of text tokens that prompts are padded to. The model is not changed and shares its
     weights with the result. Programs compile on first use, or through `warmup`. program_bytes: what programs may hold
     together; beyond that the one used longest ago is let go. dump: a folder that gets every graph after every pass, as text;
-    of programs that differ in their batch or rows alone, the latest. A model on the meta device is for planning: it has a
+    of programs that differ in their batch or rows alone, the latest. like: what another call returned for this model, whose
+    graphs as they were captured are used again: methods can be compared without tracing the model for each. A model on the
+    meta device is for planning: it has a
     schedule and its programs can be exported.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
     the model's shape cannot meet; both before anything is traced.
     """
     config = config or ViTCoPConfig.preset(DEFAULT_PRESET)
-    if getattr(config, "score", True) is None:
-        raise ConfigError("custom: a method that was read from a file, or has none, has no score: pass one")
+    check_ready(config)
     family = family_of(model)
     if getattr(config, "clips", None) == "pooled":
         family = replace(family, host=with_clips(family.host))
@@ -59,9 +61,16 @@ def optimize(
             f"attn_implementation={attn_implementation!r} adds nothing to logits, and a calibrated method adds log sizes: use "
             "'sdpa'"
         )
-    captured = capture(family, model)
+    captured = capture(family, model) if like is None else _captured(like, model)
     programs = Programs(family, captured, config, attn_implementation, None if dump is None else Path(dump))
     return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets, program_bytes), config, backend)
+
+
+def _captured(like: OptimizedModel, model: PreTrainedModel) -> Capture:
+    if like.model is not model:
+        raise ConfigError("like was made of another model: pass one that optimize returned for this model, or none")
+    like.check_weights()
+    return like.programs.captured
 
 
 def _check_weights(model: PreTrainedModel) -> None:

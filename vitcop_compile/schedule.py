@@ -138,7 +138,8 @@ class Stage:
 
 
 class Method(Hashable, Protocol):
-    """Decides what is pruned where: `ViTCoPConfig` is one. Equal methods make equal schedules."""
+    """Decides what is pruned where: `ViTCoPConfig` is one. Equal methods make equal schedules. One that can be without what
+    its programs are traced from has also `check()`, which then raises ConfigError."""
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """The stages for a prompt of `layout`, the encoder's first, then the decoder's by ascending layer. Their number,
@@ -340,11 +341,18 @@ class Schedule:
 
 
 def resolve(method: Method, shape: ModelShape, layout: Layout) -> Schedule:
-    """The schedule of `method` on a model of `shape`, for a prompt of `layout`. Raises ConfigError if it cannot be met, and for
-    stages that no program of this model has a place for."""
+    """The schedule of `method` on a model of `shape`, for a prompt of `layout`. Raises ConfigError if it cannot be met, and
+    for stages that no program of this model has a place for."""
     stages = method.stages(shape, layout)
     _check_sides(stages, shape)
     return Schedule(shape, layout, stages)
+
+
+def check_ready(method: Method) -> None:
+    """Raises ConfigError for a method that tells schedules and cannot be traced."""
+    check = getattr(method, "check", None)
+    if check is not None:
+        check()
 
 
 def _check_sides(stages: tuple[Stage, ...], shape: ModelShape) -> None:

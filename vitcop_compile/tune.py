@@ -20,7 +20,7 @@ from .layout import Layout
 from .optimized import OptimizedModel
 from .pipeline import optimize
 from .progress import Steps
-from .quality import compare
+from .quality import Answer, answer, distance
 from .schedule import Method, Schedule
 
 # What a target bounds -> its unit. All are to be small.
@@ -31,8 +31,9 @@ _DENSE = "dense"
 @dataclass(frozen=True)
 class Candidate:
     """One method as it did. Of a request, mean over the pictures: ttft in ms (median of interleaved rounds, on one of them),
-    kv in MiB, kl in nats and agreed as `quality.compare` has them; ttft, kl and agreed are None where that was not measured,
-    as the candidate had failed the target by then; flops: dense over pruned, vision and prefill together."""
+    kv in MiB, kl in nats as `quality.distance` has it, agreed as a share of the first tokens that the dense model says; ttft,
+    kl and agreed are None where that was not measured, as the candidate had failed the target by then; flops: dense over
+    pruned, vision and prefill together."""
 
     name: str
     tokens: float
@@ -108,21 +109,25 @@ def tune(
     chosen: dict[str, tuple[Method, OptimizedModel]] = {}
     for label, method in methods.items():
         try:
-            pruned = optimize(model, method, backend="eager")
+            pruned = optimize(model, method, backend="eager", like=dense)
             found[label] = _planned(label, pruned, whole, text)
         except ConfigError as error:
             left_out[label] = str(error)
             continue
         if name != "kv" or found[label].kv <= bound:
             chosen[label] = method, pruned
+    answers: list[Answer] = []
+    if chosen:
+        with steps.step(f"{_DENSE}: answers to {len(requests)} pictures"):
+            answers = [answer(dense, request, tokens) for request in requests]
     for label, (_, pruned) in chosen.items():
         with steps.step(f"{label}: distance on {len(requests)} pictures"):
-            found[label] = _compared(found[label], dense, pruned, requests, tokens)
+            found[label] = _compared(found[label], answers, [answer(pruned, request, tokens) for request in requests])
     if name == "kl":
         chosen = {label: own for label, own in chosen.items() if (found[label].kl or 0.0) <= bound}
     timed = {_DENSE: ViTCoPConfig.dense()} | {label: method for label, (method, _) in chosen.items()}
     if chosen and name != "kv":
-        times = _times(model, timed, requests[0], backend, rounds, steps)
+        times = _times(dense, timed, requests[0], backend, rounds, steps)
         found |= {label: _with(found[label], ttft=times[label]) for label in times}
     best = _best(name, bound, found, list(chosen))
     return Found(best, chosen[best][0], target, tuple(found.values()), left_out)
@@ -153,13 +158,10 @@ def _planned(label: str, model: OptimizedModel, layouts: Sequence[Layout], text:
     return Candidate(label, tokens, fmean(ratios), fmean(s.kv_bytes(text) for s in schedules) / 2**20)
 
 
-def _compared(
-    own: Candidate, dense: OptimizedModel, pruned: OptimizedModel, requests: Sequence[Mapping[str, Any]], tokens: int
-) -> Candidate:
-    seen = [compare(dense, pruned, request, tokens) for request in requests]
-    return _with(
-        own, kl=fmean(float(one.kl.mean()) for one in seen), agreed=fmean(float(one.agreed.float().mean()) for one in seen)
-    )
+def _compared(own: Candidate, dense: Sequence[Answer], pruned: Sequence[Answer]) -> Candidate:
+    apart = [distance(*pair) for pair in zip(dense, pruned, strict=True)]
+    shares = [float((agreed / one.said.cpu()).mean()) for (_, agreed), one in zip(apart, dense, strict=True)]
+    return _with(own, kl=fmean(float(kl.mean()) for kl, _ in apart), agreed=fmean(shares))
 
 
 def _with(own: Candidate, **values: float) -> Candidate:
@@ -167,12 +169,12 @@ def _with(own: Candidate, **values: float) -> Candidate:
 
 
 def _times(
-    model: PreTrainedModel, methods: Mapping[str, Method], request: Mapping[str, Any], backend: str, rounds: int, steps: Steps
+    dense: OptimizedModel, methods: Mapping[str, Method], request: Mapping[str, Any], backend: str, rounds: int, steps: Steps
 ) -> dict[str, float]:
     """Median milliseconds from ids and pixels to the first logits."""
     calls: dict[str, Callable[[], Any]] = {}
     for label, method in methods.items():
-        fast = optimize(model, method, backend=backend)
+        fast = optimize(dense.model, method, backend=backend, like=dense)
 
         def call(fast: OptimizedModel = fast) -> Any:
             return fast(**request, past_key_values=PrunedCache())

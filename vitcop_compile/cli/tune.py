@@ -59,10 +59,11 @@ def tune_command(
             loaded, requests, methods, target, backend=backend, tokens=tokens, rounds=rounds, steps=Steps(Console(stderr=True))
         )
         table = Table(title=f"{len(pictures)} pictures, {target} {TARGETS[target_of(target)[0]]}")
-        for name in ("method", "visual tokens", "FLOPs", "KV MiB", "KL nats", f"first {tokens} equal", "TTFT ms"):
+        for name in ("method", "visual tokens", "FLOPs", "KV MiB", "KL nats", f"first {tokens} agree", "TTFT ms"):
             table.add_column(name, justify="left" if name == "method" else "right")
         for own in found.candidates:
-            cells = (f"{own.tokens:.1f}", f"/ {own.flops:.2f}", f"{own.kv:.2f}", *map(_cell, (own.kl, own.agreed, own.ttft)))
+            cells = (f"{own.tokens:.1f}", f"/ {own.flops:.2f}", f"{own.kv:.2f}")
+            cells += (_cell(own.kl), _share(own.agreed), _cell(own.ttft))
             table.add_row(own.name, *cells, style="bold green" if own.name == found.chosen else None)
         console().print(table)
         for name, why in found.left_out.items():
@@ -73,6 +74,10 @@ def tune_command(
 
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _methods(texts: list[str], retentions: list[str]) -> dict[str, Method]:
