@@ -19,7 +19,7 @@ from vitcop_compile.passes.unroll_loops import MOST_STEPS, unroll_loops
 from vitcop_compile import ConfigError, RewriteError, UnsupportedError, ViTCoPConfig, methods, passes
 from vitcop_compile.attention import sdpa
 from vitcop_compile.families import family_of
-from vitcop_compile.methods import CustomMethod, method_of
+from vitcop_compile.methods import Calibrated, CustomMethod, method_of
 from vitcop_compile.ops import greedy
 from vitcop_compile.policies import POLICIES, Site
 from vitcop_compile.program_modules import Vision
@@ -266,9 +266,17 @@ def test_a_score_of_another_shape_is_refused() -> None:
 
 
 def test_a_custom_method_without_a_score_is_refused() -> None:
+    """Also inside another, before anything is traced."""
     again = method_of(CustomMethod(score=abs, tokens=KEPT).to_json())
-    with pytest.raises(ConfigError, match="a method that was read from a file, or has none, has no score: pass one"):
-        models.optimize(shared(LAYERS), again)
+    for method in (again, Calibrated(again)):
+        with pytest.raises(ConfigError, match="a method that was read from a file, or has none, has no score: pass one"):
+            models.optimize(shared(LAYERS), method)
+
+
+def test_captures_of_another_model_are_refused() -> None:
+    other = models.optimize(shared(LAYERS), EVERY["uniform"])
+    with pytest.raises(ConfigError, match="like was made of another model: pass one that optimize returned for this model"):
+        models.optimize(shared(3), EVERY["uniform"], like=other)
 
 
 def seen_by(needs: tuple[str, ...], **more: Any) -> Site:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ from configs import SMALL
 from vitcop_compile import ConfigError, ModelShape, ViTCoPConfig, methods
 from vitcop_compile.layout import Segment
 from vitcop_compile.methods import METHODS, CustomMethod, load_method, method_of
-from vitcop_compile.policies import POLICIES
+from vitcop_compile.policies import POLICIES, tap_of
 from vitcop_compile.schedule import Schedule, Stage
 
 IMAGE = ModelShape().image
@@ -394,6 +395,20 @@ def test_a_custom_method_has_a_name_of_its_own() -> None:
     assert stage == Stage("decoder", 2, one.policy, (3,)) and POLICIES[one.policy].needs == {"hidden"}
     (scored,) = CustomMethod(score=abs, tokens=3, side="entry", needs=("score", "features")).schedule().stages
     assert (scored.side, scored.layer, scored.tap) == ("entry", 22, "cls_attention")
+
+
+def test_the_policy_of_a_custom_method_goes_with_it() -> None:
+    """And not with an equal one that was read from a file, as long as either is there."""
+    method = CustomMethod(score=lambda site: site.score, tokens=3)
+    name, text = method.policy, method.to_json()
+    again = method_of(text)
+    assert name in POLICIES and tap_of(again.schedule().stages[0]) is None
+    del method
+    gc.collect()
+    assert name in POLICIES
+    del again
+    gc.collect()
+    assert name not in POLICIES
 
 
 def test_a_text_of_a_custom_method_tells_its_budgets() -> None:

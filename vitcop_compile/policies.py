@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -102,7 +104,9 @@ class Policy:
     renews: bool = False
 
 
-POLICIES: dict[str, Policy] = {}
+# Policies of users' own methods, here as long as those are.
+OWNED: WeakValueDictionary[str, Policy] = WeakValueDictionary()
+POLICIES: ChainMap[str, Policy] = ChainMap({}, OWNED)
 
 
 def tap_of(stage: Stage) -> Tap | None:

@@ -7,8 +7,7 @@ every symbol, and what remains is an ordinary ExportedProgram: the one input of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,7 +23,9 @@ from .layout import Layout
 from .passes import Passes, encoder_passes, extend_passes, prefill_passes, rewrite, text_passes, tower_passes
 from .policies import states_of, tap_of
 from .program_modules import Extend, Prefill, Select, Tower, Vision
-from .schedule import Method, ModelShape, Schedule, Stage, resolve
+from .schedule import Method, Schedule, Stage, resolve
+
+_MOST_SCHEDULES = 4096
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Programs:
     method: Method
     attn_implementation: str = "sdpa"
     dump: Path | None = None
+    # By layout: held here and not for all methods there ever were, as those can hold weights.
+    _schedules: dict[Layout, Schedule] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def schedule(self) -> Schedule:
@@ -50,7 +53,11 @@ class Programs:
 
     def schedule_of(self, layout: Layout) -> Schedule:
         """That of a prompt with the images of `layout`."""
-        return _resolved(self.method, self.family.shape, layout)
+        if layout not in self._schedules:
+            if len(self._schedules) >= _MOST_SCHEDULES:
+                self._schedules.clear()
+            self._schedules[layout] = resolve(self.method, self.family.shape, layout)
+        return self._schedules[layout]
 
     @property
     def states(self) -> int:
@@ -280,11 +287,6 @@ class Programs:
 
     def _ints(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self._device())
-
-
-@lru_cache(maxsize=4096)
-def _resolved(method: Method, shape: ModelShape, layout: Layout) -> Schedule:
-    return resolve(method, shape, layout)
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], axes: tuple | None = None) -> ExportedProgram:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from ..errors import ConfigError
 from ..layout import Layout
 from ..policies import POLICIES
-from ..schedule import Method, ModelShape, Schedule, Stage, resolve
+from ..schedule import Method, ModelShape, Schedule, Stage, check_ready, resolve
 from .base import READERS, VERSION, method_of
 
 
@@ -42,6 +42,10 @@ class Calibrated:
     def clips(self) -> str:
         """As `ViTCoPConfig.clips`, of the method."""
         return getattr(self.method, "clips", "per_frame")
+
+    def check(self) -> None:
+        """Raises ConfigError as the method does."""
+        check_ready(self.method)
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """Those of the method. Raises ConfigError as it does, for a model whose masks are made of positions, and for a policy

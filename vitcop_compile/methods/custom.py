@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError, RewriteError
 from ..layout import Layout
 from ..ops.indexing import lowest
-from ..policies import POLICIES, Choice, Policy, Site
+from ..policies import OWNED, Choice, Policy, Site
 from ..schedule import ModelShape, Stage
 from .base import VERSION, Budgeted, at_layer, in_encoder, placing, register, scoring_layer
 
@@ -24,7 +25,6 @@ _LAYER = frozenset(("query", "key", "value", "scale", "before"))
 _PROMPT = frozenset(("whole", "entry", "text", "last"))
 _TAPPED = frozenset(("score", "features"))
 _NEEDS = _LAYER | _PROMPT | _TAPPED | {"hidden"}
-_COUNT = itertools.count()
 
 
 @register("custom")
@@ -58,23 +58,21 @@ class CustomMethod(Budgeted):
             )
         if self.score is not None and not callable(self.score):
             raise ConfigError(f"custom: score={self.score!r} cannot be called: pass a function or a module")
-        name = f"custom_{next(_COUNT)}"
+        self._enter(f"custom_{uuid.uuid4().hex[:12]}")
+
+    def _enter(self, name: str) -> None:
+        """Its policy is known by `name` as long as this, or an equal one that was read from a file, is there."""
         object.__setattr__(self, "policy", name)
-        POLICIES[name] = Policy(self._choose, frozenset(self.needs))
+        entry = OWNED.setdefault(name, Policy(partial(_choose, self.score), frozenset(self.needs)))
+        object.__setattr__(self, "_entry", entry)
+
+    def check(self) -> None:
+        """Raises ConfigError without a score."""
+        if self.score is None:
+            raise ConfigError("custom: a method that was read from a file, or has none, has no score: pass one")
 
     def __hash__(self) -> int:
         return hash((self.policy, self.tokens, self.retention, self.side, self.layer, self.needs))
-
-    def _choose(self, site: Site, budget: int) -> Choice:
-        assert self.score is not None
-        score = self.score(site)
-        if not isinstance(score, Tensor) or score.shape != site.at.shape:
-            found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise RewriteError(
-                f"custom: score(site) is {found}: return a tensor {tuple(site.at.shape)}, one number for each candidate"
-            )
-        score = score.float() if site.real is None else torch.where(site.real, score.float(), -torch.inf)
-        return Choice(lowest(-score, budget))
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """One, on its side. Raises ConfigError for a layer out of range, and for needs that are not met there."""
@@ -117,6 +115,17 @@ class CustomMethod(Budgeted):
         if name := values.get("policy"):
             if not str(name).startswith("custom_"):
                 raise ConfigError(f"custom: policy={name!r} is none of its own: leave it out")
-            POLICIES.setdefault(name, POLICIES.pop(method.policy))
-            object.__setattr__(method, "policy", name)
+            method._enter(name)
         return method
+
+
+def _choose(score_of: Callable[[Site], Tensor] | None, site: Site, budget: int) -> Choice:
+    assert score_of is not None
+    score = score_of(site)
+    if not isinstance(score, Tensor) or score.shape != site.at.shape:
+        found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise RewriteError(
+            f"custom: score(site) is {found}: return a tensor {tuple(site.at.shape)}, one number for each candidate"
+        )
+    score = score.float() if site.real is None else torch.where(site.real, score.float(), -torch.inf)
+    return Choice(lowest(-score, budget))
