@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from vitcop_compile import ConfigError, InputError, ModelShape, UnsupportedError, ViTCoPConfig, demo, picture, toy
 from vitcop_compile.cache import Selection
 from vitcop_compile.cli import app
+from vitcop_compile.cli.shared import question_of
 from vitcop_compile.explain import explain
 from vitcop_compile.layout import Segment
 
@@ -359,3 +360,22 @@ def test_encode_places_the_image() -> None:
     assert ids == [toy.BOS, 3 + 97, 3 + 98, *image, 3 + 0xC3, 3 + 0xA9]
     assert toy.encode("x", config)[0].tolist() == [toy.BOS, *image, 3 + 120]
     assert toy.decode(ids) == "abé"
+
+
+# What is asked
+
+
+def test_questions_are_put_as_a_processor_has_them() -> None:
+    """By its chat template, with a place for the image where there is one; without a template as LLaVA-1.5 is asked."""
+
+    class Templated:
+        chat_template = "any"
+
+        def apply_chat_template(self, turns: list[dict], add_generation_prompt: bool) -> str:
+            (turn,) = turns
+            return f"{turn['role']}: {[part.get('text', part['type']) for part in turn['content']]}, {add_generation_prompt}"
+
+    assert question_of(Templated(), "Why?") == "user: ['image', 'Why?'], True"
+    assert question_of(Templated(), "Why?", image=False) == "user: ['Why?'], True"
+    assert question_of(None, "Why?") == "USER: <image>\nWhy? ASSISTANT:"
+    assert question_of(object(), "Why?", image=False) == "USER: Why? ASSISTANT:"

@@ -54,20 +54,13 @@ class Vision(nn.Module):
         (stage,), lead = self.stages, self.segment.lead
         candidates = features[:, lead:]
         grid = self.segment.grid[1:]
-        places = grid_of(candidates, grid)
         index = torch.arange(candidates.shape[1], device=features.device).expand(candidates.shape[:2])
-        site = Site(at=index, hidden=candidates, grid=grid, places=places, exact=self.exact)
+        site = Site(at=index, hidden=candidates, grid=grid, places=patch_positions(index, grid), exact=self.exact)
         if told:
             site = replace(site, score=told[0], features=told[1])
         choice = POLICIES[stage.policy].choose(site, stage.total, **dict(stage.options))
         rows = take_rows(candidates, choice.index) if choice.rows is None else choice.rows
         return torch.cat((features[:, :lead], rows), 1), choice.index, *choice.state
-
-
-def grid_of(candidates: Tensor, grid: tuple[int, int]) -> Tensor:
-    """fp32 [I, n, 2]: the places of candidates [I, n, D] that fill a grid."""
-    index = torch.arange(candidates.shape[1], device=candidates.device).expand(candidates.shape[:2])
-    return patch_positions(index, grid)
 
 
 class Tower(nn.Module):
@@ -100,10 +93,8 @@ class Select(nn.Module):
     def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         if self.stage is None:
             return (self._project(hidden, rest[0], rest[1] if self.blended else None),)
-        told: tuple[Tensor, ...] = ()
-        if tap_of(self.stage) is not None:
-            (*told, rest) = (*rest[:2], rest[2:])  # type: ignore[assignment]
-        index, *given = rest
+        looked = 0 if tap_of(self.stage) is None else 2
+        told, (index, *given) = rest[:looked], rest[looked:]
         weight, places = (given[0] if self.blended else None), given[-1]
         if self.stage.side == "entry":
             features = self._project(hidden, index.clamp_min(0), weight)

@@ -35,11 +35,10 @@ from .shared import (
     errors_as_lines,
     image_size_of,
     model_host,
+    question_of,
     without_future_warnings,
 )
 
-_QUESTION = "USER: {image}{text} ASSISTANT:"
-_PLACEHOLDER = "<image>\n"
 # onnxruntime computes in float32 on a CPU; engines are built in half precision.
 _DEFAULT_DTYPES = {"onnx": "float32", "tensorrt": "float16"}
 
@@ -233,7 +232,7 @@ def _request(engine: Any, folder: Path, prompt: str, photo: Image.Image | None) 
         if engine.manifest.architecture != LlavaForConditionalGeneration.__name__:
             raise InputError(f"{folder} has no processor files: export with the processor of {engine.manifest.architecture}")
         # The bytes of the prompt stand in for a tokenizer, as in the demo.
-        inputs = toy.request(_QUESTION.format(image=_PLACEHOLDER, text=prompt), photo or _blank(), engine.config)
+        inputs = toy.request(question_of(None, prompt), photo or _blank(), engine.config)
         if photo is None:
             inputs = {"input_ids": inputs["input_ids"][inputs["input_ids"] != engine.engines.host.token_id][None]}
         return inputs, IdStreamer()
@@ -241,16 +240,9 @@ def _request(engine: Any, folder: Path, prompt: str, photo: Image.Image | None) 
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise FolderError(f"the processor files of {folder} cannot be read: {str(error).splitlines()[0]}") from None
-    question = _question(processor, prompt, photo is not None)
+    question = question_of(processor, prompt, photo is not None)
     inputs = processor(images=photo, text=question, return_tensors="pt")
     return inputs, TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _question(processor: Any, prompt: str, image: bool) -> str:
-    if getattr(processor, "chat_template", None):
-        content = [*([{"type": "image"}] if image else []), {"type": "text", "text": prompt}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return _QUESTION.format(image=_PLACEHOLDER if image else "", text=prompt)
 
 
 def _blank() -> Image.Image:

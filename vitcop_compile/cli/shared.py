@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -18,6 +19,7 @@ from ..families.registry import host_of
 from ..host import Host
 from ..methods.named import method_names
 
+_PLACEHOLDER = "<image>\n"
 TABLE_WIDTH = 120
 # The columns of a benchmark.
 WIDE_TABLE_WIDTH = 240
@@ -63,6 +65,15 @@ def model_host(model: str) -> Host:
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
     return host_of(config)
+
+
+def question_of(processor: Any, prompt: str, image: bool = True) -> str:
+    """A turn of the user's that asks `prompt`, about an image or about none: by the chat template of `processor`, without one
+    (as where that is None) as LLaVA-1.5 is asked."""
+    if getattr(processor, "chat_template", None):
+        content = [*([{"type": "image"}] if image else []), {"type": "text", "text": prompt}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {_PLACEHOLDER if image else ''}{prompt} ASSISTANT:"
 
 
 def image_size_of(text: str) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ..errors import ConfigError, InputError
 from ..methods.named import method_from, split
 from ..progress import Steps
 from ..schedule import Method
-from .shared import METHOD_HELP, cannot_load, console, errors_as_lines, without_future_warnings
+from .shared import METHOD_HELP, cannot_load, console, errors_as_lines, question_of, without_future_warnings
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _METHODS = ("vitcop", "visionzip", "divprune", "fastv", "uniform")
@@ -106,8 +106,4 @@ def _pictures(folder: Path, limit: int) -> list[Path]:
 def _request(processor: Any, path: Path, prompt: str) -> dict[str, Any]:
     with Image.open(path) as picture:
         image = picture.convert("RGB")
-    text = f"USER: <image>\n{prompt} ASSISTANT:"
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return dict(processor(images=image, text=text, return_tensors="pt"))
+    return dict(processor(images=image, text=question_of(processor, prompt), return_tensors="pt"))
