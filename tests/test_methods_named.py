@@ -7,7 +7,7 @@ import pytest
 
 from vitcop_compile import ConfigError, ViTCoPConfig
 from vitcop_compile.config import Budgets
-from vitcop_compile.methods import METHODS, Dart, FastV, HoloV, PyramidDrop, Random, VisionZip, VScan
+from vitcop_compile.methods import METHODS, Calibrated, Dart, FastV, HoloV, PyramidDrop, Random, ToMe, VisionZip, VScan
 from vitcop_compile.methods.named import fields_of, method_from, method_named, method_names, split
 
 
@@ -39,6 +39,8 @@ from vitcop_compile.methods.named import fields_of, method_from, method_named, m
         ("vscan", {"last": "1/4", "middle": "8", "tokens": "64"}, VScan(last=0.25, middle=8, tokens=64)),
         ("holov", {"alpha": "1e-1", "retention": "2/9"}, HoloV(alpha=0.1, retention=2 / 9)),
         ("dart", {"visual_pivots": "1", "tokens": "32"}, Dart(visual_pivots=1, tokens=32)),
+        ("calibrated+visionzip", {"tokens": "64"}, Calibrated(VisionZip(tokens=64))),
+        ("calibrated+vitcop", {"retention": "1/9"}, Calibrated(ViTCoPConfig(0.3, 0.12, 0.1111))),
     ],
 )  # fmt: skip
 def test_words_make_the_method(name: str, settings: dict[str, Any], expected: Any) -> None:
@@ -60,6 +62,11 @@ def test_every_method_is_known_by_name_but_the_one_that_takes_a_function() -> No
     [
         ("fastw", {}, "'fastw' is unknown: use one of vitcop, dense, .*fastv"),
         ("dense", {"retention": "1/9"}, "dense has no settings, and retention"),
+        ("calibrated+fastw", {}, "'fastw' is unknown: use one of vitcop, dense, .*fastv"),
+        ("calibrated+", {}, "'' is unknown"),
+        ("calibrated+dense", {}, r"calibrated\+dense: nothing is pruned, and nothing counts for several tokens: name another"),
+        ("calibrated+calibrated+tome", {"tokens": "3"}, "the method is calibrated already"),
+        ("calibrated+fastv", {"lair": "2", "tokens": "3"}, "fastv: unknown settings lair: use some of tokens"),
         ("fastv", {"lair": "2", "tokens": "3"}, "fastv: unknown settings lair: use some of tokens, retention, layer$"),
         ("vitcop", {"tokens": "3"}, "vitcop: unknown settings tokens: use some of vision_ratio, .*clips"),
         ("fastv", {"layer": "two", "tokens": "3"}, "fastv: layer='two' is not an integer"),
@@ -94,9 +101,11 @@ def test_defaults_stand_for_what_a_text_leaves_open() -> None:
     assert method_from("vitcop", retention="2/9") == ViTCoPConfig.preset("2/9")
     assert method_from("vitcop:mean_tokens=64", retention="2/9") == ViTCoPConfig.for_mean_tokens(64)
     assert method_from("dense", retention="2/9") == ViTCoPConfig.dense()
+    assert method_from("calibrated+tome", retention="2/9") == Calibrated(ToMe(retention=2 / 9))
+    assert method_from("calibrated+visionzip:tokens=9", retention="2/9") == Calibrated(VisionZip(tokens=9))
 
 
 def test_fields_are_those_that_can_be_set() -> None:
     assert fields_of("dense") == ()
-    assert fields_of("fastv") == ("tokens", "retention", "layer")
+    assert fields_of("fastv") == fields_of("calibrated+fastv") == ("tokens", "retention", "layer")
     assert fields_of("vitcop") == tuple(field.name for field in dataclasses.fields(ViTCoPConfig))

@@ -28,7 +28,7 @@ PRESET_NAMES = ", ".join(PRESETS)
 DEFAULT_RETENTION = PRESETS[DEFAULT_PRESET][2]
 METHOD_HELP = (
     "NAME or NAME:setting=value,setting=value, such as fastv:layer=2,tokens=64; repeat for several, `all` for all; "
-    f"names: {', '.join(method_names())}."
+    f"names: {', '.join(method_names())}; calibrated+NAME counts merged tokens for as many as they took in."
 )
 
 

@@ -13,19 +13,24 @@ from ..config import DEFAULT_PRESET, PRESETS, Budgets, ViTCoPConfig
 from ..errors import ConfigError
 from ..schedule import Method
 from .base import METHODS
+from .calibrated import Calibrated
 
 VITCOP, DENSE = "vitcop", "dense"
+# In front of a name: that method, calibrated.
+CALIBRATED = "calibrated+"
 # Needs a function, which no word can say.
 _UNNAMED = "custom"
 
 
 def method_names() -> tuple[str, ...]:
-    """Every name that `method_named` knows."""
+    """Every name that `method_named` knows, each of which but "dense" can have "calibrated+" in front."""
     return (VITCOP, DENSE, *(name for name in METHODS if name != _UNNAMED))
 
 
 def fields_of(name: str) -> tuple[str, ...]:
     """The settings of the method `name`. Raises ConfigError for unknown names."""
+    if name.startswith(CALIBRATED):
+        return fields_of(name.removeprefix(CALIBRATED))
     if name == DENSE:
         return ()
     return tuple(field.name for field in dataclasses.fields(_kind(name)) if field.init)
@@ -35,11 +40,15 @@ def method_named(name: str, settings: Mapping[str, Any] | None = None) -> Method
     """The method `name` with `settings`, values or words: "2", "0.1", "1/9", "true", "none", "8:16:24" for several numbers.
 
     "dense" prunes nothing. "vitcop" with a `retention` that is a preset's name is that preset, with another it has the ratios
-    of the nearest one, as with `mean_tokens`; without a target it is the default preset. Other settings replace those. Raises
-    ConfigError for unknown names, which lists those there are, and for values that are none of their setting's type, or out of
-    range.
+    of the nearest one, as with `mean_tokens`; without a target it is the default preset. Other settings replace those.
+    "calibrated+NAME" is `Calibrated` of the method NAME with them. Raises ConfigError for unknown names, which lists those
+    there are, and for values that are none of their setting's type, or out of range.
     """
     settings = dict(settings or {})
+    if name.startswith(CALIBRATED):
+        if (inner := name.removeprefix(CALIBRATED)) == DENSE:
+            raise ConfigError(f"{name}: nothing is pruned, and nothing counts for several tokens: name another method")
+        return Calibrated(method_named(inner, settings))
     if name == DENSE:
         if settings:
             raise ConfigError(f"{DENSE} has no settings, and {', '.join(settings)} was given: leave it out, or name a method")
