@@ -7,8 +7,8 @@
 
 A decoder that adds more features to the tokens of images is made one of text before `extend`: drop_features.
 
-The lists below are data: `encoder_passes` and its kin name them, `rewrite` runs them. The backends inductor and aotinductor
-end with one more on every exported program: lower_linear.
+The lists below are data: `encoder_passes` and its kin name them, `rewrite` runs them. Backends add to these on every exported
+program: all but eager and inductor begin with unroll_loops, inductor and aotinductor end with lower_linear.
 """
 
 from __future__ import annotations
