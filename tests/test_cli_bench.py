@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from vitcop_compile import ViTCoPConfig, bench
 from vitcop_compile.bench.selection import SelectionOnly, selection_inputs
 from vitcop_compile.cli import app
+from vitcop_compile.methods import method_from, method_of
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY_SHAPE = bench.Shape(hidden=32, layers=4, vision_hidden=32, vision_layers=3, vocab=300, image_size=112)
@@ -64,6 +65,23 @@ def test_bench_measures_prints_and_writes(measured):
     assert results["environment"]["rounds"] == 1 and results["environment"]["shapes"]["32x4"]["layers"] == 4
     lines = [line for line in output.splitlines() if line.startswith("│ eager")]
     assert len(lines) == 3 and f"{results['rows'][0]['prefill_ms']:.1f}" in lines[0] and "1/9" in lines[2]
+
+
+@pytest.mark.slow
+def test_bench_measures_methods(tmp_path):
+    """In place of presets, of which none is named: one that drops in the decoder, one that merges and weighs."""
+    path, asked = tmp_path / "r.json", ("fastv:layer=1,tokens=9", "calibrated+visionzip:tokens=9")
+    options = ["--against", "none", "--rounds", 1, "--text-tokens", 8, "--json", path]
+    result = invoke("bench", *TINY, *options, *(word for name in asked for word in ("--method", name)))
+    assert result.exit_code == 0, result.output
+    dense, *rows = bench.read(path)["rows"]
+    assert dense["preset"] == "dense" and tuple(row["preset"] for row in rows) == asked
+    assert all(row["selection_ms"] > 0 and row["ratio_to_dense"]["prefill"]["median"] > 0 for row in rows)
+    assert [row["visual_tokens"]["vision"] for row in rows] == [64, 9]
+    assert [method_of(json.dumps(row["config"])) for row in rows] == [method_from(name) for name in asked]
+    assert all(name in result.stdout for name in asked)
+    drawn = invoke("plot", path, "--output-dir", tmp_path / "pictures", "--format", "svg")
+    assert drawn.exit_code == 0, drawn.output
 
 
 def test_plot_draws_what_bench_wrote(measured, tmp_path):

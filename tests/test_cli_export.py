@@ -17,6 +17,7 @@ from vitcop_compile.export import EngineModel, Manifest
 import vitcop_compile as vc
 from vitcop_compile import ViTCoPConfig, toy
 from vitcop_compile.cli import export as cli_export
+from vitcop_compile.methods import method_from
 
 checkpoint, good, copy = test_cli.checkpoint, test_folder.good, test_folder.copy
 invoke, error_of = test_cli.invoke, test_cli.error_of
@@ -62,6 +63,24 @@ def test_export_and_run(exported: Path, photo: Path, checkpoint: Path) -> None:
         assert result.stdout.strip() == answer.strip() != ""
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["divprune:tokens=9", "calibrated+visionzip:retention=1/9"])
+def test_export_and_run_of_a_method(name: str, checkpoint: Path, photo: Path, tmp_path: Path) -> None:
+    target, method = tmp_path / "folder", method_from(name)
+    result = invoke("export", "--model", checkpoint, "--method", name, "--output-dir", target, *LIMITS)
+    assert result.exit_code == 0, result.output
+    assert Manifest.read(target).config == method
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    fast = vc.optimize(LlavaForConditionalGeneration.from_pretrained(checkpoint), method, backend="eager")
+    inputs = processor(images=Image.open(photo), text="USER: <image>\nWhat is it? ASSISTANT:", return_tensors="pt")
+    names = ("input_ids", "attention_mask", "pixel_values")
+    ids = fast.generate(**{name: inputs[name] for name in names}, max_new_tokens=5, do_sample=False)
+    answer = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    result = invoke("run", target, "--prompt", "What is it?", "--image", photo)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == answer.strip() != ""
+
+
 def test_run_without_processor_files_prints_ids(copy: Path, photo: Path) -> None:
     """The tiny model of the other tests has a vocabulary of 96: fitting bytes do for a prompt, others are refused."""
     assert "outside the vocabulary of 96" in error_of("run", copy, "--prompt", "~", "--image", photo, "--max-new-tokens", 2)
@@ -92,6 +111,8 @@ def test_run_prints_ids(exported: Path, tmp_path: Path, photo: Path) -> None:
         (["--retention", "1.5"], "retention=1.5 is out of range"),
         (["--retention", "nan"], "retention=nan is not a finite number"),
         (["--retention", "0.001"], "retention=0.001 leaves"),
+        (["--method", "slowv"], "method 'slowv' is unknown: use one of vitcop, dense, "),
+        (["--method", "fastv:layer=2,retention=0.05"], "as the first 2 of "),
         (["--format", "gguf"], "format='gguf' is unknown"),
         (["--format", "tensorrt", "--dtype", "float32"], "the model is float32"),
         (["--dtype", "int8"], "--dtype 'int8' is unknown: use one of float32, float16, bfloat16"),

@@ -34,6 +34,12 @@ def test_every_method_has_a_line() -> None:
     assert "-> 166 before layer 2 (last_attention); mean 191.6" in lines["fastv"]
 
 
+def test_a_calibrated_method_has_a_line() -> None:
+    code, text = explained("--method", "calibrated+visionzip:tokens=64", "--method", "visionzip:tokens=64")
+    lines = [line for line in text.splitlines() if "visionzip:tokens" in line]
+    assert code == 0 and len(lines) == 2 and lines[0] == f"calibrated+{lines[1]}"
+
+
 def test_one_method_has_a_table() -> None:
     code, text = explained("--method", "fastv:layer=3,tokens=64")
     assert code == 0 and "before layer 3: last_attention to 64" in text and "0-2" in text and "3-31" in text
@@ -54,10 +60,10 @@ def test_what_cannot_be_explained(options: list[str], words: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "calibrated+vitcop", "calibrated+vscan"])
 def test_selection_alone_leaves_what_the_schedule_says(name: str) -> None:
     shape = family_of(models.shared()).shape
-    method = method_from(name, retention=0.3 if name == "vitcop" else 0.4)
+    method = method_from(name, retention=0.3 if name.endswith("vitcop") else 0.4)
     if name in ("fastv", "dart"):
         method = method_from(f"{name}:layer=1", retention=0.4)
     schedule, request = resolve(method, shape, (shape.image,)), bench.Request(2, 7, 5)

@@ -15,7 +15,7 @@ from models import exhaustive, shared, slow
 from vitcop_compile.export import EngineModel
 from vitcop_compile.passes import unroll_loops
 
-from vitcop_compile import UnsupportedError, methods
+from vitcop_compile import UnsupportedError, backends, methods
 from vitcop_compile.methods import CustomMethod
 from vitcop_compile.policies import Site
 
@@ -119,6 +119,50 @@ def test_inductor_does_as_eager_does(name: str) -> None:
     ids, given = prompts()
     fast = optimized(name)
     check(generate(optimized(name, "inductor"), ids, given, 2), generate(fast, ids, given, 2), fast.schedule.groups)
+
+
+def filled(program: Any) -> tuple[torch.Tensor, ...]:
+    """Random inputs of a program: words, features and caches; numbers as its examples have them."""
+    examples = program.example_inputs[0]
+    words = torch.randint(3, models.IMAGE, examples[0].shape) if len(examples) > 1 else torch.randn(examples[0].shape)
+    return (words, *(torch.randn(one.shape) if one.is_floating_point() else one.clone() for one in examples[1:]))
+
+
+def loop_of(name: str) -> Any:
+    """The program that has it: of the vision side, or before the decoder's first layer, where caches are written in place."""
+    made = models.optimize(shared(2), methods.METHODS[name](tokens=5)).programs
+    return (
+        made.export_vision(1) if name == "divprune" else made.export_prefill(1, 6, rows=[70] * len(set(made.schedule.groups)))
+    )
+
+
+def compared(one: Any, other: Any, program: Any) -> None:
+    """Results, and what becomes of the inputs."""
+    given = filled(program)
+    ours, theirs = ([value.clone() for value in given] for _ in "ab")
+    found, expected = one(*ours), other(*theirs)
+    for mine, wanted in zip((*found, *ours), (*expected, *theirs), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=NEAR, atol=NEAR)
+    changed = sum(not torch.equal(before, after) for before, after in zip(given, ours, strict=True))
+    assert changed == len(program.graph_signature.user_inputs_to_mutate)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cdpruner", exhaustive("zspaprune")])
+def test_loops_are_unrolled_in_programs_that_write_their_inputs(name: str) -> None:
+    program = loop_of(name)
+    unrolled = unroll_loops.unroll_loops(program)
+    assert len(unrolled.graph_signature.user_inputs_to_mutate) == 4
+    compared(unrolled.module(check_guards=False), program.module(check_guards=False), program)
+
+
+@torch.no_grad()
+@pytest.mark.covers("aotinductor", family="llava")
+@pytest.mark.parametrize("name", [exhaustive("divprune"), slow("cdpruner")])
+def test_aotinductor_does_as_eager_does(name: str) -> None:
+    """The program with the loop, which for `cdpruner` stands before the decoder's first layer."""
+    program = loop_of(name)
+    compared(backends.aotinductor(program), program.module(check_guards=False), program)
 
 
 @pytest.mark.covers("folder", "onnxruntime", family="llava")

@@ -279,6 +279,20 @@ def test_captures_of_another_model_are_refused() -> None:
         models.optimize(shared(3), EVERY["uniform"], like=other)
 
 
+@torch.no_grad()
+def test_a_score_can_be_shuffled() -> None:
+    """What tells whether a score says anything: every patch has that of another, and what stays is where those went."""
+    order = torch.randperm(PATCHES, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for score in (lambda site: site.score, lambda site: site.score[:, order]):
+        method = CustomMethod(score=score, needs=("score",), side="encoder", tokens=KEPT)
+        vision = models.optimize(shared(LAYERS), method).on_demand.vision(2)
+        kept.append(vision(models.pixels(2))[1])
+    for plain, shuffled in zip(*kept, strict=True):
+        assert shuffled.tolist() == [at for at, patch in enumerate(order.tolist()) if patch in plain]
+        assert shuffled.tolist() != plain.tolist()
+
+
 def seen_by(needs: tuple[str, ...], **more: Any) -> Site:
     found: list[Site] = []
 
