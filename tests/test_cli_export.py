@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_cli
 import test_folder
+from models import exhaustive, slow
 from PIL import Image
 from test_folder import NAME, manifest_of, write
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -63,8 +64,7 @@ def test_export_and_run(exported: Path, photo: Path, checkpoint: Path) -> None:
         assert result.stdout.strip() == answer.strip() != ""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["divprune:tokens=9", "calibrated+visionzip:retention=1/9"])
+@pytest.mark.parametrize("name", [slow("divprune:tokens=9"), exhaustive("calibrated+visionzip:retention=1/9")])
 def test_export_and_run_of_a_method(name: str, checkpoint: Path, photo: Path, tmp_path: Path) -> None:
     target, method = tmp_path / "folder", method_from(name)
     result = invoke("export", "--model", checkpoint, "--method", name, "--output-dir", target, *LIMITS)

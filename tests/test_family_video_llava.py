@@ -124,7 +124,7 @@ def test_pruned_meets_its_schedule() -> None:
 @pytest.mark.covers("pruned by hand", "backend", family="video_llava")
 @pytest.mark.parametrize(
     ("scope", "backend"),
-    [("per_image", "eager"), models.slow("pooled", "eager"), models.slow("per_image", "onnxruntime")],
+    [("per_image", "eager"), models.slow("pooled", "eager"), models.exhaustive("per_image", "onnxruntime")],
 )
 def test_pruned_frames_are_what_stock_layers_give_when_pruned_by_hand(scope: str, backend: str) -> None:
     """Their CLS tokens stay, in front of what is kept of each."""

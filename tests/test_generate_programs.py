@@ -10,7 +10,7 @@ import pytest
 import reference_llava as reference
 import torch
 from generation import CASES, PLAIN, STEPS, explicit, generate, keys, logits_of, rows_of
-from models import PATCHES, optimize, pad, pixels, prompt, shared, slow
+from models import PATCHES, optimize, pad, pixels, prompt, shared
 
 import vitcop_compile
 from vitcop_compile import ViTCoPConfig, backends
@@ -147,7 +147,7 @@ def test_a_cache_is_freed_with_its_output(plain):
 # Half precision
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, models.exhaustive(torch.float16)])
 def test_half_precision_selects_what_fp32_selects(dtype):
     """Images of four flat quadrants: three are kept, each is a cluster, one survives; all by wide margins."""
     case = explicit((48, 3, 1, 3), 1, 3, layers=4)
@@ -171,7 +171,7 @@ def test_half_precision_selects_what_fp32_selects(dtype):
         assert (out.logits[0].float() - torch.stack(told.logits)).abs().max() < 0.3 * scale
 
 
-@pytest.mark.parametrize("dtype", [slow(torch.bfloat16), torch.float16])
+@pytest.mark.parametrize("dtype", [models.exhaustive(torch.bfloat16), torch.float16])
 def test_half_precision_runs_on_any_image(dtype):
     fast = vitcop_compile.optimize(models.llava(6, 2).to(dtype), ViTCoPConfig.preset("1/3"), backend="eager")
     out, tokens = generate(fast, prompt(), pixels().to(dtype))

@@ -79,9 +79,7 @@ def state(model: nn.Module) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inductor", "onnxruntime"))]
-)
+@pytest.mark.parametrize("backend", ["eager", models.slow("inductor"), models.exhaustive("onnxruntime")])
 def test_eight_cold_threads(backend: str, model) -> None:
     before = state(model)
     kinds = (0, 2, 3) if backend == "eager" else (0, 2)
@@ -179,8 +177,15 @@ def test_what_is_traced_is_a_shell_of_the_model() -> None:
 # Surroundings
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("eager", torch.bfloat16),
+        models.slow("inductor", torch.bfloat16),
+        models.exhaustive("eager", torch.float16),
+        models.exhaustive("inductor", torch.float16),
+    ],
+)
 def test_autocast_around_the_first_call_reaches_no_program(backend: str, dtype: torch.dtype, model) -> None:
     expected = expected_tokens(0)
     with torch.autocast("cpu", dtype=dtype):

@@ -79,8 +79,8 @@ def prompts(images: int = 1) -> tuple[torch.Tensor, dict[str, Any]]:
     return torch.cat(rows, 1), {"pixel_values": models.pixels(images)}
 
 
-# Of each kind one: text in view, a loop, merging before and behind the projector, pivots.
-FEW = ("cdpruner", "tome", "vscan", "visionzip", "dart", "v2drop")
+# Of each kind one that no folder below has, whose programs are the same: merging block by block, behind the projector, pivots.
+FEW = ("tome", "vscan", "dart")
 ALL = [name for name in methods.METHODS if name != "custom"]
 
 

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from graphs import calls, order, sources
-from models import captured, shared, slow
+from models import captured, exhaustive, shared, slow
 from torch import fx, nn
 from torch.export import ExportedProgram
 from vitcop_compile.passes.prune import prune_tokens
@@ -197,7 +197,9 @@ def test_loops_are_spelled_out_up_to_a_length() -> None:
 # What all keep is the dense model
 
 
-@pytest.mark.parametrize("name", [name if name == "visionzip" else slow(name) for name in EVERY])
+@pytest.mark.parametrize(
+    "name", ["visionzip", *(slow(name) if name in QUICK else exhaustive(name) for name in EVERY if name != "visionzip")]
+)
 def test_all_tokens_are_the_dense_model(name: str) -> None:
     """To the last bit: nothing is merged, and rows are only moved."""
     model = shared(LAYERS)

@@ -125,8 +125,13 @@ def test_other_language_models(name: str, language: str) -> None:
 
 
 @pytest.mark.covers("backend")
-@BOTH
-@pytest.mark.parametrize("backend", [slow("inductor"), slow("onnxruntime")])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        slow("next", "inductor"), slow("onevision", "onnxruntime"), exhaustive("onevision", "inductor"),
+        exhaustive("next", "onnxruntime"),
+    ],
+)  # fmt: skip
 def test_backends_say_what_eager_says(name: str, backend: str) -> None:
     ids, given = request(name, [(168, 150)], 4)
     steps = 1 if backend == "inductor" else 4

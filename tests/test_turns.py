@@ -8,7 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from models import IMAGE, PATCHES, slow
+from models import IMAGE, PATCHES, exhaustive, slow
 from reference_llava import Settings
 from reference_turns import Conversation
 
@@ -45,7 +45,7 @@ def assert_caches(cache: Any, sample: int, told: Conversation) -> None:
 
 @pytest.mark.parametrize("positions", ["published", slow("original")])
 @pytest.mark.parametrize("scope", ["per_image", "pooled"])
-@pytest.mark.parametrize("images", [slow(1), 2, slow(3)])
+@pytest.mark.parametrize("images", [slow(1), 2, exhaustive(3)])
 def test_several_images_in_a_prompt(images: int, scope: str, positions: str) -> None:
     config = ViTCoPConfig(
         budgets=(30, 18, 7, 5), shallow_layer=1, deep_layer=3, scale_layers=False, scope=scope, positions=positions
@@ -69,7 +69,7 @@ def test_several_images_in_a_prompt(images: int, scope: str, positions: str) -> 
 
 
 @pytest.mark.covers("several", family="llava")
-@pytest.mark.parametrize("images", [0, 2, slow(3)])
+@pytest.mark.parametrize("images", [0, 2, exhaustive(3)])
 def test_dense_with_several_images_is_the_stock_model(images: int) -> None:
     stock, fast = models.shared(LAYERS), optimized(config=ViTCoPConfig.dense())
     ids, pixels = torch.tensor([turn_ids(images, images)]), models.pixels(max(images, 1), images)
@@ -175,7 +175,7 @@ def talk(fast: Any, batch: int, resend: bool = True) -> None:
 
 
 @pytest.mark.covers("turns", family="llava")
-@pytest.mark.parametrize(("resend", "batch"), [(True, 3), (False, 3), slow(True, 1), slow(False, 1)])
+@pytest.mark.parametrize(("resend", "batch"), [(True, 3), (False, 3), exhaustive(True, 1), exhaustive(False, 1)])
 def test_five_turns(batch: int, resend: bool) -> None:
     talk(optimized(), batch, resend)
 
