@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import models
+import naive
 import pytest
 import stock_family
 import torch
@@ -19,6 +20,7 @@ from vitcop_compile.export import EngineModel
 import vitcop_compile
 from vitcop_compile import InputError, UnsupportedError, ViTCoPConfig
 from vitcop_compile.families.registry import host_of
+from vitcop_compile.quality import kept_saliency
 
 IMAGE, VIDEO, VOCAB, GRID, SIDE = 95, 94, 96, 6, 60
 
@@ -198,3 +200,27 @@ def test_videos_that_are_not_the_models_are_refused() -> None:
 def test_variants_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="vision_feature_select_strategy='full' is not supported"):
         host_of(config(vision_feature_select_strategy="full"))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_saliency_of_frames_is_that_of_their_own_encoder() -> None:
+    """Attention of CLS in the layer that scores, of stock towers: a video of two frames, then an image."""
+    ids, given = request(1, 6, videos=1, frames=2)
+    asked = {"input_ids": torch.tensor([ids])} | given
+    fast = models.optimize(model(), ViTCoPConfig(budgets=(12, 7, 3, 4), shallow_layer=1, deep_layer=3, scale_layers=False))
+    layer, kept = fast.schedule.vision.layer, fast(**asked)["past_key_values"].selection.kept[0]
+    scores = []
+    for tower, pixels in (
+        (model().model.video_tower, given["pixel_values_videos"].flatten(0, 1)),
+        (model().model.image_tower, given["pixel_values"]),
+    ):
+        block = tower.encoder.layers[layer]
+        normed = block.layer_norm1(tower(pixels, output_hidden_states=True).hidden_states[layer])
+        query, key = (
+            projection(normed).unflatten(2, (4, 8)).transpose(1, 2).numpy()
+            for projection in (block.self_attn.q_proj, block.self_attn.k_proj)
+        )
+        scores += [naive.cls_saliency(*one, 8**-0.5) for one in zip(query, key, strict=True)]
+    expected = torch.tensor(scores).flatten()
+    assert kept_saliency(fast, asked).item() == pytest.approx((expected[kept].sum() / expected.sum()).item(), abs=1e-5)
