@@ -81,7 +81,7 @@ def test_nothing_is_asked_or_traced_twice() -> None:
         found = search("kl=100")
     assert len(asked) == len(set(asked)) == 4 * 2
     (dense, none), *others = made
-    assert none is None and len(others) == 6 and all(like is dense for _, like in others)  # three tried, and four timed
+    assert none is None and len(others) == 7 and all(like is dense for _, like in others)  # three tried, and four timed
     assert all(0 <= own.agreed <= 1 for own in found.candidates if own.agreed is not None)
 
 
