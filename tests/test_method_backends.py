@@ -154,7 +154,6 @@ def test_loops_are_unrolled_in_programs_that_write_their_inputs(name: str) -> No
 
 
 @torch.no_grad()
-@pytest.mark.covers("aotinductor", family="llava")
 @pytest.mark.parametrize("name", [exhaustive("divprune"), slow("cdpruner")])
 def test_aotinductor_does_as_eager_does(name: str) -> None:
     """The program with the loop, which for `cdpruner` stands before the decoder's first layer."""
