@@ -77,7 +77,7 @@ def test_bench_measures_methods(tmp_path):
     dense, *rows = bench.read(path)["rows"]
     assert dense["preset"] == "dense" and tuple(row["preset"] for row in rows) == asked
     assert all(row["selection_ms"] > 0 and row["ratio_to_dense"]["prefill"]["median"] > 0 for row in rows)
-    assert [row["visual_tokens"]["vision"] for row in rows] == [64, 9]
+    assert [row["visual_tokens"]["vision"] for row in rows] == [576, 9]
     assert [method_of(json.dumps(row["config"])) for row in rows] == [method_from(name) for name in asked]
     assert all(name in result.stdout for name in asked)
     drawn = invoke("plot", path, "--output-dir", tmp_path / "pictures", "--format", "svg")

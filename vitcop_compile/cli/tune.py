@@ -62,9 +62,9 @@ def tune_command(
         for name in ("method", "visual tokens", "FLOPs", "KV MiB", "KL nats", f"first {tokens} agree", "TTFT ms"):
             table.add_column(name, justify="left" if name == "method" else "right")
         for own in found.candidates:
-            cells = (f"{own.tokens:.1f}", f"/ {own.flops:.2f}", f"{own.kv:.2f}")
-            cells += (_cell(own.kl), _share(own.agreed), _cell(own.ttft))
-            table.add_row(own.name, *cells, style="bold green" if own.name == found.chosen else None)
+            sizes = (f"{own.tokens:.1f}", f"/ {own.flops:.2f}", f"{own.kv:.2f}")
+            measured = (_cell(own.kl), _share(own.agreed), _cell(own.ttft))
+            table.add_row(own.name, *sizes, *measured, style="bold green" if own.name == found.chosen else None)
         console().print(table)
         for name, why in found.left_out.items():
             console().print(Text(f"{name} left out: {why}", style="yellow"), soft_wrap=True)
