@@ -19,9 +19,9 @@ MORE: dict[str, dict[str, Any]] = {
     "tome": {"tokens": 30}, "fastv": {"layer": 1}, "dart": {"layer": 1}, "vscan": {"window": 3},
 }  # fmt: skip
 NAMES = [name for name in methods.METHODS if name != "custom"]
-# In the default run one that merges and weighs; in CI one of each side and of the decoder's entry.
-QUICK, FEW = "calibrated+visionzip", ("divprune", "cdpruner", "sparsevlm", "tome")
-EVERY = pytest.mark.parametrize("name", [QUICK, *(slow(name) if name in FEW else exhaustive(name) for name in NAMES)])
+# In CI one that merges and weighs, and one at the decoder's entry, with the prompt's text in view.
+FEW = ("calibrated+visionzip", "cdpruner")
+EVERY = pytest.mark.parametrize("name", [*map(slow, FEW), *(exhaustive(name) for name in NAMES if name not in FEW)])
 
 
 def method(name: str) -> Any:
