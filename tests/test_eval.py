@@ -16,6 +16,7 @@ import torch
 from spoken import asked
 
 from vitcop_compile import ConfigError, InputError, UnsupportedError, ViTCoPConfig, methods
+from vitcop_compile.config import DEFAULT_PRESET
 from vitcop_compile.evaluation import Evaluator, Question, generation_of, method_of_words
 
 PRUNED = ViTCoPConfig(budgets=(30, 18, 7, 5), shallow_layer=1, deep_layer=2, vision_layer=2, scale_layers=False)
@@ -174,12 +175,12 @@ def test_a_token_across_the_end_of_a_prompt_is_read_behind_it() -> None:
 def test_a_prompt_is_that_of_the_chat_template() -> None:
     seen = evaluator()
     assert seen.render(QUESTIONS[0]) == "U:<image>What?A:"
-    seen.check_system("Be brief.")
-    (found,) = seen.answer(later([[{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}]]), [{}])
-    assert found.prompt == len("Be brief.A:")
+    seen.check_system("Be brief")
+    (found,) = seen.answer(later([[{"role": "system", "content": [{"type": "text", "text": "Be brief"}]}]]), [{}])
+    assert found.prompt == len("Be brief\nA:")
     seen.template = seen.template.replace("{{ message['content'][0]['text'] }}", "")
-    with pytest.raises(UnsupportedError, match="leaves the system prompt 'Be brief.' out: pass none, or chat_template=FILE"):
-        seen.check_system("Be brief.")
+    with pytest.raises(UnsupportedError, match="leaves the system prompt 'Be brief' out: pass none, or chat_template=FILE"):
+        seen.check_system("Be brief")
 
 
 def test_a_model_without_a_template_is_refused() -> None:
@@ -217,7 +218,7 @@ def test_unknown_settings_are_refused() -> None:
 
 
 def test_methods_by_words(tmp_path: Path) -> None:
-    assert method_of_words(None) == ViTCoPConfig.preset("1/3")
+    assert method_of_words(None) == ViTCoPConfig.preset(DEFAULT_PRESET)
     assert method_of_words(None, "1/9") == method_of_words("vitcop", preset="1/9") == ViTCoPConfig.preset("1/9")
     assert math.isclose(method_of_words("vitcop", 0.2).retention, 0.2)
     assert method_of_words("fastv:layer=2,tokens=64") == methods.FastV(layer=2, tokens=64)

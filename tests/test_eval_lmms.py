@@ -73,7 +73,7 @@ def first(items):
     return json.dumps(items)
 """
 QUESTIONS = (("What?", (1,)), ("Who is it?", (2,)), ("Two?", (1, 2)), ("Where?", (3,)), ("Hi", ()))
-CHOICES = ("cat", "dog", "red", "A")
+CHOICES = ("cat", "Dog", "red", "two", "No.", "1 2", "zzz", "QWE")
 
 
 def conversation(text: str, pictures: tuple[int, ...]) -> Any:
