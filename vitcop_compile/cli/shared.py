@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
+from PIL.Image import Image
 from rich.console import Console
 from rich.text import Text
 from transformers import AutoConfig
@@ -76,3 +78,12 @@ def image_size_of(text: str) -> tuple[int, int]:
 def cannot_load(model: str, error: Exception) -> UnsupportedError:
     """The error for a `--model` that transformers refused with `error`."""
     return UnsupportedError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}")
+
+
+def request_of(processor: Any, image: Image, prompt: str) -> Any:
+    """What `processor` makes of a question about a picture: by its chat template, or else as LLaVA-1.5 is asked."""
+    text = f"USER: <image>\n{prompt} ASSISTANT:"
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(images=image, text=text, return_tensors="pt")

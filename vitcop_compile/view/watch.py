@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import evaluating
 from ..errors import RewriteError
-from ..host import Pack
+from ..host import Images
 from ..layout import Layout
 from ..optimized import PROGRAM_BYTES, PROMPT_BUCKETS, CompiledOnDemand
 from ..policies import POLICIES, Choice, Policy, Site
@@ -27,12 +27,13 @@ _NUMBERS = itertools.count()
 @dataclass(frozen=True)
 class Look:
     """One call of a policy. stage: its number in the schedule; segments: of which segment of the request each of the b rows
-    is, () in the decoder, where rows follow one another; index: int64 [b, budget]; scored: what the policy read of the n
+    is, () in the decoder, where rows follow one another; width: n, candidates of each; index: int64 [b, budget]; scored: what the policy read of the n
     candidates, by name, fp32 [b, n]; mixed: fp32 [b, budget, n], how much of each candidate is in each row that it made, None
     where it makes none."""
 
     stage: int
     segments: tuple[int, ...]
+    width: int
     index: Tensor
     scored: dict[str, Tensor]
     mixed: Tensor | None
@@ -71,13 +72,13 @@ class Watched(CompiledOnDemand):
     """Provides the modules that programs are exported from, in their place: the same graphs, which tell of values. One request
     of one prompt; `looks` are the calls of policies, in order.
 
-    packs: of the segments of the request, () where each is one input of the encoder as it is."""
+    images: those of the request."""
 
-    def __init__(self, programs: Programs, names: tuple[str, ...], packs: Sequence[Pack] = ()):
+    def __init__(self, programs: Programs, names: tuple[str, ...], images: Images):
         renamed = replace(programs, method=_Renamed(programs.method, names))
         super().__init__(renamed, "eager", PROMPT_BUCKETS, PROGRAM_BYTES)
         self.looks: list[Look] = []
-        self._packs = packs
+        self._places = _places(images, programs.family.shape.patches)
         self._modules: dict[tuple, nn.Module] = {}
         self._segments: tuple[int, ...] = ()
 
@@ -98,7 +99,7 @@ class Watched(CompiledOnDemand):
     ) -> Callable[..., Any]:
         """As of `Provider`."""
         made = Select(self.programs.family, stage, taps, True)
-        return self._running(("select", taps, stage), lambda: made, self._of_tables)
+        return self._running(("select", taps, stage), lambda: made, lambda given: self._of_tables(slots, given))
 
     def prefill(
         self, batch: int, text: int, schedule: Schedule, rows: tuple[int, ...], filled: bool = False
@@ -127,11 +128,10 @@ class Watched(CompiledOnDemand):
 
         return run
 
-    def _of_tables(self, inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    def _of_tables(self, slots: int, inputs: Sequence[Tensor]) -> tuple[int, ...]:
         """Which segments a selection is of: each has patches that no other has."""
         index = next(given for given in inputs if given.dtype == torch.int64)
-        firsts = {tuple(pack.index[0].tolist()): number for number, pack in enumerate(self._packs)}
-        return tuple(firsts[tuple(row[0].tolist())] for row in index)
+        return tuple(self._places[slots, tuple(row[0].tolist())] for row in index)
 
     def watch(self, number: int, policy: Policy, site: Site, budget: int, **options: Any) -> Choice:
         """What `policy` chooses at stage `number`, of which a `Look` is kept."""
@@ -140,8 +140,21 @@ class Watched(CompiledOnDemand):
         scored = {} if site.score is None else {"attention": site.score[..., -1] if site.score.dim() > 2 else site.score}
         scored |= {"key norm": norms for norms in asked.told[:1]}
         mixed = None if choice.rows is None else mixture(policy, site, budget, choice, options)
-        self.looks.append(Look(number, self._segments, choice.index, scored, mixed))
+        self.looks.append(Look(number, self._segments, site.at.shape[1], choice.index, scored, mixed))
         return choice
+
+
+def _places(images: Images, slots: int) -> dict[tuple[int, tuple[int, ...]], int]:
+    """(patches of a tile, the patches of its first token among all tiles of so many) -> the segment."""
+    sizes = [len(tile.order) for tile in images.cut] or [slots] * sum(images.tiles)
+    starts = [sizes[:number].count(size) * size for number, size in enumerate(sizes)]
+    found: dict[tuple[int, tuple[int, ...]], int] = {}
+    tile = 0
+    for packs, tiles in zip(images.packs, images.tiles):
+        for pack in packs:
+            found[sizes[tile], tuple((pack.index[0] + starts[tile]).tolist())] = len(found)
+        tile += tiles
+    return found
 
 
 def mixture(policy: Policy, site: Site, budget: int, choice: Choice, options: dict[str, Any]) -> Tensor:
@@ -168,8 +181,8 @@ def mixture(policy: Policy, site: Site, budget: int, choice: Choice, options: di
 
 
 @contextlib.contextmanager
-def watched(programs: Programs, packs: Sequence[Pack] = ()) -> Iterator[Watched]:
-    """A provider that watches the policies of `programs`, within the context."""
+def watched(programs: Programs, images: Images) -> Iterator[Watched]:
+    """A provider that watches the policies of `programs`, for a request with `images`, within the context."""
     stages = programs.schedule.stages
     names = tuple(f"{stage.policy}, watched {next(_NUMBERS)}" for stage in stages)
     provider: list[Watched] = []
@@ -180,7 +193,7 @@ def watched(programs: Programs, packs: Sequence[Pack] = ()) -> Iterator[Watched]
     for number, (stage, name) in enumerate(zip(stages, names)):
         POLICIES[name] = replace(POLICIES[stage.policy], choose=watching(number, POLICIES[stage.policy]))
     try:
-        provider.append(Watched(programs, names, packs))
+        provider.append(Watched(programs, names, images))
         yield provider[0]
     finally:
         for name in names:
