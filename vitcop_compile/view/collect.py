@@ -69,8 +69,8 @@ class Collector:
         normal: tuple[Sequence[float], Sequence[float]] | None = None,
         random: bool = False,
     ) -> Record:
-        """Runs and pictures together. methods: by name, one for each of `retentions`; picture: that of the request; normal: the
-        mean and deviation that its processor takes from pixels, by which inputs of the encoder are shown as it sees them.
+        """Runs and pictures together. methods: by name, one for each of `retentions`; picture: that of the request; normal:
+        the mean and deviation that its processor normalises by, so that the encoder's inputs can be shown as it sees them.
         Raises InputError for tokens that lie in no grid, and ConfigError if no method can be had."""
         pictures, places = self._pictures(picture, normal)
         panels = panels_of(self.layout, places)
@@ -98,8 +98,8 @@ class Collector:
         return [pictures[i] for i in used], [used.index(i) for i in places]
 
     def run(self, method: Method) -> Run:
-        """What the method keeps, and what is answered. One that cannot be had on this model, or at its target, is left out with
-        the reason."""
+        """What the method keeps, and what is answered. One that cannot be had on this model, or at its target, is left out
+        with the reason."""
         try:
             schedule = self._planned(method)
         except (ConfigError, UnsupportedError) as error:

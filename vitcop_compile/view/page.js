@@ -70,7 +70,7 @@
 
   // Pictures are decoded once; what is drawn waits for them.
   const pictures = record.pictures.map((uri) => Object.assign(new Image(), { src: uri }));
-  const draw = (canvas, panel, run, view, width) => {
+  const draw = (canvas, panel, run, view, width, small = false) => {
     const picture = pictures[panel.picture], pen = canvas.getContext("2d");
     canvas.width = width;
     canvas.height = Math.round(width * (picture.naturalHeight / picture.naturalWidth));
@@ -127,10 +127,10 @@
     } else {
       const last = run.steps.length;
       for (const token of own) if (told.stays[token] < last) fill(token, `${DARK}${(0.86 - 0.5 * (told.stays[token] / last)).toFixed(2)})`);
-      if (last > 1 && last <= BEFORE.length + 1) {
+      if (!small && last > 1 && last <= BEFORE.length + 1) {
         for (const token of own) if (told.stays[token] > 0 && told.stays[token] < last) edge(token, BEFORE[last - 1 - told.stays[token]], thin);
       }
-      if (last) for (const token of own) if (told.stays[token] === last) edge(token, LAST, thick);
+      if (small ? last > 1 : last) for (const token of own) if (told.stays[token] === last) edge(token, LAST, thick);
     }
   };
 
@@ -232,7 +232,7 @@
         const canvas = make("canvas");
         canvas.setAttribute("role", "img");
         canvas.setAttribute("aria-label", `${name}: ${run.left_out ? "left out" : counts(run)} ${panel.label}`);
-        draw(canvas, panel, run, has(run, state.view) ? state.view : "kept", 300);
+        draw(canvas, panel, run, has(run, state.view) ? state.view : "kept", 300, true);
         small.append(canvas);
       }
       card.dataset.method = name;

@@ -69,8 +69,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Record:
-    """pictures: files as data URIs; retentions: as they were asked for; runs: by method, one for each retention; random: whether
-    the weights are, so that answers mean nothing."""
+    """pictures: files as data URIs; retentions: as they were asked for; runs: by method, one for each retention; random:
+    whether the weights are, so that answers mean nothing."""
 
     model: str
     prompt: str
@@ -96,8 +96,8 @@ def panels_of(layout: Layout, pictures: Sequence[int] | None = None) -> tuple[Pa
         time, rows, columns = segment.grid
         if segment.candidates != time * rows * columns:
             raise InputError(
-                f"segment {number} of the prompt has {segment.candidates} tokens in a grid of {time} x {rows} x {columns}: what "
-                "is kept cannot be drawn; give a picture of another shape"
+                f"segment {number} of the prompt has {segment.candidates} tokens in a grid of {time} x {rows} x {columns}: "
+                "what is kept cannot be drawn; give a picture of another shape"
             )
         name = "" if len(layout) == 1 else f"{segment.kind} {number + 1} of {len(layout)}"
         for step in range(time):

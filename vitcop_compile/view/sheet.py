@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SIDE = 240  # pixels of a panel's height
 _GAP = 6
 _BRIGHTNESS = (0.14, 0.62)  # of a token that leaves first, and one that all stages but the last keep
-_COLUMN, _ROW = 2.5, 3.1  # inches
+_COLUMN, _ROW = 2.6, 3.3  # inches
 _GOOD, _BAD = "#14713d", "#b3261e"
 
 
@@ -33,7 +33,7 @@ def sheet(record: Record) -> Figure:
     photos = [_decoded(uri) for uri in record.pictures]
     rows, columns = len(record.runs), len(record.retentions)
     wide = _composed(record, photos, Run()).shape[1] / _SIDE
-    size = (1.2 + _COLUMN * wide * columns, 1.1 + _ROW * rows)
+    size = (1.0 + _COLUMN * wide * columns, 1.5 + _ROW * rows)
     out = Figure(figsize=size, dpi=100, facecolor="white")
     axes = out.subplots(rows, columns, squeeze=False)
     for row, (name, runs) in enumerate(record.runs.items()):
@@ -44,9 +44,9 @@ def sheet(record: Record) -> Figure:
                                        fontsize=13, fontweight="bold")  # fmt: skip
         axes[row, 0].set_ylabel(textwrap.fill(_plain(name), 20), fontsize=12, fontweight="bold")
     dense = record.dense.text or " ".join(record.dense.pieces)
-    head = f"{textwrap.shorten(record.prompt, 90)}\nnothing pruned: {textwrap.shorten(dense, 90)}"
+    head = f"{textwrap.shorten(record.prompt, 24 * columns)}\nnothing pruned: {textwrap.shorten(dense, 24 * columns)}"
     out.suptitle(_plain(head), fontsize=13, y=1 - 0.16 / size[1], va="top")
-    out.subplots_adjust(left=0.9 / size[0], right=0.99, bottom=0.5 / size[1], top=1 - 1.25 / size[1], wspace=0.06, hspace=0.42)
+    out.subplots_adjust(left=0.9 / size[0], right=0.99, bottom=0.75 / size[1], top=1 - 1.25 / size[1], wspace=0.06, hspace=0.4)
     return out
 
 
@@ -86,14 +86,19 @@ def _cell(axes: Axes, image: Picture, record: Record, run: Run) -> None:
         edge.set_visible(False)
     if run.answer is None:
         axes.set_title("left out", fontsize=10)
-        axes.set_xlabel(_plain(textwrap.fill(textwrap.shorten(run.left_out or "", 80), 34)), fontsize=8)
+        axes.set_xlabel(_plain(_lines(run.left_out or "", 36)), fontsize=8)
         return
     counts = [len(step.kept) for step in run.steps]
     shown = [record.patches, *(counts if len(counts) < 5 else [counts[0], "…", *counts[-2:]])]
     axes.set_title(" → ".join(map(str, shown)), fontsize=10)
-    said = textwrap.shorten(run.answer.text or " ".join(run.answer.pieces), 64)
+    said = _lines(run.answer.text or " ".join(run.answer.pieces), 32)
     text = f"{said}\n" + ("as the dense answer" if run.differs is None else f"differs from token {run.differs + 1} on")
     axes.set_xlabel(_plain(text), fontsize=9, color=_GOOD if run.differs is None else _BAD)
+
+
+def _lines(text: str, width: int) -> str:
+    """As many letters as two lines hold."""
+    return textwrap.fill(textwrap.shorten(text, 2 * width - 8, placeholder=" …"), width)
 
 
 def _plain(text: str) -> str:

@@ -27,9 +27,9 @@ _NUMBERS = itertools.count()
 @dataclass(frozen=True)
 class Look:
     """One call of a policy. stage: its number in the schedule; segments: of which segment of the request each of the b rows
-    is, () in the decoder, where rows follow one another; width: n, candidates of each; index: int64 [b, budget]; scored: what the policy read of the n
-    candidates, by name, fp32 [b, n]; mixed: fp32 [b, budget, n], how much of each candidate is in each row that it made, None
-    where it makes none."""
+    is, () in the decoder, where rows follow one another; width: n, candidates of each; index: int64 [b, budget]; scored: what
+    the policy read of the candidates, by name, fp32 [b, n]; mixed: fp32 [b, budget, n], how much of each candidate is in each
+    row that it made, None where it makes none."""
 
     stage: int
     segments: tuple[int, ...]
@@ -138,7 +138,7 @@ class Watched(CompiledOnDemand):
         asked = _Asked(**vars(site))
         choice = policy.choose(asked, budget, **options)
         scored = {} if site.score is None else {"attention": site.score[..., -1] if site.score.dim() > 2 else site.score}
-        scored |= {"key norm": norms for norms in asked.told[:1]}
+        scored |= {"key norm": asked.told[0]} if asked.told else {}
         mixed = None if choice.rows is None else mixture(policy, site, budget, choice, options)
         self.looks.append(Look(number, self._segments, site.at.shape[1], choice.index, scored, mixed))
         return choice
