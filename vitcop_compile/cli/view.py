@@ -70,7 +70,7 @@ def view_command(
         with steps.step("capturing the graphs, and the dense answer"):
             seen = Collector(subject.model, subject.inputs, read=subject.read, new_tokens=max_new_tokens)
         found = seen.record(
-            methods, shares, photo, steps, model=subject.name, prompt=prompt, normal=subject.normal, random=random
+            methods, shares, [photo], steps, model=subject.name, prompt=prompt, normal=subject.normal, random=random
         )
         with steps.step("drawing"):
             save_page(found, output)

@@ -61,7 +61,7 @@ class Collector:
         self,
         methods: Mapping[str, Sequence[Method]],
         retentions: Sequence[str],
-        picture: Image.Image,
+        pictures: Sequence[Image.Image],
         steps: Steps,
         *,
         model: str,
@@ -69,33 +69,50 @@ class Collector:
         normal: tuple[Sequence[float], Sequence[float]] | None = None,
         random: bool = False,
     ) -> Record:
-        """Runs and pictures together. methods: by name, one for each of `retentions`; picture: that of the request; normal:
-        the mean and deviation that its processor normalises by, so that the encoder's inputs can be shown as it sees them.
-        Raises InputError for tokens that lie in no grid, and ConfigError if no method can be had."""
-        pictures, places = self._pictures(picture, normal)
+        """Runs and pictures together.
+
+        methods: by name, one for each of `retentions`; pictures: of every image or frame of the request; normal: the mean and
+        deviation that its processor normalises by, so that the encoder's inputs can be shown as it sees them. Raises
+        InputError for tokens that lie in no grid and for pictures that are missing, and ConfigError if no method can be had.
+        """
+        drawn, places = self._pictures(pictures, normal)
         panels = panels_of(self.layout, places)
         found = self.runs(methods, steps)
-        return Record(model, prompt, tuple(map(picture_uri, pictures)), panels, tuple(retentions), self.dense, found, random)
+        return Record(model, prompt, tuple(map(picture_uri, drawn)), panels, tuple(retentions), self.dense, found, random)
 
     def _pictures(
-        self, picture: Image.Image, normal: tuple[Sequence[float], Sequence[float]] | None
+        self, given: Sequence[Image.Image], normal: tuple[Sequence[float], Sequence[float]] | None
     ) -> tuple[list[Image.Image], list[int]]:
-        """(pictures, on which of them each segment lies): an input of the encoder where a segment is all of one, which may be
-        a part of the picture, else the whole of it."""
-        pictures, places, images = [picture], [], self._images
+        """(pictures, which of them each panel lies on): an input of the encoder where a segment is all of one, which may be a
+        part of a picture, else one of those given."""
+        images = self._images
         packs = list(itertools.chain(*images.packs))
-        tile = 0
-        for number, segment in enumerate(self.layout):
-            whole = not packs or packs[number].index.numel() == self._whole.host.shape.patches
-            if normal is None or images.cut or segment.tiles != 1 or not whole:
-                places.append(0)
-            else:
-                pixels = photograph(images.pixels[tile], *normal)
-                places.append(len(pictures))
-                pictures.append(Image.fromarray((pixels * 255).round().astype("uint8")))
+        found: list[Image.Image] = []
+        places: list[int] = []
+        owners: dict[int, int] = {}
+        numbers = [number for number, layout in enumerate(images.layouts) for _ in layout]
+        tile = frame = 0
+        for place, (number, segment) in enumerate(zip(numbers, self.layout, strict=True)):
+            whole = not packs or packs[place].index.numel() == self._whole.host.shape.patches
+            inside = normal is not None and not images.cut and segment.tiles == 1 and whole
+            for _ in range(segment.grid[0]):
+                owner = frame if segment.kind == "video" else number
+                frame += 1
+                if inside:
+                    assert normal is not None
+                    pixels = photograph(images.pixels[tile], *normal)
+                    found.append(Image.fromarray((pixels * 255).round().astype("uint8")))
+                elif owner not in owners:
+                    if owner >= len(given):
+                        raise InputError(
+                            f"{len(given)} pictures were given for a prompt of {owner + 1} or more images or frames: give "
+                            "one each"
+                        )
+                    owners[owner] = len(found)
+                    found.append(given[owner])
+                places.append(len(found) - 1 if inside else owners[owner])
             tile += segment.tiles
-        used = sorted(set(places))
-        return [pictures[i] for i in used], [used.index(i) for i in places]
+        return found, places
 
     def run(self, method: Method) -> Run:
         """What the method keeps, and what is answered. One that cannot be had on this model, or at its target, is left out

@@ -12,6 +12,7 @@
   const state = { method: names[0], retention: 0, view: "kept", score: 0 };
   const DARK = "rgba(9,11,17,", LAST = "#ffd23f", BEFORE = ["#7fd6ff", "#c9a7ff", "#8be0a4"];
   const RAMP = [[13, 8, 60], [84, 15, 110], [158, 42, 99], [214, 81, 57], [246, 145, 30], [252, 210, 60], [252, 255, 164]];
+  const HINT = "Point at a patch to read what became of it.";
   const percent = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
   const short = (value) => (value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3));
 
@@ -144,11 +145,11 @@
       item.append(chip, text); box.append(item);
     };
     if (view === "clusters") {
-      entry("a color for each cluster", hue(0, 1)); entry("gone", "#14161c");
+      entry("a color for each cluster", hue(0, 1)); entry("gone", "#14161c", "#59606e");
       if (run.clusters.includes(-1)) entry("kept, in no cluster", "#aaaeb6");
     } else if (view === "merged") {
       entry(`merged into the token with the dot, ${derive(run).merged.where}`, hue(0, 1));
-      entry("stays as it is", "transparent", "#98a0ae"); entry("gone", "#14161c");
+      entry("stays as it is", "transparent", "#98a0ae"); entry("gone", "#14161c", "#59606e");
     } else if (view === "heat") {
       const score = derive(run).scores[Math.min(state.score, derive(run).scores.length - 1)], ramp = make("i", undefined, "ramp");
       ramp.style.background = `linear-gradient(90deg, ${RAMP.map((rgb) => `rgb(${rgb})`).join(",")})`;
@@ -159,7 +160,7 @@
       const last = run.steps.length;
       if (last) entry(`left at the end, ${run.steps[last - 1].where}`, "transparent", LAST);
       if (last <= BEFORE.length + 1) for (let i = last - 2; i >= 0; i--) entry(`until ${run.steps[i + 1].where}`, "transparent", BEFORE[last - 2 - i]);
-      entry("gone", "#14161c");
+      entry("gone", "#14161c", "#59606e");
     }
   };
 
@@ -286,7 +287,7 @@
       draw(canvas, record.panels[i], run, view, canvases.length > 1 ? 480 : 840);
       canvas.setAttribute("aria-label", `${record.panels[i].label || "the picture"}: ${view}, ${run.left_out ? "left out" : counts(run)}`);
     });
-    at("hover").textContent = "";
+    at("hover").textContent = HINT;
     beside();
     table();
   };
@@ -313,7 +314,7 @@
       const column = Math.floor(((event.clientX - size.left) / size.width) * panel.columns);
       if (row >= 0 && row < panel.rows && column >= 0 && column < panel.columns) at("hover").textContent = about(panel.first + row * panel.columns + column, panel);
     });
-    canvas.addEventListener("pointerleave", () => { at("hover").textContent = ""; });
+    canvas.addEventListener("pointerleave", () => { at("hover").textContent = HINT; });
     if (panel.label) box.append(make("p", panel.label));
     box.append(canvas);
     at("panels").append(box);

@@ -88,7 +88,7 @@ class Record:
 
 
 def panels_of(layout: Layout, pictures: Sequence[int] | None = None) -> tuple[Panel, ...]:
-    """The grids of a prompt's segments, frame by frame. pictures: on which picture each segment lies, by default all on one.
+    """The grids of a prompt's segments, frame by frame. pictures: on which picture each of them lies, by default all on one.
     Raises InputError for segments whose tokens are no grid."""
     found: list[Panel] = []
     first = 0
@@ -102,7 +102,7 @@ def panels_of(layout: Layout, pictures: Sequence[int] | None = None) -> tuple[Pa
         name = "" if len(layout) == 1 else f"{segment.kind} {number + 1} of {len(layout)}"
         for step in range(time):
             label = f"{name}, frame {step + 1}".lstrip(", ") if time > 1 else name
-            found.append(Panel(label, rows, columns, first, 0 if pictures is None else pictures[number]))
+            found.append(Panel(label, rows, columns, first, 0 if pictures is None else pictures[len(found)]))
             first += rows * columns
     return tuple(found)
 
