@@ -54,7 +54,7 @@ class Browser:
             told = self._next()
             if told.get("method") == "Runtime.exceptionThrown":
                 self.problems.append(json.dumps(told["params"]["exceptionDetails"]))
-            if told.get("method") == "Log.entryAdded":
+            if told.get("method") == "Log.entryAdded" and told["params"]["entry"]["level"] == "error":
                 self.problems.append(told["params"]["entry"]["text"])
             if told.get("method") == "Network.requestWillBeSent":
                 address = told["params"]["request"]["url"]

@@ -58,7 +58,7 @@ def request() -> dict[str, Any]:
 
 
 def recorded() -> Record:
-    photo = Image.fromarray((pixels(1)[0].permute(1, 2, 0).numpy() * 60 + 128).clip(0, 255).astype("uint8"))
+    photo = Image.fromarray((pixels(1)[0].permute(1, 2, 0).numpy() * 30 + 150).clip(0, 255).astype("uint8"))
     seen = collector(models.shared(), request(), new_tokens=6, read=words)
     return seen.record(METHODS, SHARES, [photo], QUIET, model="tiny", prompt=HOSTILE)
 
