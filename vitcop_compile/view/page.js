@@ -159,7 +159,7 @@
     } else {
       const last = run.steps.length;
       if (last) entry(`left at the end, ${run.steps[last - 1].where}`, "transparent", LAST);
-      if (last <= BEFORE.length + 1) for (let i = last - 2; i >= 0; i--) entry(`until ${run.steps[i + 1].where}`, "transparent", BEFORE[last - 2 - i]);
+      if (last <= BEFORE.length + 1) for (let i = last - 2; i >= 0; i--) entry(`leaves ${run.steps[i + 1].where}`, "transparent", BEFORE[last - 2 - i]);
       entry("gone", "#14161c", "#59606e");
     }
   };
