@@ -35,7 +35,7 @@ def sheet(record: Record) -> Figure:
     wide = _composed(record, photos, Run()).shape[1] / _SIDE
     size = (1.0 + _COLUMN * wide * columns, 1.5 + _ROW * rows)
     out = Figure(figsize=size, dpi=100, facecolor="white")
-    axes = out.subplots(rows, columns, squeeze=False)
+    axes: Any = out.subplots(rows, columns, squeeze=False)
     for row, (name, runs) in enumerate(record.runs.items()):
         for column, run in enumerate(runs):
             _cell(axes[row, column], _composed(record, photos, run), record, run)
@@ -52,7 +52,7 @@ def sheet(record: Record) -> Figure:
 
 def lit(run: Run, patches: int) -> np.ndarray:
     """fp64 [patches]: the light of every token, 1 for those that are left at the end."""
-    stays = np.zeros(patches, dtype=int)
+    stays: np.ndarray = np.zeros(patches, dtype=int)
     for step in run.steps:
         stays[list(step.kept)] += 1
     low, high = _BRIGHTNESS
@@ -74,7 +74,8 @@ def _shaded(photo: Image.Image, panel: Panel, light: np.ndarray) -> Picture:
     width = max(1, round(_SIDE * photo.width / photo.height))
     values = np.asarray(photo.resize((width, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64) / 255
     own = light[panel.first : panel.first + panel.rows * panel.columns].reshape(panel.rows, panel.columns)
-    rows, columns = np.arange(_SIDE) * panel.rows // _SIDE, np.arange(width) * panel.columns // width
+    rows: np.ndarray = np.arange(_SIDE) * panel.rows // _SIDE
+    columns: np.ndarray = np.arange(width) * panel.columns // width
     return values * own[np.ix_(rows, columns)][..., None]
 
 
