@@ -66,29 +66,47 @@ class Programs:
 
     def export_vision(self, images: int, exact: bool = True) -> ExportedProgram:
         """The vision program for so many images; `exact` as in `ops.density_peaks`."""
-        assert self.captured.encoder is not None
-        return self._export_seeing("encoder", self.schedule, self.family.patches, self.captured.encoder, images, exact)
+        return self._export_seeing(self.schedule, self.vision_module(images, exact), images)
 
     def export_frames(self, frames: int, exact: bool = True) -> ExportedProgram:
         """The vision program for so many frames of videos, where these have an encoder of their own."""
-        assert self.family.frames is not None and self.captured.frames is not None
+        assert self.family.frames is not None
         schedule = self.schedule_of(self.family.frames.layout)
-        return self._export_seeing("frames", schedule, self.family.frames.patches, self.captured.frames, frames, exact)
+        return self._export_seeing(schedule, self.frames_module(frames, exact), frames)
 
-    def _export_seeing(
-        self, name: str, schedule: Schedule, patches: nn.Module, captured: fx.GraphModule, images: int, exact: bool
-    ) -> ExportedProgram:
-        passes = encoder_passes(schedule, self.attn_implementation, exact)
-        encoder = self._rewrite(name, captured, passes, [self._patches(images)])
-        segment = schedule.layout[0]
-        stages = [stage.of_segment(0) for stage in schedule.vision_stages]
-        module = Vision(patches, encoder, self.family.projector, stages, segment, exact)
+    def _export_seeing(self, schedule: Schedule, module: Vision, images: int) -> ExportedProgram:
         program = _export(module, (self._zeros(images, *self.family.pixel_shape),))
         _expect("vision features", _shapes(program)[0][:2], (images, schedule.image_tokens + schedule.lead))
         return program
 
+    def vision_module(self, images: int = 1, exact: bool = True) -> Vision:
+        """The vision program before export."""
+        assert self.captured.encoder is not None
+        return self._seeing("encoder", self.schedule, self.family.patches, self.captured.encoder, images, exact)
+
+    def frames_module(self, frames: int = 1, exact: bool = True) -> Vision:
+        """The vision program of videos that have an encoder of their own before export."""
+        assert self.family.frames is not None and self.captured.frames is not None
+        schedule = self.schedule_of(self.family.frames.layout)
+        return self._seeing("frames", schedule, self.family.frames.patches, self.captured.frames, frames, exact)
+
+    def _seeing(
+        self, name: str, schedule: Schedule, patches: nn.Module, captured: fx.GraphModule, images: int, exact: bool
+    ) -> Vision:
+        passes = encoder_passes(schedule, self.attn_implementation, exact)
+        encoder = self._rewrite(name, captured, passes, [self._patches(images)])
+        stages = [stage.of_segment(0) for stage in schedule.vision_stages]
+        return Vision(patches, encoder, self.family.projector, stages, schedule.layout[0], exact)
+
     def export_tower(self, tiles: int, slots: int | None = None) -> ExportedProgram:
         """The tower program for so many tiles of so many patches, by default those of the one size there is."""
+        module, inputs = self.tower_module(tiles, slots)
+        program = _export(module, inputs)
+        _expect("patches", _shapes(program)[0][:2], (tiles, slots or self.family.shape.patches))
+        return program
+
+    def tower_module(self, tiles: int, slots: int | None = None) -> tuple[Tower, tuple[Tensor, ...]]:
+        """The tower program before export, and examples of what it takes."""
         family, slots = self.family, slots or self.family.shape.patches
         passes = tower_passes(self.schedule, self.attn_implementation)
         if self.captured.encoder is not None:
@@ -101,9 +119,7 @@ class Programs:
             pixels, patches = self._zeros(*whole, *family.pixel_shape), self._zeros(*whole, family.shape.vision_hidden)
             encoder = capture_encoder(family, patches, *tables)
         tower = self._rewrite("tower", encoder, passes, [patches, *tables])
-        program = _export(Tower(family, tower), (pixels, *tables))
-        _expect("patches", _shapes(program)[0][:2], (tiles, slots))
-        return program
+        return Tower(family, tower), (pixels, *tables)
 
     def export_select(
         self,
@@ -177,13 +193,8 @@ class Programs:
     ) -> ExportedProgram:
         """The program for `tokens` more tokens of `batch` sequences, on caches with `rows` by group. A dynamic axis from
         `least_tokens` on, which takes `in_place=False`."""
-        schedule = self.schedule
-        passes = extend_passes(schedule, self.attn_implementation, in_place)
-        inputs = self.extend_inputs(batch, tokens, rows)
-        captured, text = self.captured.decoder, text_passes(schedule)
-        captured = rewrite(captured, text) if text else captured
-        decoder = self._rewrite(f"extend_{tokens}", captured, passes, self._decoder_inputs(inputs, (2, 4), 0))
-        module = Extend(self.family, decoder)
+        schedule, inputs = self.schedule, self.extend_inputs(batch, tokens, rows)
+        module = self.extend_module(tokens, in_place=in_place, inputs=inputs)
         if least_tokens is not None:
             axis = Dim("rows", min=least_tokens, max=tokens)
             return _export(module, inputs, ({1: axis}, None, None, None, None, (None,) * (len(inputs) - 5)))
@@ -191,6 +202,15 @@ class Programs:
         if not in_place:
             _expect_rows(schedule, _shapes(program)[1 + len(schedule.told) :], batch, [tokens] * len(rows))
         return program
+
+    def extend_module(self, tokens: int, *, in_place: bool = True, inputs: tuple[Tensor, ...] = ()) -> Extend:
+        """The extend program before export; inputs: as of `prefill_module`."""
+        schedule = self.schedule
+        passes = extend_passes(schedule, self.attn_implementation, in_place)
+        captured, text = self.captured.decoder, text_passes(schedule)
+        captured = rewrite(captured, text) if text else captured
+        decoder = self._rewrite(f"extend_{tokens}", captured, passes, self._decoder_inputs(inputs, (2, 4), 0))
+        return Extend(self.family, decoder)
 
     def extend_inputs(self, batch: int, tokens: int, rows: Sequence[int]) -> tuple[Tensor, ...]:
         """Example inputs of the extend program, at the last rows."""

@@ -6,8 +6,9 @@ have alone. So the picture's tokens, most of the work, are paid for once."""
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from .tower import features_of, pixels_of
 BATCH = 16
 # Of each kind; those that take several looks more often.
 ASKED = {"what": 2, "where": 1, "colour": 2, "count": 3, "any": 2, "compare": 2, "read": 2}
+# Later, when counting has been learned.
+ASKED_THEN = {"what": 3, "where": 3, "colour": 3, "count": 1, "any": 1, "compare": 2, "read": 1}
 LONGEST = 17  # tokens of a question with what follows it
 
 
@@ -79,10 +82,10 @@ def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.convert_tokens_to_ids(text.split()))
 
 
-def questions_of(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(kind, question, answer), as many as `ASKED` says; another kind where the picture allows none of one."""
+def questions_of(scene: Scene, rng: random.Random, wanted: Mapping[str, int] = ASKED) -> list[tuple[str, str, str]]:
+    """(kind, question, answer), as many as `wanted` says; another kind where the picture allows none of one."""
     found = []
-    for kind, number in ASKED.items():
+    for kind, number in wanted.items():
         for _ in range(number):
             asked, real = question(kind, scene, rng), kind
             while asked is None:
@@ -160,22 +163,36 @@ def loss_of(
 def train(
     kind: str, model: Any, steps: int, number: int, rate: float, seed: int, folder: Path, console: Console, batch: int = BATCH
 ) -> None:
-    """LLaVA's decoder learns from 144 averages a picture first, then, a third of the steps with half the pictures, from all
-    576 patches; Qwen's has 144 tokens a picture."""
+    """`steps`, then half as many with other questions. LLaVA's decoder learns from 144 averages a picture first, two thirds of
+    the steps and then half, and at last, a quarter of them with half the pictures, from all 576 patches; Qwen's has 144
+    tokens."""
     tokenizer = models.processor_of(kind).tokenizer
     known = Pictures(kind, model, number, seed, folder / "features.pt", console)
     projector = model.model.multi_modal_projector if kind == "llava" else model.model.visual.merger
     parts = nn.ModuleDict({"projector": projector, "decoder": model.model.language_model, "lm_head": model.lm_head})
-    phases = [("decoder", steps, 1, batch)]
+    half = steps // 2
+    phases = [("decoder", steps, 1, batch, ASKED), ("decoder-then", half, 1, batch, ASKED_THEN)]
     if kind == "llava":
-        phases = [("decoder-pooled", steps - steps // 3, 2, batch), ("decoder", steps // 3, 1, batch // 2)]
-    for name, length, pool, size in phases:
+        phases = [("decoder-pooled", steps - steps // 3, 2, batch, ASKED), ("decoder-pooled-then", half, 2, batch, ASKED_THEN)]
+        phases += [("decoder", steps // 4, 1, batch // 2, ASKED_THEN)]
+    for name, length, pool, size, wanted in phases:
         plan = plan_of(kind, model, tokenizer, pool)
-
-        def one(rng: random.Random, plan: Plan = plan, pool: int = pool, size: int = size) -> tuple[Tensor, dict[str, float]]:
-            chosen = [rng.randrange(number) for _ in range(size)]
-            asked = [questions_of(known.scenes[at], rng) for at in chosen]
-            return loss_of(kind, model, tokenizer, plan, pool, known.features[chosen].float(), asked)
-
+        sample = partial(_batch, kind, model, tokenizer, plan, pool, known, size, wanted)
         learner = Learner(name, parts, length, rate if size == batch else rate / 2, seed)
-        learner.run(one, folder / f"{name}.pt", console)
+        learner.run(sample, folder / f"{name}.pt", console)
+
+
+def _batch(
+    kind: str,
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    pool: int,
+    known: Pictures,
+    size: int,
+    wanted: Mapping[str, int],
+    rng: random.Random,
+) -> tuple[Tensor, dict[str, float]]:
+    chosen = [rng.randrange(len(known.scenes)) for _ in range(size)]
+    asked = [questions_of(known.scenes[at], rng, wanted) for at in chosen]
+    return loss_of(kind, model, tokenizer, plan, pool, known.features[chosen].float(), asked)

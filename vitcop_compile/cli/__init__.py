@@ -2,7 +2,7 @@
 
 import typer
 
-from . import bench, demo, explain, export, regress, tune
+from . import bench, demo, explain, export, regress, tune, view
 
 __all__ = ["app"]
 
@@ -20,4 +20,5 @@ app.command("plot")(bench.plot_command)
 app.command("regress")(regress.regress_command)
 app.command("explain")(explain.explain_command)
 app.command("tune")(tune.tune_command)
+app.command("view")(view.view_command)
 app.command("demo")(demo.demo_command)

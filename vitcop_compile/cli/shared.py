@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from PIL.Image import Image
 from rich.console import Console
 from rich.text import Text
 from transformers import AutoConfig
@@ -87,3 +88,8 @@ def image_size_of(text: str) -> tuple[int, int]:
 def cannot_load(model: str, error: Exception) -> UnsupportedError:
     """The error for a `--model` that transformers refused with `error`."""
     return UnsupportedError(f"--model {model} cannot be loaded: {str(error).splitlines()[0]}")
+
+
+def request_of(processor: Any, image: Image, prompt: str) -> Any:
+    """What `processor` makes of a question about a picture: by its chat template, or else as LLaVA-1.5 is asked."""
+    return processor(images=image, text=question_of(processor, prompt), return_tensors="pt")

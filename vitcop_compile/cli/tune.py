@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,9 +15,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ..config import PRESETS
 from ..errors import ConfigError, InputError
 from ..methods.named import method_from, split
+from ..picture import load_image
 from ..progress import Steps
 from ..schedule import Method
-from .shared import METHOD_HELP, cannot_load, console, errors_as_lines, question_of, without_future_warnings
+from .shared import METHOD_HELP, cannot_load, console, errors_as_lines, request_of, without_future_warnings
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _METHODS = ("vitcop", "visionzip", "divprune", "fastv", "uniform")
@@ -54,7 +54,7 @@ def tune_command(
             processor = AutoProcessor.from_pretrained(model)
         except (OSError, ValueError, ImportError) as error:
             raise cannot_load(model, error) from None
-        requests = [_request(processor, path, prompt) for path in pictures]
+        requests = [dict(request_of(processor, load_image(path), prompt)) for path in pictures]
         found = tune(
             loaded, requests, methods, target, backend=backend, tokens=tokens, rounds=rounds, steps=Steps(Console(stderr=True))
         )
@@ -101,9 +101,3 @@ def _pictures(folder: Path, limit: int) -> list[Path]:
     if not found:
         raise InputError(f"--images {folder} holds no picture: {', '.join(_SUFFIXES)} are read")
     return found[:limit]
-
-
-def _request(processor: Any, path: Path, prompt: str) -> dict[str, Any]:
-    with Image.open(path) as picture:
-        image = picture.convert("RGB")
-    return dict(processor(images=image, text=question_of(processor, prompt), return_tensors="pt"))
