@@ -145,8 +145,8 @@ class Evaluator:
         reads them; only requests with equal ones share a batch. done: told of so many more that are answered."""
         wanted = [generation_of(own, self.max_new_tokens) for own in settings]
         groups: dict[Hashable, list[int]] = {}
-        for at, own in enumerate(wanted):
-            groups.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(at)
+        for at, request in enumerate(wanted):
+            groups.setdefault(json.dumps(request, sort_keys=True, default=str), []).append(at)
         found: dict[int, Answer] = {}
         for group in groups.values():
             options, stops = wanted[group[0]]
@@ -174,8 +174,8 @@ class Evaluator:
         InputError for a continuation without tokens.
         """
         alike: dict[Hashable, list[int]] = {}
-        for at, key in enumerate(same):
-            alike.setdefault(key, []).append(at)
+        for number, key in enumerate(same):
+            alike.setdefault(key, []).append(number)
         found: dict[int, tuple[float, bool]] = {}
         rows: list[_Row] = []
         for asked in alike.values():
@@ -211,12 +211,12 @@ class Evaluator:
     def _batches(self, asked: Mapping[int, list[dict[str, Any]]], fill: bool) -> list[tuple[list[int], dict[str, Any]]]:
         """Questions with and without images and videos apart, as processors take a batch of one kind; each with what the
         processor makes of it, copies of the last row behind the others."""
-        kinds: dict[Hashable, list[int]] = {}
+        kinds: dict[tuple[bool, bool], list[int]] = {}
         for at, conversation in asked.items():
             parts = [part["type"] for message in conversation for part in message["content"]]
             kinds.setdefault(("image" in parts, "video" in parts), []).append(at)
         found = []
-        for (_, videos), part in kinds.items():  # type: ignore[misc]
+        for (_, videos), part in kinds.items():
             if videos and getattr(self.processor, "video_processor", None) is None:
                 raise InputError(
                     f"{type(self.processor).__name__} takes no videos: choose tasks with images, or a model that is told of "
@@ -272,7 +272,7 @@ class Evaluator:
         count, columns = given["input_ids"].shape
         steps = 1 + max(len(row.told) for row in rows)
         cache = PrunedCache(max_length=columns + steps)
-        logits = self.model(**given, past_key_values=cache).logits
+        logits: Any = self.model(**given, past_key_values=cache).logits
         total, likeliest = [0.0] * len(rows), [True] * len(rows)
         for step in range(steps):
             spoken, best = _likely(logits)

@@ -135,7 +135,9 @@ class VitcopCompile(lmms):
                 found = self._round(requests[at].args, number, list(said[at]), told[at])
                 if found is not None:
                     question, own, told[at] = found
-                    questions.append(question), settings.append(own), left.append(at)
+                    questions.append(question)
+                    settings.append(own)
+                    left.append(at)
             going = left
             if not going:
                 return said
