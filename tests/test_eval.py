@@ -79,6 +79,7 @@ def test_answers_are_the_stock_models_in_their_order() -> None:
     assert [own.tokens for own in found] == [int((tokens > spoken.END).sum()) for tokens in told]
 
 
+@pytest.mark.slow
 def test_requests_of_other_settings_have_a_batch_of_their_own() -> None:
     """Each request's own settings are honoured, wherever it stands."""
     seen = evaluator(ViTCoPConfig.dense())
@@ -100,6 +101,7 @@ def test_a_stop_string_ends_an_answer() -> None:
     assert found.text == "" and found.tokens == 1
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed_and_the_temperature() -> None:
     seen, said = evaluator(batch=1), []
     for temperature in (0.0, 1e-4, 50.0, 50.0):
