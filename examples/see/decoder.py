@@ -6,7 +6,6 @@ have alone. So the picture's tokens, most of the work, are paid for once."""
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,13 +21,12 @@ from . import models
 from .learner import Learner
 from .questions import KINDS, question
 from .scenes import GRID, Scene, scene
-from .tower import features_of, pixels_of
+from .start import begin
+from .tower import Heads, features_of, pixels_of
 
 BATCH = 16
-# Of each kind; those that take several looks more often.
-ASKED = {"what": 2, "where": 1, "colour": 2, "count": 3, "any": 2, "compare": 2, "read": 2}
-# Later, when counting has been learned.
-ASKED_THEN = {"what": 3, "where": 3, "colour": 3, "count": 1, "any": 1, "compare": 2, "read": 1}
+# Questions of each kind about a picture.
+ASKED = dict.fromkeys(KINDS, 2)
 LONGEST = 17  # tokens of a question with what follows it
 
 
@@ -82,10 +80,10 @@ def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.convert_tokens_to_ids(text.split()))
 
 
-def questions_of(scene: Scene, rng: random.Random, wanted: Mapping[str, int] = ASKED) -> list[tuple[str, str, str]]:
-    """(kind, question, answer), as many as `wanted` says; another kind where the picture allows none of one."""
+def questions_of(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
+    """(kind, question, answer), as many as `ASKED` says; another kind where the picture allows none of one."""
     found = []
-    for kind, number in wanted.items():
+    for kind, number in ASKED.items():
         for _ in range(number):
             asked, real = question(kind, scene, rng), kind
             while asked is None:
@@ -161,24 +159,23 @@ def loss_of(
 
 
 def train(
-    kind: str, model: Any, steps: int, number: int, rate: float, seed: int, folder: Path, console: Console, batch: int = BATCH
+    kind: str, model: Any, heads: Heads, steps: int, number: int, rate: float, seed: int, folder: Path, console: Console
 ) -> None:
-    """`steps`, then half as many with other questions. LLaVA's decoder learns from 144 averages a picture first, two thirds of
-    the steps and then half, and at last, a quarter of them with half the pictures, from all 576 patches; Qwen's has 144
-    tokens."""
+    """LLaVA's decoder learns from 144 averages a picture first, then, a third as many steps with half the pictures, from all
+    576 patches; Qwen's has 144 tokens a picture."""
     tokenizer = models.processor_of(kind).tokenizer
     known = Pictures(kind, model, number, seed, folder / "features.pt", console)
     projector = model.model.multi_modal_projector if kind == "llava" else model.model.visual.merger
     parts = nn.ModuleDict({"projector": projector, "decoder": model.model.language_model, "lm_head": model.lm_head})
-    half = steps // 2
-    phases = [("decoder", steps, 1, batch, ASKED), ("decoder-then", half, 1, batch, ASKED_THEN)]
+    with torch.no_grad():
+        begin(kind, model, tokenizer, heads, known.features[:200].float(), seed)
+    phases = [("decoder", steps, 1, BATCH)]
     if kind == "llava":
-        phases = [("decoder-pooled", steps - steps // 3, 2, batch, ASKED), ("decoder-pooled-then", half, 2, batch, ASKED_THEN)]
-        phases += [("decoder", steps // 4, 1, batch // 2, ASKED_THEN)]
-    for name, length, pool, size, wanted in phases:
+        phases = [("decoder-pooled", steps, 2, BATCH), ("decoder", steps // 3, 1, BATCH // 2)]
+    for name, length, pool, size in phases:
         plan = plan_of(kind, model, tokenizer, pool)
-        sample = partial(_batch, kind, model, tokenizer, plan, pool, known, size, wanted)
-        learner = Learner(name, parts, length, rate if size == batch else rate / 2, seed)
+        sample = partial(_batch, kind, model, tokenizer, plan, pool, known, size)
+        learner = Learner(name, parts, length, rate if size == BATCH else rate / 2, seed)
         learner.run(sample, folder / f"{name}.pt", console)
 
 
@@ -190,9 +187,8 @@ def _batch(
     pool: int,
     known: Pictures,
     size: int,
-    wanted: Mapping[str, int],
     rng: random.Random,
 ) -> tuple[Tensor, dict[str, float]]:
     chosen = [rng.randrange(len(known.scenes)) for _ in range(size)]
-    asked = [questions_of(known.scenes[at], rng, wanted) for at in chosen]
+    asked = [questions_of(known.scenes[at], rng) for at in chosen]
     return loss_of(kind, model, tokenizer, plan, pool, known.features[chosen].float(), asked)

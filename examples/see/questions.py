@@ -61,7 +61,9 @@ def _colour(scene: Scene, rng: random.Random, single: list[Thing], names: Counte
 
 
 def _count(scene: Scene, rng: random.Random, single: list[Thing], names: Counter[str]) -> tuple[str, str] | None:
-    (name, number), *_ = names.most_common(1)  # from one to four, each as often
+    (name, number), *others = names.most_common()  # from one to four, each as often
+    if others and rng.random() < 0.25:
+        name, number = rng.choice(others)
     return f"how many {name}s ?", str(number)
 
 

@@ -28,7 +28,7 @@ def tower_of(kind: str, model: nn.Module) -> nn.Module:
     return model.model.vision_tower if kind == "llava" else model.model.visual  # type: ignore[union-attr, return-value]
 
 
-def train_tower(kind: str, model: nn.Module, steps: int, rate: float, seed: int, folder: Path, console: Console) -> None:
+def train_tower(kind: str, model: nn.Module, steps: int, rate: float, seed: int, folder: Path, console: Console) -> Heads:
     """From nothing; then, half as many steps, with more signs, as letters are what comes last."""
     heads = Heads(tower_of(kind, model).config.hidden_size, kind == "llava")  # type: ignore[union-attr, arg-type]
     parts = nn.ModuleDict({"tower": tower_of(kind, model), "heads": heads})
@@ -39,14 +39,15 @@ def train_tower(kind: str, model: nn.Module, steps: int, rate: float, seed: int,
             return heads.loss(*features_of(kind, model, pixels_of(kind, scenes)), scenes)
 
         Learner(name, parts, length, rate, seed).run(loss_of, folder / f"{name}.pt", console)
+    return heads
 
 
 def main(
     kind: Annotated[str, typer.Argument(help=f"Which model: {' or '.join(models.MODELS)}.")],
     folder: Annotated[Path, typer.Option(help="Where states and, at the end, the model are kept.")],
     tower_steps: Annotated[int, typer.Option(help="Of 16 pictures.")] = 1200,
-    decoder_steps: Annotated[int, typer.Option(help="Of 16 pictures and 14 questions about each.")] = 1600,
-    pictures: Annotated[int, typer.Option(help="Whose features the decoder learns from.")] = 6000,
+    decoder_steps: Annotated[int, typer.Option(help="Of 16 pictures and 14 questions about each.")] = 450,
+    pictures: Annotated[int, typer.Option(help="Whose features the decoder learns from.")] = 5000,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of weights, pictures and questions.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0: torch's choice.")] = 0,
@@ -59,8 +60,8 @@ def main(
     console = Console(stderr=True)
     folder.mkdir(parents=True, exist_ok=True)
     model = models.make(kind, seed)
-    train_tower(kind, model, tower_steps, rate, seed, folder, console)
-    decoder.train(kind, model, decoder_steps, pictures, rate, seed, folder, console)
+    heads = train_tower(kind, model, tower_steps, rate, seed, folder, console)
+    decoder.train(kind, model, heads, decoder_steps, pictures, rate, seed, folder, console)
     models.save(model, models.processor_of(kind), folder / "model")
     write_sample(folder / "model")
 
