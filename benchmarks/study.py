@@ -94,12 +94,10 @@ def ablations(share: float) -> dict[str, Make]:
     return found
 
 
-def no_shallow_stage(model: Any, share: float) -> ViTCoPConfig:
+def no_shallow_stage(layers: int, candidates: int, share: float) -> ViTCoPConfig:
     """What the vision stage keeps stays until the deep stage."""
-    shape = optimize(model, ViTCoPConfig.dense(), backend="eager").schedule.shape
-    _, deep = ViTCoPConfig.preset("1/3").layers(shape.layers)
-    candidates = 576 if model.config.model_type == "llava" else 144
-    kept = round(share * candidates * shape.layers / (deep + (shape.layers - deep) / 5))
+    _, deep = ViTCoPConfig.preset("1/3").layers(layers)
+    kept = round(share * candidates * layers / (deep + (layers - deep) / 5))
     return ViTCoPConfig(budgets=(kept, kept, max(1, round(kept / 5))))
 
 
@@ -178,6 +176,7 @@ class Study:
                 f"{output} holds {self.found['asked']} questions of each kind, {number} are asked for: give another --output"
             )
         self.asked = examples_of(number)
+        self.dense = optimize(self.model, ViTCoPConfig.dense(), backend="eager")
 
     def save(self) -> None:
         """Aside, and moved into place."""
@@ -192,7 +191,8 @@ class Study:
         why = "nothing was tried"
         for make in tries:
             try:
-                fast = optimize(self.model.to(dtype), make(), backend="eager")
+                same = None if dtype != torch.float32 else self.dense
+                fast = optimize(self.model.to(dtype), make(), backend="eager", like=same)
                 with self.steps.step(row):
                     self.found["rows"][row] = measured(fast, self.processor, self.name, self.asked, self.batch)
                 break
@@ -206,10 +206,11 @@ class Study:
 
     def ablate(self, label: str) -> None:
         """One thing changed, at the budget `label`."""
-        share = SHARES[label]
+        share, layers = SHARES[label], self.dense.schedule.shape.layers
+        candidates = self.found["rows"]["dense"]["of"]
         for name, make in ablations(share).items():
             self.add(f"ablation {label}: {name}", iter([make]))
-        self.add(f"ablation {label}: no shallow stage", iter([lambda: no_shallow_stage(self.model, share)]))
+        self.add(f"ablation {label}: no shallow stage", iter([lambda: no_shallow_stage(layers, candidates, share)]))
         self.add(f"ablation {label}: in bfloat16", settings("vitcop", share), torch.bfloat16)
         self.add("dense in bfloat16", iter([ViTCoPConfig.dense]), torch.bfloat16)
         self.add(f"saliency {label}", iter([scored(lambda site: site.score, share)]))
@@ -222,13 +223,12 @@ class Study:
             for make in settings(name, SHARES[label]):
                 try:
                     method = make()
-                    optimize(self.model, method, backend="eager")
+                    optimize(self.model, method, backend="eager", like=self.dense)
                 except ConfigError:
                     continue
                 methods[name] = method
                 break
-        dense = optimize(self.model, ViTCoPConfig.dense(), backend="eager")
-        request = request_of(dense, self.processor, self.name, self.asked["what"][0])
+        request = request_of(self.dense, self.processor, self.name, self.asked["what"][0])
         told = tune(self.model, [request], methods, "ttft=1000000", backend=backend, rounds=rounds, steps=self.steps)
         self.found["times"][label] = {"backend": backend} | {own.name: own.ttft for own in told.candidates}
         self.save()

@@ -161,17 +161,21 @@ def loss_of(
 def train(
     kind: str, model: Any, heads: Heads, steps: int, number: int, rate: float, seed: int, folder: Path, console: Console
 ) -> None:
-    """LLaVA's decoder learns from 144 averages a picture first, then, a third as many steps with half the pictures, from all
-    576 patches; Qwen's has 144 tokens a picture."""
+    """`steps` and, the rate risen again, half as many. LLaVA's decoder learns from 144 averages a picture first, twice
+    `steps`, and then, half as many steps with half the pictures, from all 576 patches; Qwen's has 144 tokens a picture."""
     tokenizer = models.processor_of(kind).tokenizer
     known = Pictures(kind, model, number, seed, folder / "features.pt", console)
     projector = model.model.multi_modal_projector if kind == "llava" else model.model.visual.merger
     parts = nn.ModuleDict({"projector": projector, "decoder": model.model.language_model, "lm_head": model.lm_head})
     with torch.no_grad():
         begin(kind, model, tokenizer, heads, known.features[:200].float(), seed)
-    phases = [("decoder", steps, 1, BATCH)]
+    phases = [("decoder", steps, 1, BATCH), ("decoder-again", steps // 2, 1, BATCH)]
     if kind == "llava":
-        phases = [("decoder-pooled", steps, 2, BATCH), ("decoder", steps // 3, 1, BATCH // 2)]
+        phases = [
+            ("decoder-pooled", steps, 2, BATCH),
+            ("decoder-pooled-again", steps, 2, BATCH),
+            ("decoder", steps // 2, 1, BATCH // 2),
+        ]
     for name, length, pool, size in phases:
         plan = plan_of(kind, model, tokenizer, pool)
         sample = partial(_batch, kind, model, tokenizer, plan, pool, known, size)
