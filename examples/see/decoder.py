@@ -6,6 +6,7 @@ have alone. So the picture's tokens, most of the work, are paid for once."""
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from .tower import Heads, features_of, pixels_of
 BATCH = 16
 # Questions of each kind about a picture.
 ASKED = dict.fromkeys(KINDS, 2)
+# And at last, when the others have been learned.
+ASKED_LAST = {"what": 1, "where": 3, "colour": 1, "count": 5, "any": 1, "compare": 1, "read": 2}
 LONGEST = 17  # tokens of a question with what follows it
 
 
@@ -80,10 +83,10 @@ def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.convert_tokens_to_ids(text.split()))
 
 
-def questions_of(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(kind, question, answer), as many as `ASKED` says; another kind where the picture allows none of one."""
+def questions_of(scene: Scene, rng: random.Random, wanted: Mapping[str, int] = ASKED) -> list[tuple[str, str, str]]:
+    """(kind, question, answer), as many as `wanted` says; another kind where the picture allows none of one."""
     found = []
-    for kind, number in ASKED.items():
+    for kind, number in wanted.items():
         for _ in range(number):
             asked, real = question(kind, scene, rng), kind
             while asked is None:
@@ -161,24 +164,23 @@ def loss_of(
 def train(
     kind: str, model: Any, heads: Heads, steps: int, number: int, rate: float, seed: int, folder: Path, console: Console
 ) -> None:
-    """`steps` and, the rate risen again, half as many. LLaVA's decoder learns from 144 averages a picture first, twice
-    `steps`, and then, half as many steps with half the pictures, from all 576 patches; Qwen's has 144 tokens a picture."""
+    """Three parts, the rate rises anew in each. LLaVA's decoder learns from 144 averages a picture, twice, and at last, with
+    half the pictures, from all 576 patches; Qwen's has 144 tokens a picture."""
     tokenizer = models.processor_of(kind).tokenizer
     known = Pictures(kind, model, number, seed, folder / "features.pt", console)
     projector = model.model.multi_modal_projector if kind == "llava" else model.model.visual.merger
     parts = nn.ModuleDict({"projector": projector, "decoder": model.model.language_model, "lm_head": model.lm_head})
     with torch.no_grad():
         begin(kind, model, tokenizer, heads, known.features[:200].float(), seed)
-    phases = [("decoder", steps, 1, BATCH), ("decoder-again", steps // 2, 1, BATCH)]
+    half = steps // 2
+    phases = [("decoder", steps, 1, BATCH, ASKED), ("decoder-again", half, 1, BATCH, ASKED)]
+    phases += [("decoder-last", half, 1, BATCH, ASKED_LAST)]
     if kind == "llava":
-        phases = [
-            ("decoder-pooled", steps, 2, BATCH),
-            ("decoder-pooled-again", steps, 2, BATCH),
-            ("decoder", steps // 2, 1, BATCH // 2),
-        ]
-    for name, length, pool, size in phases:
+        phases = [("decoder-pooled", steps, 2, BATCH, ASKED), ("decoder-pooled-again", steps, 2, BATCH, ASKED)]
+        phases += [("decoder-last", half, 1, BATCH // 2, ASKED_LAST)]
+    for name, length, pool, size, wanted in phases:
         plan = plan_of(kind, model, tokenizer, pool)
-        sample = partial(_batch, kind, model, tokenizer, plan, pool, known, size)
+        sample = partial(_batch, kind, model, tokenizer, plan, pool, known, size, wanted)
         learner = Learner(name, parts, length, rate if size == BATCH else rate / 2, seed)
         learner.run(sample, folder / f"{name}.pt", console)
 
@@ -191,8 +193,9 @@ def _batch(
     pool: int,
     known: Pictures,
     size: int,
+    wanted: Mapping[str, int],
     rng: random.Random,
 ) -> tuple[Tensor, dict[str, float]]:
     chosen = [rng.randrange(len(known.scenes)) for _ in range(size)]
-    asked = [questions_of(known.scenes[at], rng) for at in chosen]
+    asked = [questions_of(known.scenes[at], rng, wanted) for at in chosen]
     return loss_of(kind, model, tokenizer, plan, pool, known.features[chosen].float(), asked)

@@ -1,0 +1,81 @@
+"""The trained models of examples/models: they see, and what pruning costs them is what the study found, in a subset of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import study
+from examples.see.evaluate import Example, answers, held_out
+from examples.see.models import load_processor, prompt
+from examples.see.questions import KINDS
+from vitcop_compile import ViTCoPConfig, optimize
+from vitcop_compile.methods import FastV, Random
+from vitcop_compile.schedule import Method
+
+FOLDER = Path(__file__).parents[1] / "examples" / "models"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+LLAVA, QWEN = "llava", "qwen2_5_vl"
+TOKENS = {LLAVA: 576, QWEN: 144}
+
+
+@cache
+def _model(name: str) -> tuple[Any, Any]:
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER / name, dtype=torch.float32).eval()
+    return model, load_processor(FOLDER / name)
+
+
+@cache
+def _dense(name: str) -> Any:
+    return optimize(_model(name)[0], ViTCoPConfig.dense(), backend="eager")
+
+
+@cache
+def _asked(number: int) -> Mapping[str, list[Example]]:
+    return {kind: list(held_out(kind, number)) for kind in KINDS}
+
+
+def _right(name: str, method: Method | None, number: int) -> dict[str, float]:
+    """Share of right answers, by kind and of all; method None: the stock model."""
+    model, processor = _model(name)
+    fast = model if method is None else optimize(model, method, backend="eager", like=_dense(name))
+    found = study.accuracy(fast, processor, name, _asked(number), 7)
+    every = [one for own in found.values() for one in own]
+    return {kind: sum(own) / len(own) for kind, own in found.items()} | {"all": sum(every) / len(every)}
+
+
+@pytest.mark.parametrize("name", [LLAVA, QWEN])
+def test_weights_are_small_and_half_precision(name: str) -> None:
+    weights = FOLDER / name / "model.safetensors"
+    assert weights.stat().st_size < 12e6
+    assert json.loads((FOLDER / name / "config.json").read_text())["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("name", [LLAVA, QWEN])
+def test_the_stock_model_sees(name: str) -> None:
+    # Of the study's first questions; the bound is four standard deviations of 28 below what the study found.
+    wanted = json.loads((RESULTS / f"study_{name}.json").read_text())["rows"]["dense"]["accuracy"]["all"]["share"]
+    assert _right(name, None, 4)["all"] >= wanted - 4 * (wanted * (1 - wanted) / 28) ** 0.5
+
+
+@pytest.mark.parametrize("make", [lambda n: ViTCoPConfig(budgets=(n, n, n)), lambda n: FastV(layer=1, tokens=n), lambda n: Random(tokens=n)])
+def test_keeping_all_is_dense(make: Callable[[int], Method]) -> None:
+    model, processor = _model(QWEN)
+    examples = [_asked(4)[kind][0] for kind in KINDS]
+    batch = processor(
+        images=[[one.image] for one in examples], text=[prompt(QWEN, one.question) for one in examples], return_tensors="pt",
+        padding=True,
+    )  # fmt: skip
+    kept = optimize(model, make(TOKENS[QWEN]), backend="eager", like=_dense(QWEN))
+    assert torch.equal(kept(**batch).logits, _dense(QWEN)(**batch).logits)
+    assert answers(kept, processor, QWEN, examples) == answers(model, processor, QWEN, examples)
