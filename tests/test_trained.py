@@ -68,7 +68,14 @@ def test_the_stock_model_sees(name: str) -> None:
     assert _right(name, None, 4)["all"] >= wanted - 4 * (wanted * (1 - wanted) / 28) ** 0.5
 
 
-@pytest.mark.parametrize("make", [lambda n: ViTCoPConfig(budgets=(n, n, n)), lambda n: FastV(layer=1, tokens=n), lambda n: Random(tokens=n)])
+_ALL: list[Callable[[int], Method]] = [
+    lambda n: ViTCoPConfig(budgets=(n, n, n)),
+    lambda n: FastV(layer=1, tokens=n),
+    lambda n: Random(tokens=n),
+]
+
+
+@pytest.mark.parametrize("make", _ALL)
 def test_keeping_all_is_dense(make: Callable[[int], Method]) -> None:
     model, processor = _model(QWEN)
     examples = [_asked(4)[kind][0] for kind in KINDS]
