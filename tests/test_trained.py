@@ -86,3 +86,22 @@ def test_keeping_all_is_dense(make: Callable[[int], Method]) -> None:
     kept = optimize(model, make(TOKENS[QWEN]), backend="eager", like=_dense(QWEN))
     assert torch.equal(kept(**batch).logits, _dense(QWEN)(**batch).logits)
     assert answers(kept, processor, QWEN, examples) == answers(model, processor, QWEN, examples)
+
+
+@pytest.mark.slow
+def test_the_demo_asks_the_trained_model(tmp_path: Path) -> None:
+    known = json.loads((FOLDER / LLAVA / "demo.json").read_text())["questions"]
+    picture = tmp_path / "demo.png"
+    arguments = ["demo", "--backend", "eager", "--rounds", "1", "--output", str(picture)]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert picture.is_file() and "that was trained" in result.output and "random weights" not in result.output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
+    told = {cells[0]: cells[1:] for cells in rows if cells and cells[0] in known}
+    assert told.keys() == known.keys()
+    right = 0
+    for question, (answer, dense, pruned, differ) in told.items():
+        assert answer == known[question]
+        assert (differ == "differ") == (dense != pruned)
+        right += dense == answer
+    assert right >= len(known) - 2
