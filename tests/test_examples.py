@@ -20,6 +20,7 @@ from examples.see import decoder, evaluate, models, questions, tower
 from examples.see.learner import Learner
 from examples.see.questions import KINDS, WORDS, question
 from examples.see.scenes import COLOURS, GRID, NAMES, PLACE, SHADES, SIDE, Scene, scene
+from examples.see.start import begin
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +226,27 @@ def test_everything_has_a_word() -> None:
         .count("<image>")
         == GRID * GRID
     )
+
+
+def test_a_decoder_starts_with_words_that_ask_for_what_shows_them(subject: tuple[str, Any, Any]) -> None:
+    kind, _, processor = subject
+    model = models.make(kind)
+    heads = tower.Heads(128, kind == "llava")
+    features = torch.randn(6, GRID * GRID, 128, generator=torch.Generator().manual_seed(0))
+    # A picture in which one patch shows what the head of names reads as an anchor, and nothing else does.
+    anchor = heads.patch["head_names"].weight[NAMES.index("anchor") + 1].detach()
+    with torch.no_grad():
+        begin(kind, model, processor.tokenizer, heads, features, seed=0)
+        shown = features[:1].clone()
+        shown[0, 4 * GRID : 6 * GRID] = 0
+        shown[0, 5 * GRID + 7] = 30 * anchor / anchor.norm()
+        rows = decoder._image_rows(kind, model, shown, 1)[0]
+        layer = model.model.language_model.layers[3]
+        word = model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids("anchor")]
+        asked = layer.self_attn.q_proj(layer.input_layernorm(word))
+        logits = layer.self_attn.k_proj(layer.input_layernorm(rows)) @ asked
+    side = int(len(rows) ** 0.5)
+    assert divmod(int(logits.argmax()), side) == (5 * side // GRID, 7 * side // GRID)
+    one = [processor.tokenizer.convert_tokens_to_ids(text) for text in ("anchor", "anchors")]
+    similar = torch.cosine_similarity(*model.get_input_embeddings().weight[one], dim=0)
+    assert similar > 0.7
