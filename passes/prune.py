@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ..errors import RewriteError
 from ..ops.indexing import compact, take_along, take_rows
-from ..policies import POLICIES, Site, tap_of
+from ..policies import NAMED, POLICIES, Site, tap_of
 from ..schedule import Stage
 from .raw_key import raw_key, rows_of
 from .token_axis import (
@@ -288,7 +288,7 @@ def _check_places(stages: tuple[Stage, ...], layers: int) -> None:
     before = -1 - any(stage.side == "decoder" for stage in stages)
     for stage in stages:
         if stage.policy not in POLICIES:
-            raise RewriteError(f"policy {stage.policy!r} is unknown: use one of {', '.join(POLICIES)}")
+            raise RewriteError(f"policy {stage.policy!r} is unknown: use one of {', '.join(NAMED)}")
         if stage.weighs and not (POLICIES[stage.policy].merges and POLICIES[stage.policy].adds):
             raise RewriteError(f"policy {stage.policy!r} does not say how many tokens each that it leaves stands for")
         if not all(0 <= layer < stage.layer for layer in stage.also):

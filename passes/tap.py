@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..errors import RewriteError
-from ..policies import POLICIES, behind, tap_of
+from ..policies import NAMED, POLICIES, behind, tap_of
 from ..schedule import Stage
 from .raw_key import raw_key, rows_of
 from .token_axis import anchors, finish, output_node
@@ -28,7 +28,7 @@ def tap(module: fx.GraphModule, stage: Stage | None, prefix: int) -> fx.GraphMod
         return module
     graph = module.graph
     if stage.policy not in POLICIES or not behind(stage):
-        able = ", ".join(name for name in POLICIES if behind(replace(stage, policy=name)))
+        able = ", ".join(name for name in NAMED if behind(replace(stage, policy=name)))
         raise RewriteError(f"policy {stage.policy!r} cannot choose behind the encoder: use one of {able}")
     score_of = tap_of(stage)
     if score_of is None:

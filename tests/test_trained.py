@@ -15,11 +15,14 @@ from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from typer.testing import CliRunner
+
 from benchmarks import study
 from examples.see.evaluate import Example, answers, held_out
 from examples.see.models import load_processor, prompt
 from examples.see.questions import KINDS
 from vitcop_compile import ViTCoPConfig, optimize
+from vitcop_compile.cli import app
 from vitcop_compile.methods import FastV, Random
 from vitcop_compile.schedule import Method
 

@@ -106,7 +106,8 @@ class Policy:
 
 # Policies of users' own methods, here as long as those are.
 OWNED: WeakValueDictionary[str, Policy] = WeakValueDictionary()
-POLICIES: ChainMap[str, Policy] = ChainMap({}, OWNED)
+NAMED: dict[str, Policy] = {}
+POLICIES: ChainMap[str, Policy] = ChainMap(NAMED, OWNED)
 
 
 def tap_of(stage: Stage) -> Tap | None:
@@ -206,5 +207,5 @@ def patch_positions(index: Tensor, grid: tuple[int, int]) -> Tensor:
 def policy_of(name: str) -> Policy:
     """The policy `name`. Raises KeyError, listing the known ones."""
     if name not in POLICIES:
-        raise KeyError(f"policy {name!r} is unknown: use one of {', '.join(POLICIES)}")
+        raise KeyError(f"policy {name!r} is unknown: use one of {', '.join(NAMED)}")
     return POLICIES[name]
