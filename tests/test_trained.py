@@ -109,3 +109,29 @@ def test_the_demo_asks_the_trained_model(tmp_path: Path) -> None:
         assert (differ == "differ") == (dense != pruned)
         right += dense == answer
     assert right >= len(known) - 2
+
+
+@pytest.fixture(scope="module")
+def ninth() -> dict[str, dict[str, float]]:
+    """At one ninth of Qwen's tokens, eight questions of each kind."""
+    share = study.SHARES["64"]
+    made: dict[str, study.Make] = {name: next(study.settings(name, share)) for name in ("vitcop", "divprune", "random")}
+    made |= {"saliency": study.scored(lambda site: site.score, share), "shuffled": study.scored(study.shuffled, share)}
+    return {name: _right(QWEN, make(), 8) for name, make in made.items()}
+
+
+@pytest.mark.slow
+def test_a_score_that_is_shuffled_falls_to_random(ninth: dict[str, dict[str, float]]) -> None:
+    # 56 questions: a standard deviation of a difference is 0.09 at most.
+    assert ninth["saliency"]["all"] > ninth["shuffled"]["all"] + 0.15
+    assert abs(ninth["shuffled"]["all"] - ninth["random"]["all"]) < 0.2
+
+
+@pytest.mark.slow
+def test_a_subset_finds_the_orderings_of_the_study(ninth: dict[str, dict[str, float]]) -> None:
+    rows = json.loads((RESULTS / f"study_{QWEN}.json").read_text())["rows"]
+    full = {name: rows[f"{name} 64"]["accuracy"] for name in ("vitcop", "divprune", "random")}
+    for better, worse, kind in (("divprune", "random", "all"), ("vitcop", "random", "all"), ("divprune", "vitcop", "read")):
+        one, two = full[better][kind], full[worse][kind]
+        assert one["low"] > two["high"], "the study itself does not tell them apart"
+        assert ninth[better][kind] > ninth[worse][kind] + 0.1
