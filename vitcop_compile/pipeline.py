@@ -41,8 +41,7 @@ def optimize(
     together; beyond that the one used longest ago is let go. dump: a folder that gets every graph after every pass, as text;
     of programs that differ in their batch or rows alone, the latest. like: what another call returned for this model, whose
     graphs as they were captured are used again: methods can be compared without tracing the model for each. A model on the
-    meta device is for planning: it has a
-    schedule and its programs can be exported.
+    meta device is for planning: it has a schedule and its programs can be exported.
 
     Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
     the model's shape cannot meet; both before anything is traced.

@@ -28,10 +28,6 @@ def pixels_of(kind: str, scenes: list[Scene]) -> dict[str, Tensor]:
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, GRID, GRID]] * len(scenes))}
 
 
-class _Seen(Exception):
-    """Carries what enters the merger past it."""
-
-
 def features_of(kind: str, model: Any, pixels: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """(patches [B, 576, width] row by row, CLS [B, width] or None): what the projector or merger is given."""
     if kind == "llava":
