@@ -147,7 +147,7 @@ class VitcopCompile(lmms):
             f"a task asks for more than {_MOST_ROUNDS} rounds of a conversation: its doc_to_text has to end it before"
         )
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """What lmms-eval has for tasks of choices, in `--force_simple` alone."""
         raise InputError("likelihoods are asked in texts and pictures, not in messages: add --force_simple")
 
@@ -198,7 +198,7 @@ class VitcopCompileSimple(VitcopCompile):
 
     is_simple = True
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """What `Evaluator.score` finds, in their order, with the sign that the request is read with.
 
         lmms-eval takes the smallest number of a task of choices for the best, as its own models return losses: such requests,
@@ -219,7 +219,9 @@ class VitcopCompileSimple(VitcopCompile):
             signs.append(1 if callable(target) else -1)
         with tqdm(total=len(questions), disable=self.rank != 0, desc="Model Responding") as bar:
             found = self.evaluator.score(questions, texts, same, bar.update)
-        return [(sign * total, likeliest) for sign, (total, likeliest) in zip(signs, found, strict=True)]
+        # Of what a model returns, lmms-eval passes on the content of a GenerationResult as it is, and makes words of a pair.
+        pairs = [(sign * total, likeliest) for sign, (total, likeliest) in zip(signs, found, strict=True)]
+        return [GenerationResult(pair) for pair in pairs]  # type: ignore[arg-type]
 
     def _asked(self, given: tuple) -> tuple[Question, dict[str, Any]]:
         context, settings, visuals_of, number, task, split = given
