@@ -172,7 +172,9 @@ def test_explain_refuses_other_models(tmp_path: Path) -> None:
 def test_demo_measures_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "SMALL", TINY)
     target = tmp_path / "out.png"
-    result = invoke("demo", "--backend", "eager", "--output", target, "--max-new-tokens", 3, "--rounds", 1, "--preset", "1/3")
+    result = invoke(
+        "demo", "--random", "--backend", "eager", "--output", target, "--max-new-tokens", 3, "--rounds", 1, "--preset", "1/3"
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert result.output.count(demo.NOTE) == 2
     visual, ttft, tpot, kv = (
@@ -200,7 +202,7 @@ def test_the_dense_programs_are_compiled_by_a_second_process(monkeypatch: pytest
     monkeypatch.setattr(demo.os, "cpu_count", lambda: 2)
     started = []
     monkeypatch.setattr(demo.subprocess, "Popen", lambda command, **_: started.append(command))
-    demo._dense_elsewhere(demo.Options(prompt="Where?", seed=3, max_new_tokens=2))
+    demo._dense_elsewhere(demo.Options(prompt="Where?", seed=3, max_new_tokens=2, random=True))
     (command,) = started
     assert command[1:3] == ["-m", "vitcop_compile.demo"]
     arms = []

@@ -30,6 +30,8 @@ BATCH = 16
 ASKED = dict.fromkeys(KINDS, 2)
 # And at last, when the others have been learned.
 ASKED_LAST = {"what": 1, "where": 3, "colour": 1, "count": 5, "any": 1, "compare": 1, "read": 2}
+# Counting is learned last of all, and goes on for long.
+ASKED_COUNT = {"what": 1, "where": 2, "colour": 1, "count": 6, "any": 1, "compare": 1, "read": 2}
 LONGEST = 17  # tokens of a question with what follows it
 
 
@@ -164,20 +166,20 @@ def loss_of(
 def train(
     kind: str, model: Any, heads: Heads, steps: int, number: int, rate: float, seed: int, folder: Path, console: Console
 ) -> None:
-    """Three parts, the rate rises anew in each. LLaVA's decoder learns from 144 averages a picture, twice, and at last, with
-    half the pictures, from all 576 patches; Qwen's has 144 tokens a picture."""
+    """Four parts, the rate rises anew in each. LLaVA's decoder learns from 144 averages a picture, twice, and then, with half
+    the pictures, twice from all 576 patches; Qwen's has 144 tokens a picture."""
     tokenizer = models.processor_of(kind).tokenizer
     known = Pictures(kind, model, number, seed, folder / "features.pt", console)
     projector = model.model.multi_modal_projector if kind == "llava" else model.model.visual.merger
     parts = nn.ModuleDict({"projector": projector, "decoder": model.model.language_model, "lm_head": model.lm_head})
     with torch.no_grad():
         begin(kind, model, tokenizer, heads, known.features[:200].float(), seed)
-    half = steps // 2
+    half, more = steps // 2, 4 * steps // 3
     phases = [("decoder", steps, 1, BATCH, ASKED), ("decoder-again", half, 1, BATCH, ASKED)]
-    phases += [("decoder-last", half, 1, BATCH, ASKED_LAST)]
+    phases += [("decoder-last", half, 1, BATCH, ASKED_LAST), ("decoder-count", more, 1, BATCH, ASKED_COUNT)]
     if kind == "llava":
         phases = [("decoder-pooled", steps, 2, BATCH, ASKED), ("decoder-pooled-again", steps, 2, BATCH, ASKED)]
-        phases += [("decoder-last", half, 1, BATCH // 2, ASKED_LAST)]
+        phases += [("decoder-last", half, 1, BATCH // 2, ASKED_LAST), ("decoder-count", more, 1, BATCH // 2, ASKED_COUNT)]
     for name, length, pool, size, wanted in phases:
         plan = plan_of(kind, model, tokenizer, pool)
         sample = partial(_batch, kind, model, tokenizer, plan, pool, known, size, wanted)
