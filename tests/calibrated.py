@@ -7,7 +7,7 @@ from typing import Any
 
 import models
 import torch
-from models import IMAGE, PATCHES
+from models import PATCHES
 from reference_calibrated import NOWHERE, LlavaWeighing, see_tome, see_visionzip, see_vitcop
 from reference_llava import Settings
 
@@ -31,14 +31,6 @@ TURNS = (1, 0, 2)  # images of each
 @cache
 def optimized(method: Any, backend: str = "eager", layers: int = LAYERS) -> Any:
     return models.optimize(models.shared(layers), method, backend=backend)
-
-
-def turn_ids(images: int, seed: int) -> list[int]:
-    words = models.text(4 + 5 * images + seed % 3, seed)
-    ids = words[:3]
-    for i in range(images):
-        ids = [*ids, *[IMAGE] * PATCHES, *words[3 + 5 * i : 3 + 5 * i + (seed + i) % 5]]
-    return [*ids, *words[-2:]]
 
 
 def check(cache: Any, told: Any, sample: int = 0, near: float = NEAR) -> None:
@@ -67,7 +59,7 @@ def talk(fast: Any, name: str, batch: int = 1, near: float = NEAR, turns: tuple[
     whole, mask = torch.empty(batch, 0, dtype=torch.int64), torch.empty(batch, 0, dtype=torch.int64)
     cache, unfed = None, [[] for _ in range(batch)]
     for turn, images in enumerate(turns):
-        prompts = [turn_ids(images, 7 * turn + sample) for sample in range(batch)]
+        prompts = [models.turn_ids(images, 7 * turn + sample) for sample in range(batch)]
         ids, real = models.pad([torch.tensor([prompt]) for prompt in prompts], "left")
         new = [models.pixels(images, 10 * turn + sample) if images else None for sample in range(batch)]
         whole, mask = torch.cat((whole, ids), 1), torch.cat((mask, real), 1)

@@ -179,3 +179,12 @@ def pad(prompts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
         parts = [(fill, 0 * fill), (ids, torch.ones_like(ids))]
         rows.append([torch.cat(p, 1) for p in zip(*(parts if side == "left" else parts[::-1]))])
     return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+
+
+def turn_ids(images: int, seed: int) -> list[int]:
+    """Text around, and between, so many images."""
+    words = text(4 + 5 * images + seed % 3, seed)
+    ids = words[:3]
+    for i in range(images):
+        ids = [*ids, *[IMAGE] * PATCHES, *words[3 + 5 * i : 3 + 5 * i + (seed + i) % 5]]
+    return [*ids, *words[-2:]]

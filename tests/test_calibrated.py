@@ -12,7 +12,7 @@ import families
 import models
 import pytest
 import torch
-from calibrated import COUNTS, LAYERS, NEAR, SEEING, TOLD, TURNS, check, check_sizes, optimized, talk, turn_ids
+from calibrated import COUNTS, LAYERS, NEAR, SEEING, TOLD, TURNS, check, check_sizes, optimized, talk
 from models import IMAGE, PATCHES, exhaustive, slow
 from reference_calibrated import NOWHERE, FamilyWeighing, LlavaWeighing
 from reference_llava import Settings
@@ -37,7 +37,7 @@ def test_a_batch_whose_samples_differ() -> None:
     """One image, text alone, two images, decoded together."""
     method, settings, see = SEEING["vitcop"]
     fast, counts = optimized(Calibrated(method)), (1, 0, 2)
-    prompts = [turn_ids(count, seed) for seed, count in enumerate(counts)]
+    prompts = [models.turn_ids(count, seed) for seed, count in enumerate(counts)]
     ids, mask = models.pad([torch.tensor([prompt]) for prompt in prompts], "left")
     pixels = [models.pixels(count, seed) if count else None for seed, count in enumerate(counts)]
     out = fast.generate(
@@ -166,7 +166,7 @@ class Kept:
 def test_sizes_of_one_change_nothing() -> None:
     """Nothing takes part in what is kept: the graphs weigh, and everything weighs the same."""
     method = Calibrated(VisionZip(tokens=20, contextual=0.0))
-    ids, pixels = torch.tensor([turn_ids(1, 0)]), models.pixels()
+    ids, pixels = torch.tensor([models.turn_ids(1, 0)]), models.pixels()
     said = {"max_new_tokens": 3} | TOLD
     found, expected = (
         optimized(of).generate(ids, pixel_values=pixels, **said) for of in (method, Kept(method))
@@ -197,7 +197,7 @@ def test_a_folder(name: str, opset: int, tmp_path: Path) -> None:
         tmp_path / "f", opset=opset, prompt_buckets=(32,), later_images=True, max_text_len=32, max_new_tokens=64
     )  # fmt: skip
     engine = EngineModel.from_pretrained(tmp_path / "f")
-    first, then = torch.tensor([turn_ids(1, 0)]), torch.tensor([turn_ids(1, 1)])
+    first, then = torch.tensor([models.turn_ids(1, 0)]), torch.tensor([models.turn_ids(1, 1)])
     found = []
     for model in (fast, engine):
         said = {"max_new_tokens": 4} | TOLD

@@ -12,7 +12,7 @@ import gemma
 import models
 import pytest
 import torch
-from calibrated import LAYERS, VITCOP, optimized, turn_ids
+from calibrated import LAYERS, VITCOP, optimized
 from graphs import calls, copy
 from models import PATCHES
 from vitcop_compile.passes import extend_passes, prefill_passes, rewrite
@@ -153,7 +153,7 @@ def test_a_policy_of_the_user_may_weigh() -> None:
     POLICIES["pairs"] = Policy(pairs, frozenset(("hidden",)), merges=True, adds=1)
     try:
         fast = models.optimize(models.shared(LAYERS), Calibrated(Pairs()))
-        out = fast(input_ids=torch.tensor([turn_ids(1, 0)]), pixel_values=models.pixels())
+        out = fast(input_ids=torch.tensor([models.turn_ids(1, 0)]), pixel_values=models.pixels())
         entering, paired = out["past_key_values"].held_buffers.numbers
         assert entering[0, 3:19].sum() == PATCHES and entering.max() > 1
         assert paired[0, 3:11].tolist() == (entering[0, 3:19:2] + entering[0, 4:19:2]).tolist()

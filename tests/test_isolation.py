@@ -105,6 +105,19 @@ def test_models_are_optimized_in_threads(model) -> None:
     assert state(model) == before
 
 
+def test_threads_share_a_capture(model) -> None:
+    """Each rewrites graphs of its own: what one does to them, no other meets."""
+    before = state(model)
+    fast = vitcop_compile.optimize(model, THIRD, backend="eager")
+
+    def make() -> list[list[int]]:
+        return tokens(vitcop_compile.optimize(model, THIRD, backend="eager", like=fast), 0)
+
+    assert together([make] * 4) == [expected_tokens(0)] * 4
+    assert tokens(fast, 0) == expected_tokens(0)
+    assert state(model) == before
+
+
 def test_a_program_is_made_once(monkeypatch) -> None:
     fast, made = undisturbed(), []
 

@@ -50,6 +50,14 @@ def test_the_nearest_that_is_small_enough_is_chosen() -> None:
     assert list(found.left_out) == ["impossible"] and "layers see all" in found.left_out["impossible"]
 
 
+def test_sizes_are_means_over_texts_of_any_length() -> None:
+    requests = [{"input_ids": prompt(5, after), "pixel_values": pixels()} for after in (2, 90)]
+    schedule = METHODS["uniform"].schedule(*_of(models.shared()))
+    found = search("kv=1000", requests=requests)
+    (kept,) = (own for own in found.candidates if own.name == "uniform")
+    assert kept.kv == pytest.approx((schedule.kv_bytes(7) + schedule.kv_bytes(95)) / 2**21)
+
+
 def test_the_fastest_that_is_near_enough_is_chosen() -> None:
     with mock.patch.object(tune, "interleave", lambda calls, *_, **__: {name: [float(len(name))] for name in calls}):
         found = search("kl=100")

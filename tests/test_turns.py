@@ -8,7 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from models import IMAGE, PATCHES, exhaustive, slow
+from models import IMAGE, PATCHES, exhaustive, slow, turn_ids
 from reference_llava import Settings
 from reference_turns import Conversation
 
@@ -24,15 +24,6 @@ IMAGES = (1, 0, 2, 1, 0)  # of each turn
 def optimized(backend: str = "eager", config: ViTCoPConfig = CONFIG):
     """One for all tests, which leave it as it is: its programs serve them all."""
     return models.optimize(models.shared(LAYERS), config, backend=backend)
-
-
-def turn_ids(images: int, seed: int) -> list[int]:
-    """Text around, and between, so many images."""
-    words = models.text(4 + 5 * images + seed % 3, seed)
-    ids = words[:3]
-    for i in range(images):
-        ids = [*ids, *[IMAGE] * PATCHES, *words[3 + 5 * i : 3 + 5 * i + (seed + i) % 5]]
-    return [*ids, *words[-2:]]
 
 
 def assert_caches(cache: Any, sample: int, told: Conversation) -> None:

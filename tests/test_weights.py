@@ -163,6 +163,8 @@ def test_optimized_again_it_serves() -> None:
     assign(model)
     with pytest.raises(UnsupportedError):
         logits(fast)
+    with pytest.raises(UnsupportedError, match="optimize again"):
+        vitcop_compile.optimize(model, THIRD, backend="eager", like=fast)
     again = vitcop_compile.optimize(model, THIRD, backend="eager")
     assert torch.equal(logits(again), logits(made(seed=1)[1]))
 
@@ -181,6 +183,9 @@ def test_values_that_change_in_place_are_followed(backend: str, served) -> None:
         optimizer.step()
         assert (by_hand(model) - expected).abs().max() > 0.1
         torch.testing.assert_close(logits(fast), by_hand(model), atol=1e-4, rtol=0)
+        if backend == "eager":
+            same = vitcop_compile.optimize(model, THIRD, backend=backend, like=fast)
+            torch.testing.assert_close(logits(same), by_hand(model), atol=1e-4, rtol=0)
 
 
 def test_values_that_change_in_place_are_refused_where_programs_hold_copies(served) -> None:

@@ -372,7 +372,7 @@ def _print_tokens(report: Report, subject: Subject, console: Console) -> None:
     for arm in (report.dense, report.pruned):
         console.print(Text(f"{arm.name} tokens: {arm.tokens}"))
         if subject.read:
-            console.print(Text(f"{arm.name} text: {subject.read(arm.tokens)}"))
+            console.print(Text(f"{arm.name} text: {_text_of(subject, arm.tokens)}"))
     if subject.read is None:
         console.print(Text(f"({NOTE})", style="dim"))
 

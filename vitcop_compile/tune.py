@@ -104,13 +104,16 @@ def tune(
     dense = optimize(model, ViTCoPConfig.dense(), backend="eager")
     layouts = [dense.layouts_of(**request)[0] for request in requests]
     whole = [tuple(segment for image in layout for segment in image) for layout in layouts]
-    text = int(requests[0]["input_ids"].shape[1]) - sum(segment.candidates for segment in whole[0])
-    found, left_out = {_DENSE: _planned(_DENSE, dense, whole, text)}, dict[str, str]()
+    texts = [
+        int(request["input_ids"].shape[1]) - sum(segment.candidates for segment in layout)
+        for request, layout in zip(requests, whole, strict=True)
+    ]
+    found, left_out = {_DENSE: _planned(_DENSE, dense, whole, texts)}, dict[str, str]()
     chosen: dict[str, tuple[Method, OptimizedModel]] = {}
     for label, method in methods.items():
         try:
             pruned = optimize(model, method, backend="eager", like=dense)
-            found[label] = _planned(label, pruned, whole, text)
+            found[label] = _planned(label, pruned, whole, texts)
         except ConfigError as error:
             left_out[label] = str(error)
             continue
@@ -148,14 +151,15 @@ def _best(name: str, bound: float, found: Mapping[str, Candidate], left: list[st
     )
 
 
-def _planned(label: str, model: OptimizedModel, layouts: Sequence[Layout], text: int) -> Candidate:
+def _planned(label: str, model: OptimizedModel, layouts: Sequence[Layout], texts: Sequence[int]) -> Candidate:
     schedules: list[Schedule] = [model.schedule_of(layout) for layout in layouts]
     ratios = [
         (s.dense_vision_flops() + sum(s.dense_prefill_flops(text))) / (s.vision_flops() + sum(s.prefill_flops(text)))
-        for s in schedules
+        for s, text in zip(schedules, texts, strict=True)
     ]
     tokens = fmean(s.mean_visual_tokens() for s in schedules)
-    return Candidate(label, tokens, fmean(ratios), fmean(s.kv_bytes(text) for s in schedules) / 2**20)
+    kv = fmean(s.kv_bytes(text) for s, text in zip(schedules, texts, strict=True))
+    return Candidate(label, tokens, fmean(ratios), kv / 2**20)
 
 
 def _compared(own: Candidate, dense: Sequence[Answer], pruned: Sequence[Answer]) -> Candidate:

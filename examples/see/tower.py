@@ -10,16 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .scenes import GRID, LABELS, LETTERS, MOST, NAMES, PATCH, Scene, scene
-
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def pixels_of(kind: str, scenes: list[Scene]) -> dict[str, Tensor]:
     """What the stock processor gives for these pictures, without its overhead."""
     stacked = torch.from_numpy(np.stack([np.asarray(one.image) for one in scenes])).float() / 255
-    pixels = ((stacked - torch.tensor(_MEAN)) / torch.tensor(_STD)).permute(0, 3, 1, 2)
+    pixels = ((stacked - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)).permute(0, 3, 1, 2)
     if kind == "llava":
         return {"pixel_values": pixels}
     half = GRID // 2
