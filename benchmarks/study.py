@@ -20,7 +20,8 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.study_report import save_plot, tables
+from benchmarks.study_report import save_plot, save_time_plot, tables
+from benchmarks.study_time import first_that_fits, times_of
 from examples.see.evaluate import Example, answers, held_out, interval
 from examples.see.models import load_processor, prompt
 from examples.see.questions import KINDS
@@ -31,7 +32,6 @@ from vitcop_compile.methods.named import method_from
 from vitcop_compile.policies import Site
 from vitcop_compile.progress import Steps
 from vitcop_compile.schedule import Method
-from vitcop_compile.tune import tune
 
 RESULTS = Path(__file__).parent / "results"
 # Mean visual tokens over the decoder's layers, as a share of all: the field's 192, 128, 64, 32 and 16 of 576.
@@ -218,19 +218,11 @@ class Study:
 
     def time(self, label: str, names: list[str], backend: str, rounds: int) -> None:
         """Time to the first token of one question, every method beside dense in interleaved rounds, compiled."""
-        methods: dict[str, Method] = {}
-        for name in names:
-            for make in settings(name, SHARES[label]):
-                try:
-                    method = make()
-                    optimize(self.model, method, backend="eager", like=self.dense)
-                except ConfigError:
-                    continue
-                methods[name] = method
-                break
+        found = {name: first_that_fits(self.dense, settings(name, SHARES[label])) for name in names}
+        methods = {name: method for name, method in found.items() if method is not None}
         request = request_of(self.dense, self.processor, self.name, self.asked["what"][0])
-        told = tune(self.model, [request], methods, "ttft=1000000", backend=backend, rounds=rounds, steps=self.steps)
-        self.found["times"][label] = {"backend": backend} | {own.name: own.ttft for own in told.candidates}
+        rows = times_of(self.dense, methods, request, backend, rounds, self.steps)
+        self.found["times"][label] = {"backend": backend, "rows": rows}
         self.save()
 
 
@@ -247,15 +239,17 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads; 0: torch's choice.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/study_MODEL.json.")] = None,
     show: Annotated[bool, typer.Option("--tables", help="Print what was measured, measure nothing.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw what was measured, measure nothing.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy against tokens, measure nothing.")] = None,
+    plot_times: Annotated[Path | None, typer.Option(help="Draw accuracy against time, measure nothing.")] = None,
 ) -> None:
     """Measure what is missing, and print the tables."""
     if threads:
         torch.set_num_threads(threads)
     path = output or RESULTS / f"study_{folder.name}.json"
-    if plot:
-        save_plot(json.loads(path.read_text()), plot)
-    elif not show:
+    for target, draw in ((plot, save_plot), (plot_times, save_time_plot)):
+        if target:
+            draw(json.loads(path.read_text()), target)
+    if not (show or plot or plot_times):
         every = ["vitcop", *(name for name in METHODS if name != "custom"), *(f"{name}+calibrated" for name in MERGING)]
         study = Study(folder, path, questions, batch, Steps(Console(stderr=True)))
         with torch.no_grad():

@@ -36,9 +36,9 @@ def by_budget(found: Mapping[str, Any]) -> str:
 
 def by_kind(found: Mapping[str, Any], budget: str) -> str:
     """Markdown: a row a method at one budget, a column a kind."""
-    rows, times = found["rows"], found.get("times", {}).get(budget, {})
+    rows, times = found["rows"], found.get("times", {}).get(budget, {}).get("rows", {})
     kinds = [kind for kind in rows["dense"]["accuracy"] if kind != "all"]
-    head = ["tokens", *kinds, "all", "95 %", "KV", "FLOPs", *(["TTFT"] if times else [])]
+    head = ["tokens", *kinds, "all", "95 %", "KV", "FLOPs", *(["TTFT", "selection"] if times else [])]
     lines = [f"| at {budget} | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
     for row in ("dense", *(f"{name} {budget}" for name in _methods(rows))):
         own = rows.get(row, {})
@@ -49,7 +49,9 @@ def by_kind(found: Mapping[str, Any], budget: str) -> str:
         cells += [f"{100 * span['low']:.0f} to {100 * span['high']:.0f}", f"{own['kv_bytes'] / 2**20:.2f} MiB"]
         cells += [f"1/{own['flop_ratio']:.1f}"]
         if times:
-            cells.append(f"{times['dense'] / times[name]:.2f}x" if times.get(name) else "-")
+            own = times.get(name, {})
+            cells.append(f"{own['ttft']:.1f} ms, {times['dense']['ttft'] / own['ttft']:.2f}x" if own else "-")
+            cells.append(f"{own['selection']:.2f} ms" if "selection" in own else "-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -85,11 +87,7 @@ def tables(found: Mapping[str, Any]) -> str:
 
 def save_plot(found: Mapping[str, Any], path: Path) -> None:
     """Accuracy against tokens, a panel a kind of question; PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     rows = found["rows"]
     kinds = list(rows["dense"]["accuracy"])
     figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), sharex=True, sharey=True, layout="constrained")
@@ -114,7 +112,44 @@ def save_plot(found: Mapping[str, Any], path: Path) -> None:
         panel.set_ylabel("right, %")
     axes.flat[0].legend(fontsize=7, ncols=2)
     figure.suptitle(f"{found['model']}: answers of a small trained model, {found['asked']} held-out questions of each kind")
+    _save(figure, path)
+
+
+def save_time_plot(found: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against the time to the first token, a panel a budget whose times were measured; PNG."""
+    rows, times = found["rows"], found.get("times", {})
+    budgets = [budget for budget in BUDGETS if budget in times]
+    if not budgets:
+        raise SystemExit(f"no times of {found['model']} were measured: run the study with --time first")
+    figure, axes = _pyplot().subplots(1, len(budgets), figsize=(6.5 * len(budgets), 5), sharey=True, squeeze=False)
+    figure.set_layout_engine("constrained")
+    for panel, budget in zip(axes.flat, budgets):
+        for name, own in times[budget]["rows"].items():
+            row = rows.get("dense" if name == "dense" else f"{name} {budget}", {})
+            if "accuracy" in row:
+                x, y = own["ttft"], 100 * row["accuracy"]["all"]["share"]
+                colour = "black" if name == "dense" else "tab:red" if name.startswith("vitcop") else "tab:blue"
+                panel.plot(x, y, "o", color=colour)
+                panel.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7)
+        panel.set_title(f"budget {budget}")
+        panel.set_xlabel("time to the first token, ms")
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("right, % of all questions")
+    figure.suptitle(f"{found['model']}: accuracy against time, {times[budgets[0]]['backend']}")
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
     aside = path.with_name(f"{path.stem}.partial{path.suffix}")
     figure.savefig(aside, dpi=110)
-    pyplot.close(figure)
+    _pyplot().close(figure)
     aside.replace(path)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.study_report import ablations, by_budget, by_kind, save_plot, tables
+from benchmarks.study_report import ablations, by_budget, by_kind, save_plot, save_time_plot, tables
 
 
 def _row(right: str, tokens: float) -> dict[str, Any]:
@@ -35,7 +37,7 @@ FOUND: dict[str, Any] = {
         "ablation 64: keys raw": _row("0110", 64),
         "saliency 64": _row("1111", 64),
     },
-    "times": {"64": {"backend": "inductor", "dense": 30.0, "vitcop": 20.0}},
+    "times": {"64": {"backend": "inductor", "rows": {"dense": {"ttft": 30.0}, "vitcop": {"ttft": 20.0, "selection": 1.25}}}},
 }
 
 
@@ -52,9 +54,9 @@ def test_accuracy_by_budget() -> None:
 
 def test_accuracy_by_kind_with_times() -> None:
     lines = by_kind(FOUND, "64").splitlines()
-    assert lines[2] == "| dense | 576 of 576 | 100 | 100 | 90 to 110 | 1.00 MiB | 1/2.0 | 1.00x |"
-    assert lines[3] == "| vitcop | 64 of 576 | 25 | 25 | 15 to 35 | 1.00 MiB | 1/2.0 | 1.50x |"
-    assert lines[4].endswith("| - |") and len(lines) == 5
+    assert lines[2] == "| dense | 576 of 576 | 100 | 100 | 90 to 110 | 1.00 MiB | 1/2.0 | 30.0 ms, 1.00x | - |"
+    assert lines[3] == "| vitcop | 64 of 576 | 25 | 25 | 15 to 35 | 1.00 MiB | 1/2.0 | 20.0 ms, 1.50x | 1.25 ms |"
+    assert lines[4].endswith("| - | - |") and len(lines) == 5
     assert "TTFT" not in by_kind(FOUND, "192")
 
 
@@ -68,8 +70,14 @@ def test_all_tables() -> None:
     assert "- left out: fastv 64: too few" in text and text.startswith("llava, 4 questions of each kind")
 
 
-def test_plot(tmp_path: Path) -> None:
-    save_plot(FOUND, tmp_path / "study.png")
+@pytest.mark.parametrize("draw", [save_plot, save_time_plot])
+def test_plot(draw: Callable[[Any, Path], None], tmp_path: Path) -> None:
+    draw(FOUND, tmp_path / "study.png")
     shown = Image.open(tmp_path / "study.png").convert("L")
-    assert shown.width > 1000 and len(set(shown.get_flattened_data())) > 20
+    assert shown.width > 600 and len(set(shown.get_flattened_data())) > 20
     assert [file.name for file in tmp_path.iterdir()] == ["study.png"]
+
+
+def test_a_plot_of_times_needs_times(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no times of llava were measured: run the study with --time first"):
+        save_time_plot(FOUND | {"times": {}}, tmp_path / "study.png")
