@@ -17,6 +17,8 @@ import models
 import pytest
 import spoken
 import test_eval
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install -e '.[eval]'")
@@ -25,9 +27,16 @@ from lmms_eval import models as registry
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
-from vitcop_compile import ConfigError, InputError, UnsupportedError
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.see.evaluate import MOST_TOKENS, answers, held_out
+from examples.see.questions import KINDS
+from vitcop_compile import ConfigError, InputError, UnsupportedError, optimize
 from vitcop_compile.errors import VitcopWarning
 from vitcop_compile.lmms import VitcopCompile, VitcopCompileSimple, manifest
+from vitcop_compile.methods import DivPrune
+
+TRAINED = Path(__file__).parents[1] / "examples" / "models" / "llava"
 
 TASKS = {
     "own_say": "output_type: generate_until\nprocess_results: !function own.right_if_equal\n"
@@ -181,6 +190,30 @@ def test_the_command_line_is_all_there_is_to_type(folder: Path, tmp_path: Path) 
     found = json.loads(path.read_text())
     assert found["config"]["model"] == "vitcop_compile" and found["config"]["batch_size"] == 2
     assert 0 <= found["results"]["own_say"]["right,none"] <= 1 and "right" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, method", [("method=dense", None), ("method=divprune,retention=1/9", DivPrune(retention=1 / 9))]
+)
+def test_the_trained_model_is_right_as_often_as_without_lmms_eval(words: str, method: Any, tmp_path: Path) -> None:
+    asked = [example for kind in KINDS for example in held_out(kind, 3)]
+    lines = []
+    for number, example in enumerate(asked):
+        example.image.save(tmp_path / f"{number}.png")
+        lines.append({"question": example.question, "pictures": [str(tmp_path / f"{number}.png")], "answer": example.answer})
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "data.json").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "tasks" / "own.py").write_text(FUNCTIONS)
+    common = COMMON.format(name="own_see", data=tmp_path / "data.json", text='"{{question}}"', target='"{{answer}}"')
+    (tmp_path / "tasks" / "own_see.yaml").write_text(common + TASKS["own_say"].replace("tokens: 3", f"tokens: {MOST_TOKENS}"))
+    given = f"pretrained={TRAINED},backend=eager,dtype=float32,{words}"
+    found = evaluated(tmp_path, VitcopCompile.create_from_arg_string(given, {"batch_size": "7", "device": "cpu"}), "own_see")
+    stock = AutoModelForImageTextToText.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    fast = stock if method is None else optimize(stock, method, backend="eager")
+    told = answers(fast, AutoProcessor.from_pretrained(TRAINED), "llava", asked)
+    right = [said == example.answer for said, example in zip(told, asked, strict=True)]
+    assert 0.5 < sum(right) / len(right) == pytest.approx(found["results"]["own_see"]["right,none"])
+    assert [sample["filtered_resps"][0].strip() for sample in found["samples"]["own_see"]] == told
 
 
 @pytest.mark.parametrize(

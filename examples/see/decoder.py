@@ -32,6 +32,7 @@ ASKED = dict.fromkeys(KINDS, 2)
 ASKED_LAST = {"what": 1, "where": 3, "colour": 1, "count": 5, "any": 1, "compare": 1, "read": 2}
 # Counting is learned last of all, and goes on for long.
 ASKED_COUNT = {"what": 1, "where": 2, "colour": 1, "count": 6, "any": 1, "compare": 1, "read": 2}
+ASKED_FRESH = {"what": 1, "where": 2, "colour": 1, "count": 5, "any": 1, "compare": 1, "read": 3}
 LONGEST = 17  # tokens of a question with what follows it
 
 
@@ -166,8 +167,9 @@ def loss_of(
 def train(
     kind: str, model: Any, heads: Heads, steps: int, number: int, rate: float, seed: int, folder: Path, console: Console
 ) -> None:
-    """Four parts, the rate rises anew in each. LLaVA's decoder learns from 144 averages a picture, twice, and then, with half
-    the pictures, twice from all 576 patches; Qwen's has 144 tokens a picture."""
+    """Five parts, the rate rises anew in each. LLaVA's decoder learns from 144 averages a picture, twice, and then, with half
+    the pictures a step, from all 576 patches; Qwen's has 144 tokens a picture. The last part has pictures of its own: by then
+    the others are known by heart."""
     tokenizer = models.processor_of(kind).tokenizer
     known = Pictures(kind, model, number, seed, folder / "features.pt", console)
     projector = model.model.multi_modal_projector if kind == "llava" else model.model.visual.merger
@@ -180,7 +182,10 @@ def train(
     if kind == "llava":
         phases = [("decoder-pooled", steps, 2, BATCH, ASKED), ("decoder-pooled-again", steps, 2, BATCH, ASKED)]
         phases += [("decoder-last", half, 1, BATCH // 2, ASKED_LAST), ("decoder-count", more, 1, BATCH // 2, ASKED_COUNT)]
+    phases += [("decoder-fresh", steps, 1, phases[-1][3], ASKED_FRESH)]
     for name, length, pool, size, wanted in phases:
+        if name == "decoder-fresh":
+            known = Pictures(kind, model, number, seed + 1, folder / "features-fresh.pt", console)
         plan = plan_of(kind, model, tokenizer, pool)
         sample = partial(_batch, kind, model, tokenizer, plan, pool, known, size, wanted)
         learner = Learner(name, parts, length, rate if size == BATCH else rate / 2, seed)
