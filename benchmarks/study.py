@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.study_ablations import Make, ablations, no_shallow_stage, scored, shuffled
 from benchmarks.study_report import save_plot, save_time_plot, tables
 from benchmarks.study_time import first_that_fits, times_of
 from examples.see.evaluate import Example, answers, held_out, interval
@@ -27,11 +27,9 @@ from examples.see.models import load_processor, prompt
 from examples.see.questions import KINDS
 from vitcop_compile import ConfigError, ViTCoPConfig, optimize
 from vitcop_compile.config import PRESETS
-from vitcop_compile.methods import METHODS, Calibrated, CustomMethod
+from vitcop_compile.methods import METHODS, Calibrated
 from vitcop_compile.methods.named import method_from
-from vitcop_compile.policies import Site
 from vitcop_compile.progress import Steps
-from vitcop_compile.schedule import Method
 
 RESULTS = Path(__file__).parent / "results"
 # Mean visual tokens over the decoder's layers, as a share of all: the field's 192, 128, 64, 32 and 16 of 576.
@@ -46,7 +44,6 @@ LAYERS = {
     "vscan": ("", ":middle=8"),
 }
 MERGING = ("vitcop", "visionzip", "vscan", "tome", "downsample")
-Make = Callable[[], Method]
 
 
 def settings(name: str, share: float) -> Iterator[Make]:
@@ -63,54 +60,6 @@ def settings(name: str, share: float) -> Iterator[Make]:
     for more in LAYERS.get(name, ("",)):
         text = f"{name}{more}{',' if more else ':'}retention={share}"
         yield lambda text=text: wrap(method_from(text))
-
-
-def ablations(share: float) -> dict[str, Make]:
-    """ViTCoP at one budget with one thing changed: the mean of visual tokens over the decoder's layers stays what it is, and
-    the other stages keep more where one keeps less."""
-    vision, center, _ = min(PRESETS.values(), key=lambda known: abs(known[2] - share))
-    base: dict[str, Any] = {"vision_ratio": vision, "center_ratio": center, "retention": share}
-    changed: dict[str, dict[str, Any]] = {
-        "published": {},
-        "positions kept": {"positions": "original"},
-        "keys raw": {"keys": "raw"},
-        "keys centered": {"keys": "centered"},
-        "merged to means": {"merge": "mean"},
-        "vision stage keeps less": {"vision_ratio": 0.8 * vision},
-        "vision stage keeps more": {"vision_ratio": min(1.0, 1.6 * vision)},
-        "no vision stage": {"vision_ratio": 1.0},
-        "a third of the clusters": {"center_ratio": center / 3},
-        "three times the clusters": {"center_ratio": min(1.0, 3 * center)},
-        "no deep stage": {"deep_divisor": 1},
-        "mild deep stage": {"deep_divisor": 2},
-        "layers 1 and 3": {"shallow_layer": 1, "deep_layer": 3},
-        "layers 1 and 7": {"shallow_layer": 1, "deep_layer": 7},
-        "layers 2 and 6": {"shallow_layer": 2, "deep_layer": 6},
-        "scored a layer earlier": {"vision_layer": -3},
-        "scored two layers earlier": {"vision_layer": -4},
-    }
-    found: dict[str, Make] = {name: partial(ViTCoPConfig, **(base | change)) for name, change in changed.items()}
-    found["calibrated"] = lambda: Calibrated(ViTCoPConfig(**base))
-    return found
-
-
-def no_shallow_stage(layers: int, candidates: int, share: float) -> ViTCoPConfig:
-    """What the vision stage keeps stays until the deep stage."""
-    _, deep = ViTCoPConfig.preset("1/3").layers(layers)
-    kept = round(share * candidates * layers / (deep + (layers - deep) / 5))
-    return ViTCoPConfig(budgets=(kept, kept, max(1, round(kept / 5))))
-
-
-def shuffled(site: Site) -> torch.Tensor:
-    """A score that tells nothing: that of the tower, in an order of its own."""
-    assert site.score is not None
-    order = torch.randperm(site.score.shape[1], generator=torch.Generator().manual_seed(0))
-    return site.score[:, order.to(site.score.device)]
-
-
-def scored(score: Callable[[Site], torch.Tensor], share: float) -> Make:
-    """Tokens by the tower's own saliency, as `score` has it."""
-    return lambda: CustomMethod(score=score, needs=("score",), side="entry", retention=share)
 
 
 def examples_of(number: int) -> dict[str, list[Example]]:

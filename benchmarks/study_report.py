@@ -63,14 +63,14 @@ def ablations(found: Mapping[str, Any]) -> str:
     if not told:
         return ""
     kinds = [kind for kind in rows["dense"]["accuracy"] if kind != "all"]
-    head = [*kinds, "all", "right now", "wrong now"]
+    head = [*kinds, "all", "right now", "wrong now", "FLOPs"]
     lines = ["| ablation | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
     for row in told:
         own, base = rows[row], rows[f"{row.split(':')[0]}: published"]
         one, two = ("".join(values["right"].values()) for values in (base, own))
         gained = sum(pair == ("0", "1") for pair in zip(one, two, strict=True))
         lost = sum(pair == ("1", "0") for pair in zip(one, two, strict=True))
-        cells = [*(_share(own, kind) for kind in kinds), _share(own), str(gained), str(lost)]
+        cells = [*(_share(own, kind) for kind in kinds), _share(own), str(gained), str(lost), f"1/{own['flop_ratio']:.1f}"]
         lines.append(f"| {row.removeprefix('ablation ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -188,7 +188,7 @@ def test_the_command_line_is_all_there_is_to_type(folder: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = tmp_path.rglob("*_results.json")
     found = json.loads(path.read_text())
-    assert found["config"]["model"] == "vitcop_compile" and found["config"]["batch_size"] == 2
+    assert found["config"]["model"] == "vitcop_compile" and int(found["config"]["batch_size"]) == 2
     assert 0 <= found["results"]["own_say"]["right,none"] <= 1 and "right" in done.stdout
 
 

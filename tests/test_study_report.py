@@ -61,7 +61,7 @@ def test_accuracy_by_kind_with_times() -> None:
 
 
 def test_answers_that_turned() -> None:
-    assert ablations(FOUND).splitlines()[-1] == "| 64: keys raw | 50 | 50 | 2 | 1 |"
+    assert ablations(FOUND).splitlines()[-1] == "| 64: keys raw | 50 | 50 | 2 | 1 | 1/2.0 |"
     assert ablations({"rows": {"dense": _row("1", 1)}}) == ""
 
 
