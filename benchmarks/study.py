@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,15 +141,14 @@ class Study:
         why = "nothing was tried"
         for make in tries:
             try:
-                same = None if dtype != torch.float32 else self.dense
-                fast = optimize(self.model.to(dtype), make(), backend="eager", like=same)
+                plain = dtype == torch.float32
+                model = self.model if plain else deepcopy(self.model).to(dtype)
+                fast = optimize(model, make(), backend="eager", like=self.dense if plain else None)
                 with self.steps.step(row):
                     self.found["rows"][row] = measured(fast, self.processor, self.name, self.asked, self.batch)
                 break
             except ConfigError as error:
                 why = str(error)
-            finally:
-                self.model.float()
         else:
             self.found["rows"][row] = {"left_out": why}
         self.save()

@@ -123,7 +123,12 @@ def ablations(share: float) -> dict[str, Make]:
     }
     found: dict[str, Make] = {name: partial(ViTCoPConfig, **(base | change)) for name, change in changed.items()}
     found |= {name: partial(Changed, **(base | change)) for name, change in swapped.items()}
+    wide = base | {"vision_ratio": min(1.0, 1.6 * vision)}
     found["calibrated"] = lambda: Calibrated(ViTCoPConfig(**base))
+    found["1.6 times as many, calibrated"] = lambda: Calibrated(ViTCoPConfig(**wide))
+    found["1.6 times as many, calibrated, no deep stage"] = lambda: Calibrated(ViTCoPConfig(**wide, deep_divisor=1))
+    found["1.6 times as many, no deep stage"] = lambda: ViTCoPConfig(**wide, deep_divisor=1)
+    found["2.2 times as many"] = lambda: ViTCoPConfig(**(base | {"vision_ratio": min(1.0, 2.2 * vision)}))
     return found
 
 
