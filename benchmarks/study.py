@@ -44,18 +44,20 @@ LAYERS = {
     "v2drop": ("", ":layers=4:8:16"),
     "vscan": ("", ":middle=8"),
 }
-MERGING = ("vitcop", "visionzip", "vscan", "tome", "downsample")
+MERGING = ("vitcop", "vitcop-wide", "visionzip", "vscan", "tome", "downsample")
 
 
 def settings(name: str, share: float) -> Iterator[Make]:
     """In the order in which they are to be tried: the first that a model can have is taken."""
     name, _, calibrated = name.partition("+")
     wrap = Calibrated if calibrated else (lambda method: method)
-    if name == "vitcop":
+    if name in ("vitcop", "vitcop-wide"):
+        widened = 1.6 if name == "vitcop-wide" else 1.0
         vision, *_ = min(PRESETS.values(), key=lambda known: abs(known[2] - share))
         # Below the published budgets the vision stage keeps the published multiple of what is left on average.
         for ratio in (vision, 2.7 * share):
             if ratio <= vision:
+                ratio = min(1.0, widened * ratio)
                 yield lambda ratio=ratio: wrap(method_from(f"vitcop:retention={share},vision_ratio={ratio:.4f}"))
         return
     for more in LAYERS.get(name, ("",)):
@@ -199,7 +201,12 @@ def main(
         if target:
             draw(json.loads(path.read_text()), target)
     if not (show or plot or plot_times):
-        every = ["vitcop", *(name for name in METHODS if name != "custom"), *(f"{name}+calibrated" for name in MERGING)]
+        every = [
+            "vitcop",
+            "vitcop-wide",
+            *(name for name in METHODS if name != "custom"),
+            *(f"{name}+calibrated" for name in MERGING),
+        ]
         study = Study(folder, path, questions, batch, Steps(Console(stderr=True)))
         with torch.no_grad():
             for label in time or ():

@@ -86,7 +86,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_explain_prints_the_published_setting() -> None:
-    output = invoke("explain").output
+    output = invoke("explain", "--preset", "1/9").output
     assert cells(output, "vision")[1] == "172"
     assert cells(output, "2-21")[1:3] == ["77", str(77 + 64)]
     assert cells(output, "22-31")[1:3] == ["15", str(15 + 64)]
@@ -96,10 +96,11 @@ def test_explain_prints_the_published_setting() -> None:
 @pytest.mark.parametrize(
     ("arguments", "config"),
     [
+        ([], ViTCoPConfig.preset("1/9-wide")),
         (["--preset", "1/3"], ViTCoPConfig.preset("1/3")),
         (["--mean-tokens", 128], ViTCoPConfig.for_mean_tokens(128)),
         (["--retention", 0.2222], ViTCoPConfig.preset("2/9")),
-        (["--text-tokens", 10, "--layers", 16], ViTCoPConfig.preset("1/9")),
+        (["--text-tokens", 10, "--layers", 16], ViTCoPConfig.preset("1/9-wide")),
     ],
 )
 def test_explain_takes_one_target(arguments: list, config: ViTCoPConfig) -> None:

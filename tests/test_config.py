@@ -53,6 +53,18 @@ def test_every_preset_is_in_the_table() -> None:
     assert set(PRESETS) == set(TABLE)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_wide_preset_keeps_as_many_in_the_mean(name: str) -> None:
+    published, wide = ViTCoPConfig.preset(name), ViTCoPConfig.preset(f"{name}-wide")
+    assert (wide.center_ratio, wide.retention) == (published.center_ratio, published.retention)
+    kept = [config.schedule().group_tokens() for config in (published, wide)]
+    assert kept[1][0] == int(1.6 * published.vision_ratio * 576)
+    assert kept[1][1] < kept[0][1] and kept[1][2] <= kept[0][2]
+    assert naive.budgets(wide.retention, 1.6 * published.vision_ratio, 2, 22, 32, kept[1][0], 5) == kept[1][1:]
+    means = [config.schedule().mean_visual_tokens() for config in (published, wide)]
+    assert abs(means[0] - means[1]) <= 0.6
+
+
 def test_positions_of_the_deep_stage() -> None:
     assert ViTCoPConfig.preset("1/9", positions="original").schedule().decoder_stages[1].positions == "kept"
 

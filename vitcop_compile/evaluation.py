@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .cache import PrunedCache
-from .config import PRESETS
+from .config import NAMED_PRESETS
 from .errors import ConfigError, InputError, UnsupportedError
 from .methods import load_method
 from .methods.named import fields_of, method_from, split
@@ -60,8 +60,8 @@ def method_of_words(method: str | None, retention: Any = None, preset: str | Non
     if preset is not None:
         if name != "vitcop" or retention is not None:
             raise ConfigError(f"preset={preset} is one of ViTCoP's, and says its retention: leave method={text} or it out")
-        if preset not in PRESETS:
-            raise ConfigError(f"preset={preset!r} is unknown: use one of {', '.join(PRESETS)}")
+        if preset not in NAMED_PRESETS:
+            raise ConfigError(f"preset={preset!r} is unknown: use one of {', '.join(NAMED_PRESETS)}")
         retention = preset
     if retention is None:
         return method_from(text)

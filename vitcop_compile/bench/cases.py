@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..backends import BACKENDS, backend_of
-from ..config import PRESETS, ViTCoPConfig
+from ..config import NAMED_PRESETS, PRESETS, ViTCoPConfig
 from ..errors import ConfigError, UnsupportedError
 from ..families.registry import host_of
 from ..host import Host
@@ -166,7 +166,7 @@ class Case:
         for stage in self.stages:
             _known("stage", stage, STAGES)
         for label in self.configs:
-            if label == DENSE or label in PRESETS:
+            if label == DENSE or label in NAMED_PRESETS:
                 raise ConfigError(f"configs: {label!r} already names a setting: choose another label")
         shape, layout = self.shape.model_shape(), self.layout()
         for config in self.settings().values():

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import PRESETS
+from ..config import NAMED_PRESETS
 from ..layout import Layout
 from ..schedule import ModelShape, Schedule, resolve
 from .cases import DENSE, STAGES, Case, Entrant
@@ -52,7 +52,7 @@ def rows(
         for stage, (ideal, realized) in IDEALS.items():
             row[realized] = _over((row["ratio_to_dense"] or {}).get(stage, {}).get("median"), row[ideal])
         row |= {"peak_memory_bytes": None, "resident_memory_bytes": None, "attention": dict(attention.get(key, {}))}
-        named = entrant.label == DENSE or entrant.label in PRESETS
+        named = entrant.label == DENSE or entrant.label in NAMED_PRESETS
         found.append(row | {"config": None if named else json.loads(entrant.config.to_json())})
     return found
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from transformers.generation.streamers import BaseStreamer
 
 from .. import picture, toy
-from ..config import DEFAULT_PRESET, PRESETS, ViTCoPConfig
+from ..config import DEFAULT_PRESET, NAMED_PRESETS, ViTCoPConfig
 from ..errors import ConfigError, InputError
 from ..export import EngineModel, FolderError, export
 from ..export.manifest import DTYPES
@@ -139,7 +139,7 @@ def run_command(
 
 def retention_config(value: str) -> ViTCoPConfig:
     """The settings of "1/9", or of a share such as "0.2" with the ratios of the nearest preset. Raises ConfigError."""
-    if value in PRESETS:
+    if value in NAMED_PRESETS:
         return ViTCoPConfig.preset(value)
     try:
         share = float(value)

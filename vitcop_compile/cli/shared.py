@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoConfig
 
-from ..config import DEFAULT_PRESET, PRESETS
+from ..config import DEFAULT_PRESET, NAMED_PRESETS
 from ..errors import ConfigError, UnsupportedError, VitcopError
 from ..families.registry import host_of
 from ..host import Host
@@ -24,9 +24,9 @@ _PLACEHOLDER = "<image>\n"
 TABLE_WIDTH = 120
 # The columns of a benchmark.
 WIDE_TABLE_WIDTH = 240
-PRESET_NAMES = ", ".join(PRESETS)
+PRESET_NAMES = ", ".join(NAMED_PRESETS)
 # Of a method that is named without a target.
-DEFAULT_RETENTION = PRESETS[DEFAULT_PRESET][2]
+DEFAULT_RETENTION = NAMED_PRESETS[DEFAULT_PRESET][2]
 METHOD_HELP = (
     "NAME or NAME:setting=value,setting=value, such as fastv:layer=2,tokens=64; repeat for several, `all` for all; "
     f"names: {', '.join(method_names())}; calibrated+NAME counts merged tokens for as many as they took in."

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Literal
 
-from ..config import DEFAULT_PRESET, PRESETS, Budgets, ViTCoPConfig
+from ..config import DEFAULT_PRESET, NAMED_PRESETS, PRESETS, Budgets, ViTCoPConfig
 from ..errors import ConfigError
 from ..schedule import Method
 from .base import METHODS
@@ -57,7 +57,7 @@ def method_named(name: str, settings: Mapping[str, Any] | None = None) -> Method
     known = fields_of(name)
     if unknown := sorted(settings.keys() - set(known)):
         raise ConfigError(f"{name}: unknown settings {', '.join(unknown)}: use some of {', '.join(known)}")
-    if name == VITCOP and settings.get("retention") in PRESETS and not {"mean_tokens", "budgets"} & settings.keys():
+    if name == VITCOP and settings.get("retention") in NAMED_PRESETS and not {"mean_tokens", "budgets"} & settings.keys():
         preset = settings.pop("retention")
         return ViTCoPConfig.preset(preset, **_typed(name, kind, settings))
     values = _typed(name, kind, settings)
