@@ -66,11 +66,12 @@ def ablations(found: Mapping[str, Any]) -> str:
     head = [*kinds, "all", "right now", "wrong now", "FLOPs"]
     lines = ["| ablation | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
     for row in told:
-        own, base = rows[row], rows[f"{row.split(':')[0]}: published"]
-        one, two = ("".join(values["right"].values()) for values in (base, own))
-        gained = sum(pair == ("0", "1") for pair in zip(one, two, strict=True))
-        lost = sum(pair == ("1", "0") for pair in zip(one, two, strict=True))
-        cells = [*(_share(own, kind) for kind in kinds), _share(own), str(gained), str(lost), f"1/{own['flop_ratio']:.1f}"]
+        own, base = rows[row], rows.get(f"{row.split(':')[0]}: published", {})
+        turned = ["-", "-"]  # where the model cannot have the published setting at this budget
+        if "right" in base:
+            pairs = list(zip(*("".join(values["right"].values()) for values in (base, own)), strict=True))
+            turned = [str(pairs.count(pair)) for pair in (("0", "1"), ("1", "0"))]
+        cells = [*(_share(own, kind) for kind in kinds), _share(own), *turned, f"1/{own['flop_ratio']:.1f}"]
         lines.append(f"| {row.removeprefix('ablation ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

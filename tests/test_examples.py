@@ -17,7 +17,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.see import decoder, evaluate, models, questions, tower
-from examples.see.learner import Learner
+from examples.see.learner import Learner, digest
 from examples.see.questions import KINDS, WORDS, question
 from examples.see.scenes import COLOURS, GRID, NAMES, PLACE, SHADES, SIDE, Scene, scene
 from examples.see.start import begin
@@ -206,10 +206,31 @@ def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
     found = trained(tmp_path / "part.pt", None)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert {file.name for file in tmp_path.iterdir()} == {"whole.pt", "part.pt"}
-    with pytest.raises(SystemExit, match="of 12 steps, not 13"):
-        Learner("part", nn.ModuleDict({"inner": nn.Linear(4, 4)}), 13, 1e-2, 0).run(
-            None, tmp_path / "part.pt", Console(quiet=True)
-        )
+    parts = nn.ModuleDict({"inner": nn.Linear(4, 4)})
+    for steps, rate, seed, of in ((13, 1e-2, 0, ""), (12, 1e-3, 0, ""), (12, 1e-2, 1, ""), (12, 1e-2, 0, "tower 1")):
+        other = Learner("part", parts, steps, rate, seed, of=of)
+        with pytest.raises(SystemExit, match=f"is of a training of 12 steps at 0.01, seed 0, not of {other.of}: name another"):
+            other.run(None, tmp_path / "part.pt", Console(quiet=True))
+
+
+def test_features_of_another_tower_are_refused(subject: tuple[str, Any, Any], tmp_path: Path) -> None:
+    kind, model, _ = subject
+    given = kind, model
+    made = decoder.Pictures(*given, "one", 2, 0, tmp_path / "features.pt", Console(quiet=True))
+    again = decoder.Pictures(*given, "one", 2, 0, tmp_path / "features.pt", Console(quiet=True))
+    assert torch.equal(made.features, again.features) and len(again.scenes) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["features.pt"]
+    for made_by, number, seed in (("two", 2, 0), ("one", 3, 0), ("one", 2, 1)):
+        with pytest.raises(SystemExit, match="is of 2 pictures of seed 0, tower one, not of"):
+            decoder.Pictures(*given, made_by, number, seed, tmp_path / "features.pt", Console(quiet=True))
+
+
+def test_a_digest_is_of_every_weight() -> None:
+    net = nn.Linear(3, 2)
+    before = digest(net)
+    with torch.no_grad():
+        net.bias[1] += 1
+    assert digest(net) != before and len(before) == 8
 
 
 def test_everything_has_a_word() -> None:

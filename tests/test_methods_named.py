@@ -15,7 +15,7 @@ from vitcop_compile.methods.named import fields_of, method_from, method_named, m
     "name, settings, expected",
     [
         ("dense", {}, ViTCoPConfig(prune=False)),
-        ("vitcop", {}, ViTCoPConfig(0.3, 0.12, 0.1111)),
+        ("vitcop", {}, ViTCoPConfig.preset("1/9-wide")),
         ("vitcop", {"retention": "1/9"}, ViTCoPConfig(0.3, 0.12, 0.1111)),
         ("vitcop", {"retention": "2/9"}, ViTCoPConfig(0.4, 0.15, 0.2222)),
         ("vitcop", {"retention": "1/3", "keys": "raw"}, ViTCoPConfig(0.5, 0.18, 0.3333, keys="raw")),

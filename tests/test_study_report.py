@@ -62,6 +62,8 @@ def test_accuracy_by_kind_with_times() -> None:
 
 def test_answers_that_turned() -> None:
     assert ablations(FOUND).splitlines()[-1] == "| 64: keys raw | 50 | 50 | 2 | 1 | 1/2.0 |"
+    alone = FOUND["rows"] | {"ablation 16: published": {"left_out": "too few"}, "ablation 16: keys raw": _row("0110", 16)}
+    assert ablations({"rows": alone}).splitlines()[-1] == "| 16: keys raw | 50 | 50 | - | - | 1/2.0 |"
     assert ablations({"rows": {"dense": _row("1", 1)}}) == ""
 
 

@@ -19,11 +19,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from . import models
-from .learner import Learner
+from .learner import Learner, digest
 from .questions import KINDS, question
 from .scenes import GRID, Scene, scene
 from .start import begin
-from .tower import Heads, features_of, pixels_of
+from .tower import Heads, features_of, pixels_of, tower_of
 
 BATCH = 16
 # Questions of each kind about a picture.
@@ -100,19 +100,25 @@ def questions_of(scene: Scene, rng: random.Random, wanted: Mapping[str, int] = A
 
 
 class Pictures:
-    """Features of pictures, float16 [N, 576, width], and what is on them; made once and kept in a file."""
+    """Features of pictures, float16 [N, 576, width], and what is on them; made once and kept in a file. tower: the digest of
+    what made them."""
 
-    def __init__(self, kind: str, model: Any, number: int, seed: int, file: Path, console: Console):
+    def __init__(self, kind: str, model: Any, tower: str, number: int, seed: int, file: Path, console: Console):
         known = torch.load(file, weights_only=False) if file.exists() else None
-        if known is None or len(known["scenes"]) != number:
+        of = f"{number} pictures of seed {seed}, tower {tower}"
+        if known is not None and known.get("of") != of:
+            raise SystemExit(f"{file} is of {known.get('of')}, not of {of}: name another folder, or remove it")
+        if known is None:
             parts, scenes = [], []
             with torch.no_grad():
                 for at in track(range(0, number, 32), "features", console=console):
                     batch = [scene(random.Random(f"{seed} picture {one}")) for one in range(at, min(at + 32, number))]
                     parts.append(features_of(kind, model, pixels_of(kind, batch))[0].half())
                     scenes += [Scene(None, one.things, one.word, {}) for one in batch]  # type: ignore[arg-type]
-            known = {"features": torch.cat(parts), "scenes": scenes}
-            torch.save(known, file)
+            known = {"features": torch.cat(parts), "scenes": scenes, "of": of}
+            aside = file.with_suffix(".partial")
+            torch.save(known, aside)
+            aside.replace(file)
         self.features, self.scenes = known["features"], known["scenes"]
 
 
@@ -171,7 +177,8 @@ def train(
     the pictures a step, from all 576 patches; Qwen's has 144 tokens a picture. The last part has pictures of its own: by then
     the others are known by heart."""
     tokenizer = models.processor_of(kind).tokenizer
-    known = Pictures(kind, model, number, seed, folder / "features.pt", console)
+    tower = digest(tower_of(kind, model))
+    known = Pictures(kind, model, tower, number, seed, folder / "features.pt", console)
     projector = model.model.multi_modal_projector if kind == "llava" else model.model.visual.merger
     parts = nn.ModuleDict({"projector": projector, "decoder": model.model.language_model, "lm_head": model.lm_head})
     with torch.no_grad():
@@ -185,10 +192,10 @@ def train(
     phases += [("decoder-fresh", steps, 1, phases[-1][3], ASKED_FRESH)]
     for name, length, pool, size, wanted in phases:
         if name == "decoder-fresh":
-            known = Pictures(kind, model, number, seed + 1, folder / "features-fresh.pt", console)
+            known = Pictures(kind, model, tower, number, seed + 1, folder / "features-fresh.pt", console)
         plan = plan_of(kind, model, tokenizer, pool)
         sample = partial(_batch, kind, model, tokenizer, plan, pool, known, size, wanted)
-        learner = Learner(name, parts, length, rate if size == BATCH else rate / 2, seed)
+        learner = Learner(name, parts, length, rate if size == BATCH else rate / 2, seed, of=f"tower {tower}")
         learner.run(sample, folder / f"{name}.pt", console)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Callable, Iterable
@@ -14,15 +15,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 
+def digest(module: nn.Module) -> str:
+    """Of all weights, eight letters."""
+    found = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        found.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:8]
+
+
 class Learner:
     """Steps of one part. Matrices inside layers learn by Muon (Jordan et al., 2024), everything else by AdamW, both at the
     same rate: a rise over a twentieth of the steps, then half a cosine to a hundredth.
 
     Every step draws from a generator seeded by (seed, step), so that a training that was stopped and goes on from its file
-    gives the weights of one that was not. keep: steps after which the state is written."""
+    gives the weights of one that was not. of: what else these depend on, in words: a state of something else is refused.
+    keep: steps after which the state is written."""
 
-    def __init__(self, name: str, parts: nn.ModuleDict, steps: int, rate: float, seed: int, keep: int = 200):
+    def __init__(self, name: str, parts: nn.ModuleDict, steps: int, rate: float, seed: int, of: str = "", keep: int = 200):
         self.name, self.parts, self.steps, self.rate, self.seed, self.keep = name, parts, steps, rate, seed, keep
+        self.of = f"{steps} steps at {rate:g}, seed {seed}{', ' if of else ''}{of}"
         matrices, others = [], []
         for key, weight in parts.named_parameters():
             if weight.requires_grad:
@@ -77,17 +88,15 @@ class Learner:
     def _save(self, file: Path, step: int) -> None:
         aside = file.with_suffix(".partial")
         states = [optimizer.state_dict() for optimizer in self.optimizers]
-        torch.save({"step": step, "of": self.steps, "parts": self.parts.state_dict(), "optimizers": states}, aside)
+        torch.save({"step": step, "of": self.of, "parts": self.parts.state_dict(), "optimizers": states}, aside)
         aside.replace(file)
 
     def _load(self, file: Path) -> int:
         if not file.exists():
             return 0
         known: dict[str, Any] = torch.load(file)
-        if known["of"] != self.steps:
-            raise SystemExit(
-                f"{file} is of a training of {known['of']} steps, not {self.steps}: name another folder, or remove it"
-            )
+        if known["of"] != self.of:
+            raise SystemExit(f"{file} is of a training of {known['of']}, not of {self.of}: name another folder, or remove it")
         self.parts.load_state_dict(known["parts"])
         for optimizer, state in zip(self.optimizers, known["optimizers"]):
             optimizer.load_state_dict(state)

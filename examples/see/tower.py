@@ -27,6 +27,11 @@ def pixels_of(kind: str, scenes: list[Scene]) -> dict[str, Tensor]:
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, GRID, GRID]] * len(scenes))}
 
 
+def tower_of(kind: str, model: Any) -> nn.Module:
+    """The model's encoder; of Qwen2.5-VL with its merger."""
+    return model.model.vision_tower if kind == "llava" else model.model.visual
+
+
 def features_of(kind: str, model: Any, pixels: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """(patches [B, 576, width] row by row, CLS [B, width] or None): what the projector or merger is given."""
     if kind == "llava":

@@ -18,14 +18,9 @@ from torch import Tensor, nn
 from . import decoder, models
 from .learner import Learner
 from .sample import write_sample
-from .tower import Heads, features_of, pixels_of, scenes_of
+from .tower import Heads, features_of, pixels_of, scenes_of, tower_of
 
 BATCH = 16
-
-
-def tower_of(kind: str, model: nn.Module) -> nn.Module:
-    """The model's encoder, its merger included."""
-    return model.model.vision_tower if kind == "llava" else model.model.visual  # type: ignore[union-attr, return-value]
 
 
 def train_tower(kind: str, model: nn.Module, steps: int, rate: float, seed: int, folder: Path, console: Console) -> Heads:
