@@ -7,10 +7,10 @@ show what was found."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,16 +117,17 @@ class Study:
     """What was found, kept in a file after every row."""
 
     def __init__(self, folder: Path, output: Path, number: int, batch: int, steps: Steps):
-        self.output, self.batch, self.steps = output, batch, steps
+        self.folder, self.output, self.batch, self.steps = folder, output, batch, steps
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.name, self.processor = self.model.config.model_type, load_processor(folder)
-        self.found: dict[str, Any] = {"model": self.name, "asked": number, "rows": {}, "times": {}}
+        weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        new = {"model": self.name, "weights": weights, "asked": number}
+        self.found: dict[str, Any] = new | {"rows": {}, "times": {}}
         if output.exists():
             self.found = json.loads(output.read_text())
-        if self.found["asked"] != number:
-            raise ConfigError(
-                f"{output} holds {self.found['asked']} questions of each kind, {number} are asked for: give another --output"
-            )
+        for key, value in new.items():
+            if self.found[key] != value:
+                raise ConfigError(f"{output} is of {key}={self.found[key]}, not {value}: give another --output, or remove it")
         self.asked = examples_of(number)
         self.dense = optimize(self.model, ViTCoPConfig.dense(), backend="eager")
 
@@ -144,7 +145,8 @@ class Study:
         for make in tries:
             try:
                 plain = dtype == torch.float32
-                model = self.model if plain else deepcopy(self.model).to(dtype)
+                # Loaded anew: a model that is converted has its tables of positions converted, too.
+                model = self.model if plain else AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype).eval()
                 fast = optimize(model, make(), backend="eager", like=self.dense if plain else None)
                 with self.steps.step(row):
                     self.found["rows"][row] = measured(fast, self.processor, self.name, self.asked, self.batch)
@@ -169,6 +171,11 @@ class Study:
 
     def time(self, label: str, names: list[str], backend: str, rounds: int) -> None:
         """Time to the first token of one question, every method beside dense in interleaved rounds, compiled."""
+        if label in self.found["times"]:
+            raise ConfigError(
+                f"{self.output} has times at {label}, and others would not be of the same rounds: remove those, or give "
+                "another --output"
+            )
         found = {name: first_that_fits(self.dense, settings(name, SHARES[label])) for name in names}
         methods = {name: method for name, method in found.items() if method is not None}
         request = request_of(self.dense, self.processor, self.name, self.asked["what"][0])

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 BUDGETS = ("192", "128", "64", "32", "16")
-_NOTED = ("vitcop", "visionzip", "divprune", "cdpruner", "fastv", "sparsevlm", "holov", "random", "uniform", "downsample")
+_FLOORS = ("random", "uniform", "downsample")
+_NOTED = (
+    "vitcop", "vitcop-wide", "divprune", "cdpruner", "zspaprune", "scope", "visionzip", "visionzip+calibrated",
+    "vscan+calibrated", "fastv", *_FLOORS,
+)  # fmt: skip
 
 
 def _share(values: Mapping[str, Any], kind: str = "all") -> str:
@@ -92,7 +96,7 @@ def save_plot(found: Mapping[str, Any], path: Path) -> None:
     rows = found["rows"]
     kinds = list(rows["dense"]["accuracy"])
     figure, axes = pyplot.subplots(2, 4, figsize=(13, 6), sharex=True, sharey=True, layout="constrained")
-    colours = pyplot.get_cmap("tab10")
+    colours = pyplot.get_cmap("tab20")
     for panel, kind in zip(axes.flat, kinds):
         panel.axhline(100 * rows["dense"]["accuracy"][kind]["share"], color="black", lw=1, ls=":")
         for at, name in enumerate(_NOTED):
@@ -100,8 +104,8 @@ def save_plot(found: Mapping[str, Any], path: Path) -> None:
             if points:
                 x = [point["mean_tokens"] / point["of"] for point in points]
                 y = [100 * point["accuracy"][kind]["share"] for point in points]
-                floor = name in ("random", "uniform", "downsample")
-                panel.plot(x, y, "--" if floor else "-", marker=".", color=colours(at), label=name, lw=2.4 if at == 0 else 1.2)
+                style, width = "--" if name in _FLOORS else "-", 2.4 if name.startswith("vitcop") else 1.2
+                panel.plot(x, y, style, marker=".", color=colours(at), label=name, lw=width)
         panel.set_title(kind)
         panel.set_xscale("log")
         panel.set_xticks([1 / 36, 1 / 18, 1 / 9, 2 / 9, 1 / 3], ["1/36", "1/18", "1/9", "2/9", "1/3"])
@@ -111,7 +115,7 @@ def save_plot(found: Mapping[str, Any], path: Path) -> None:
         panel.set_xlabel("visual tokens, mean over layers")
     for panel in axes[:, 0]:
         panel.set_ylabel("right, %")
-    axes.flat[0].legend(fontsize=7, ncols=2)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(f"{found['model']}: answers of a small trained model, {found['asked']} held-out questions of each kind")
     _save(figure, path)
 
