@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -237,6 +238,40 @@ def test_errors_of_a_request() -> None:
     assert [(panel.label, panel.first) for panel in clip] == [
         ("video 1 of 2, frame 1", 0), ("video 1 of 2, frame 2", 6), ("video 2 of 2", 12),
     ]  # fmt: skip
+
+
+def test_numbers_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in the picture, in the pruned answer alone, and in what a policy read."""
+    one = request()
+    remedy = r"are not finite, in float32: use float32 \(--dtype float32\)"
+    with pytest.raises(InputError, match=f"logits of the dense answer: 192 of 192 numbers {remedy}"):
+        collector(models.shared(), one | {"pixel_values": one["pixel_values"] * float("nan")}, new_tokens=2)
+    seen, method = collector(models.shared(), one, new_tokens=1), METHODS["visionzip"][0]
+    whole = seen.run(method)
+    assert whole.kl is not None and whole.kl > 0
+    with monkeypatch.context() as patch:
+        # Finite, but their difference is not.
+        patch.setattr(seen, "_logits", torch.zeros(models.VOCAB).index_fill(0, torch.tensor([1]), 3e38).index_fill(
+            0, torch.tensor([2]), -3e38))  # fmt: skip
+        with pytest.raises(InputError, match="the distance of the answer pruned by zip to the dense one: 1 of 1 numbers"):
+            seen.run(method, "zip")
+    with monkeypatch.context() as patch:
+        head = collect.CompiledModel.generate
+
+        def generate(*given: Any, **options: Any) -> Any:
+            out = head(*given, **options)
+            out.logits[0][0, 3] = float("inf")
+            return out
+
+        patch.setattr(collect.CompiledModel, "generate", generate)
+        with pytest.raises(InputError, match=f"logits of the answer pruned by zip: 1 of 96 numbers {remedy}"):
+            seen.runs({"zip": [method]}, QUIET)
+    with monkeypatch.context() as patch:
+        (step,) = whole.steps
+        broken = dataclasses.replace(step, scores={"attention": (float("nan"), *step.scores["attention"][1:])})
+        patch.setattr(collect, "steps_of", lambda *_: (broken,))
+        with pytest.raises(InputError, match=f"attention {step.where}, read by VisionZip: 1 of 64 numbers {remedy}"):
+            seen.run(method)
 
 
 def test_a_record_of_another_request_is_refused(record: Record) -> None:

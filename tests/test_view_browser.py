@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,24 @@ def test_it_can_be_read_in_light_and_dark(tab: Browser, tmp_path: Path, size: tu
         front = _light(tab.ask(f"getComputedStyle(document.querySelector({ink!r})).color"))
         assert (max(front, back) + 0.05) / (min(front, back) + 0.05) >= 4.5, ink  # WCAG 2, AA
     assert tab.ask("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_number_that_is_none_is_a_dash(tab: Browser, record: Record, tmp_path: Path) -> None:  # noqa: F811
+    """Where one is not finite the page still works, with no number in its place."""
+    run = record.runs["vitcop"][0]
+    (first, *others) = run.steps
+    broken = dataclasses.replace(first, scores={"attention": (float("nan"), *first.scores["attention"][1:])})
+    run = dataclasses.replace(run, kl=float("nan"), steps=(broken, *others))
+    try:
+        tab.open(save_page(dataclasses.replace(record, runs=record.runs | {"vitcop": (run, run)}), tmp_path / "page.html"))
+        assert text(tab, "#kl") == "- nats" and text(tab, "#count-0") == str(len(first.kept))
+        view(tab, "heat")
+        box = tab.ask("(b => [b.x, b.y, b.width])(document.querySelector('#panels canvas').getBoundingClientRect())")
+        tab.move(box[0] + box[2] / 16, box[1] + box[2] / 16)
+        assert text(tab, "#hover").startswith(f"row 1, column 1 · attention, {first.where} -")
+        assert tab.problems == []
+    finally:
+        tab.open(save_page(record, tmp_path / "again.html"))
 
 
 def test_nothing_of_the_prompt_ran(tab: Browser) -> None:

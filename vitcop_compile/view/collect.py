@@ -33,7 +33,7 @@ Read = Callable[[list[int]], str]
 
 class Collector:
     """Runs of one request. inputs: what a processor makes of one prompt with its picture; read: ids to text, None where that
-    means nothing. Raises InputError for several prompts, and without a picture."""
+    means nothing. Raises InputError for several prompts, without a picture, and for logits that are not finite."""
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], *, read: Read | None = None, new_tokens: int = 24):
         if new_tokens < 1:
@@ -54,7 +54,7 @@ class Collector:
         host = self._whole.host
         about = {host.inputs[0]: None} | {name: self.inputs[name] for name in host.inputs if name in self.inputs}
         self._images = host.read(about, self.inputs["input_ids"], self._whole.device, self._whole.dtype)
-        tokens, self._logits, _ = self._asked(model)
+        tokens, self._logits, _ = self._asked(model, "the dense answer")
         self.dense = self._answer(tokens)
 
     def record(
@@ -114,19 +114,27 @@ class Collector:
             tile += segment.tiles
         return found, places
 
-    def run(self, method: Method) -> Run:
+    def run(self, method: Method, name: str | None = None) -> Run:
         """What the method keeps, and what is answered. One that cannot be had on this model, or at its target, is left out
-        with the reason."""
+        with the reason. name: what errors call it. Raises InputError for scores or logits that are not finite: nothing that
+        is chosen or compared by them would mean anything."""
+        name = type(method).__name__ if name is None else name
         try:
             schedule = self._planned(method)
         except (ConfigError, UnsupportedError) as error:
             return Run(left_out=str(error))
         programs = dataclasses.replace(self._whole.programs, method=method)
         with watched(programs, self._images) as provider:
-            tokens, logits, cache = self._asked(CompiledModel(provider, self.model.config, self._generation()))
+            pruned = CompiledModel(provider, self.model.config, self._generation())
+            tokens, logits, cache = self._asked(pruned, f"the answer pruned by {name}")
         steps = steps_of(provider.looks, schedule)
         check_steps(steps, cache.selection)
+        for step in steps:
+            for what, scores in step.scores.items():
+                self._require_finite(f"{what} {step.where}, read by {name}", torch.tensor(scores))
         first, other = (values.float().log_softmax(-1) for values in (self._logits, logits))
+        distance = (first.exp() * (first - other)).sum()
+        self._require_finite(f"the distance of the answer pruned by {name} to the dense one", distance)
         return Run(
             None,
             schedule.mean_visual_tokens(),
@@ -135,17 +143,17 @@ class Collector:
             _saliency(steps),
             self._answer(tokens),
             first_difference(self.dense.tokens, tokens),
-            max(0.0, float((first.exp() * (first - other)).sum())),
+            max(0.0, float(distance)),  # below 0 by rounding alone
         )
 
     def runs(self, methods: Mapping[str, Sequence[Method]], steps: Steps) -> dict[str, tuple[Run, ...]]:
-        """By name, one for each of `methods`. Raises ConfigError if none can be had."""
+        """By name, one for each of `methods`. Raises ConfigError if none can be had, and InputError as `run`."""
         known: dict[Method, Run] = {}
         total = len({method for own in methods.values() for method in own})
         with steps.bar(f"{len(methods)} methods, {total} settings", total) as advance:
-            for method in itertools.chain(*methods.values()):
+            for name, method in ((name, method) for name, own in methods.items() for method in own):
                 if method not in known:
-                    known[method] = self.run(method)
+                    known[method] = self.run(method, name)
                     advance()
         found = {name: tuple(known[method] for method in own) for name, own in methods.items()}
         if all(run.left_out for run in known.values()):
@@ -164,11 +172,20 @@ class Collector:
         return self.model.generation_config
 
     @torch.no_grad()
-    def _asked(self, model: Any) -> tuple[tuple[int, ...], Tensor, Any]:
-        """(tokens, the first one's logits [vocab], the cache)."""
+    def _asked(self, model: Any, what: str) -> tuple[tuple[int, ...], Tensor, Any]:
+        """(tokens, the first one's logits [vocab], the cache). what: what errors call the answer."""
         out = model.generate(**self.inputs, **self._settings, return_dict_in_generate=True, output_logits=True)
+        self._require_finite(f"logits of {what}", torch.stack(out.logits))
         new = out.sequences[0, self.inputs["input_ids"].shape[1] :].tolist()
         return tuple(new), out.logits[0][0], out.get(CACHE_NAME)
+
+    def _require_finite(self, what: str, values: Tensor) -> None:
+        if wrong := int((~values.isfinite()).sum()):
+            dtype = str(self._whole.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{what}: {wrong} of {values.numel()} numbers are not finite, in {dtype}: use float32 (--dtype float32), which "
+                "does not overflow so soon; if this is float32, look for NaN in the weights and the picture"
+            )
 
     def _answer(self, tokens: tuple[int, ...]) -> Answer:
         if self.read is None:

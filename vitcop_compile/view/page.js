@@ -14,7 +14,8 @@
   const RAMP = [[13, 8, 60], [84, 15, 110], [158, 42, 99], [214, 81, 57], [246, 145, 30], [252, 210, 60], [252, 255, 164]];
   const HINT = "Point at a patch to read what became of it.";
   const percent = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
-  const short = (value) => (value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3));
+  // A number that is not finite is null in JSON.
+  const short = (value) => (value === null ? "-" : value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3));
 
   // What a run says of each token: how many stages it stays in, its cluster, and the group it is in at last.
   const derived = new Map();
