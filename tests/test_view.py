@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import families_more
 import models
 import naive
 import numpy as np
@@ -196,8 +197,11 @@ def test_several_tiles_of_two_images(record: Record) -> None:
     assert places == [0, 0, 1, 1] and drawn == pictures
     drawn, places = seen._pictures(pictures, ([0.5] * 3, [0.5] * 3))  # an overview is an input of the encoder
     assert [drawn[i].size for i in places] == [(56, 56), (100, 40), (56, 56), (150, 168)]
-    with pytest.raises(InputError, match="1 pictures were given for a prompt of 2 or more images or frames: give one each"):
+    with pytest.raises(InputError, match="1 pictures were given for a prompt of 2 images or frames: give one each"):
         seen._pictures(pictures[:1], None)
+    for normal in (None, ([0.5] * 3, [0.5] * 3)):
+        with pytest.raises(InputError, match="3 pictures were given for a prompt of 2 images or frames: give one each"):
+            seen._pictures([*pictures, pictures[0]], normal)
     out = sheet(Record("m", "p", record.pictures * 2, panels_of(seen.layout, [0, 0, 1, 1]), ("1",), seen.dense, {"a": (run,)}))
     assert out.get_size_inches()[0] > 8
 
@@ -217,6 +221,32 @@ def test_families_that_merge_patches(name: str) -> None:
     assert len(run.steps[0].scores["attention"]) == sum(segment.candidates for segment in seen.layout)
     refused = seen.run(methods.ToMe(retention=0.5))
     assert refused.left_out is not None and "tokens are put together behind its encoder" in refused.left_out
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *map(slow, ("qwen2_vl", "qwen3_vl", "glm4v"))])
+def test_a_step_of_a_video_lies_on_the_first_frame_it_was_made_of(name: str) -> None:
+    """Two videos, six frames each of one gray, in pairs in the rows of patches: a panel's picture is as gray as its rows."""
+    known: Any = families if name in families.KINDS else families_more
+    ids, given = known.prompt(name, [5, (2, 2, 4), 3, (1, 2, 4), 6])
+    rows = given["pixel_values_videos"].unflatten(1, (3, 2, -1))  # colors, frames of a step, pixels of a patch
+    for step, own in enumerate(rows.chunk(3)):
+        own[:, :, 0], own[:, :, 1] = 40 * step / 255, (40 * step + 20) / 255
+    inputs = {"input_ids": torch.tensor([ids]), **given}
+    inputs |= families_more.types(name, inputs["input_ids"], given) if known is families_more else families.types(
+        inputs["input_ids"])  # fmt: skip
+    seen = collector(known.model(name), inputs, new_tokens=1)
+    frames = [Image.new("L", (8, 4), 20 * frame).convert("RGB") for frame in range(6)]
+    panels = panels_of(seen.layout)
+    assert len(panels) == 3 and {(panel.rows, panel.columns) for panel in panels} == {(2, 4)}
+    drawn, places = seen._pictures(frames, None)
+    for panel, place, own in zip(panels, places, rows.chunk(3), strict=True):
+        assert drawn[place].getpixel((0, 0))[0] == pytest.approx(255 * own[0, 0, 0, 0]), panel
+    drawn, places = seen._pictures(frames[:3], None)  # one for each step
+    assert [drawn[place] for place in places] == frames[:3]
+    wanted = "for a prompt of 3 steps of video, each of 2 frames: give one for each of the 6 frames"
+    for count in (0, 2, 5, 7, 9):
+        with pytest.raises(InputError, match=f"{count} pictures were given {wanted}"):
+            seen._pictures((frames * 2)[:count], None)
 
 
 def test_errors_of_a_request() -> None:

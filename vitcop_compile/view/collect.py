@@ -71,9 +71,11 @@ class Collector:
     ) -> Record:
         """Runs and pictures together.
 
-        methods: by name, one for each of `retentions`; pictures: of every image or frame of the request; normal: the mean and
-        deviation that its processor normalises by, so that the encoder's inputs can be shown as it sees them. Raises
-        InputError for tokens that lie in no grid and for pictures that are missing, and ConfigError if no method can be had.
+        methods: by name, one for each of `retentions`; pictures: of every image or frame of the request; where the encoder
+        merges frames, a step of the video is shown on its first, and the pictures may be one for each step; normal: the mean
+        and deviation that its processor normalises by, so that the encoder's inputs can be shown as it sees them. Raises
+        InputError for tokens that lie in no grid, for pictures that are missing or too many, and as `run`, and ConfigError if
+        no method can be had.
         """
         drawn, places = self._pictures(pictures, normal)
         panels = panels_of(self.layout, places)
@@ -86,6 +88,10 @@ class Collector:
         """(pictures, which of them each panel lies on): an input of the encoder where a segment is all of one, which may be a
         part of a picture, else one of those given."""
         images = self._images
+        count, merged = self._steps()
+        if len(given) > count and len(given) != count * merged:
+            raise self._miscounted(len(given))
+        apart = max(1, len(given) // count)  # a step's first frame from that of the next
         packs = list(itertools.chain(*images.packs))
         found: list[Image.Image] = []
         places: list[int] = []
@@ -103,16 +109,29 @@ class Collector:
                     pixels = photograph(images.pixels[tile], *normal)
                     found.append(Image.fromarray((pixels * 255).round().astype("uint8")))
                 elif owner not in owners:
-                    if owner >= len(given):
-                        raise InputError(
-                            f"{len(given)} pictures were given for a prompt of {owner + 1} or more images or frames: give "
-                            "one each"
-                        )
+                    if len(given) < count:
+                        raise self._miscounted(len(given))
                     owners[owner] = len(found)
-                    found.append(given[owner])
+                    found.append(given[owner * apart])
                 places.append(len(found) - 1 if inside else owners[owner])
             tile += segment.tiles
         return found, places
+
+    def _steps(self) -> tuple[int, int]:
+        """(images, or steps of videos, of the request; frames that the encoder merges into each)."""
+        if self.layout[0].kind != "video":
+            return len(self._images.layouts), 1
+        vision = getattr(self.model.config, "vision_config", None)
+        return sum(segment.grid[0] for segment in self.layout), getattr(vision, "temporal_patch_size", 1)
+
+    def _miscounted(self, given: int) -> InputError:
+        (count, merged), start = self._steps(), f"{given} pictures were given for a prompt of"
+        if merged == 1:
+            return InputError(f"{start} {count} images or frames: give one each")
+        return InputError(
+            f"{start} {count} steps of video, each of {merged} frames: give one for each of the {count * merged} frames, the "
+            "last one twice where the processor repeats it, or one for each step"
+        )
 
     def run(self, method: Method, name: str | None = None) -> Run:
         """What the method keeps, and what is answered. One that cannot be had on this model, or at its target, is left out
@@ -183,8 +202,8 @@ class Collector:
         if wrong := int((~values.isfinite()).sum()):
             dtype = str(self._whole.dtype).removeprefix("torch.")
             raise InputError(
-                f"{what}: {wrong} of {values.numel()} numbers are not finite, in {dtype}: use float32 (--dtype float32), which "
-                "does not overflow so soon; if this is float32, look for NaN in the weights and the picture"
+                f"{what}: {wrong} of {values.numel()} numbers are not finite, in {dtype}: use float32 (--dtype float32), "
+                "which does not overflow so soon; if this is float32, look for NaN in the weights and the picture"
             )
 
     def _answer(self, tokens: tuple[int, ...]) -> Answer:
