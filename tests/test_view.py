@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from vitcop_compile.progress import Steps
 from vitcop_compile.view import Collector, Record, Run, collect, page, save_page, sheet, watch
 from vitcop_compile.view.record import Answer, Panel, check_steps, panels_of
 from vitcop_compile.view.render import data_of
+from vitcop_compile.view.sheet import _plain, cut, lit
 
 HOSTILE = "</script><script>document.title='owned'</script> \u2028 & \"what\" <!-- $title"
 SHARES = ("0.5", "0.2")
@@ -398,8 +400,6 @@ def test_numbers_that_are_none() -> None:
 
 
 def test_the_picture_lights_what_is_left(record: Record, tmp_path: Path) -> None:
-    from vitcop_compile.view.sheet import lit
-
     run = record.runs["vitcop"][0]
     light = lit(run, models.PATCHES)
     assert set(np.nonzero(light == 1)[0]) == set(run.steps[-1].kept)
@@ -410,6 +410,37 @@ def test_the_picture_lights_what_is_left(record: Record, tmp_path: Path) -> None
     with Image.open(tmp_path / "all.png") as picture:
         values = np.asarray(picture.convert("L"), dtype=float)
     assert values.shape[0] > 900 and values.std() > 20
+
+
+def test_text_without_spaces_stays_in_the_picture(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cut, not dropped, and what the font lacks is a question mark: matplotlib warns of every glyph that it lacks."""
+    import matplotlib
+
+    german, chinese = "Donaudampfschifffahrtsgesellschaft" * 4, "图片里有什么？" * 20
+    dense = dataclasses.replace(record.dense, text=chinese)
+    runs = {name: tuple(dataclasses.replace(run, answer=dataclasses.replace(record.dense, text=f"$x$ {german}"))
+            for run in record.runs["vitcop"]) for name in ("one",)}  # fmt: skip
+    made = dataclasses.replace(record, prompt=german, dense=dense, runs=runs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawing = sheet(made)
+        drawing.savefig(io.BytesIO())
+    head, said = drawing.get_suptitle(), drawing.axes[0].get_xlabel()
+    assert head == f"{german[:47]}…\nnothing pruned: {'?' * 47}…"
+    first, second, verdict = said.split("\n", 2)
+    assert (first + second).replace(" ", "") == rf"\$x\${german[:51]}…" and verdict.startswith("differs")
+    families = ["no such family", "DejaVu Sans", "STIXGeneral"]
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", families)
+    assert _plain("a\u2a0ab") == "a\u2a0ab"  # the second steps in for what the first lacks
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", families[:1])
+    assert _plain("aé图\t") == "aé??"  # none there is: matplotlib takes its own
+
+
+@pytest.mark.parametrize(
+    "text, found", [("", ""), ("a b", "a b"), (" a\n b ", "a b"), ("abcde", "abcde"), ("abcdef", "abcd…"), ("abc def", "abc…")]
+)
+def test_text_is_cut(text: str, found: str) -> None:
+    assert cut(text, 5) == found
 
 
 def test_a_page_that_cannot_be_written(record: Record, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from .record import Panel, Record, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ft2font import FT2Font
 
 _SIDE = 240  # pixels of a panel's height
 _GAP = 6
@@ -44,7 +46,7 @@ def sheet(record: Record) -> Figure:
                                        fontsize=13, fontweight="bold")  # fmt: skip
         axes[row, 0].set_ylabel(textwrap.fill(_plain(name), 20), fontsize=12, fontweight="bold")
     dense = record.dense.text or " ".join(record.dense.pieces)
-    head = f"{textwrap.shorten(record.prompt, 24 * columns)}\nnothing pruned: {textwrap.shorten(dense, 24 * columns)}"
+    head = f"{cut(record.prompt, 24 * columns)}\nnothing pruned: {cut(dense, 24 * columns)}"
     out.suptitle(_plain(head), fontsize=13, y=1 - 0.16 / size[1], va="top")
     out.subplots_adjust(left=0.9 / size[0], right=0.99, bottom=0.75 / size[1], top=1 - 1.25 / size[1], wspace=0.06, hspace=0.4)
     return out
@@ -97,14 +99,34 @@ def _cell(axes: Axes, image: Picture, record: Record, run: Run) -> None:
     axes.set_xlabel(_plain(text), fontsize=9, color=_GOOD if run.differs is None else _BAD)
 
 
+def cut(text: str, width: int) -> str:
+    """`text` on one line, so many letters of it at the most: "…" stands for what is left out. Text may have no spaces."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1].rstrip() + "…"
+
+
 def _lines(text: str, width: int) -> str:
     """As many letters as two lines hold."""
-    return textwrap.fill(textwrap.shorten(text, 2 * width - 8, placeholder=" …"), width)
+    return textwrap.fill(cut(text, 2 * width - 8), width)
 
 
 def _plain(text: str) -> str:
-    """Without what matplotlib would take for mathematics, or has no glyph for."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text).replace("$", r"\$")
+    """Without what matplotlib would take for mathematics; "?" for what its fonts (rcParams["font.family"]) have no glyph
+    for, which it would draw as a box."""
+    fonts = _fonts()
+    shown = (letter if letter == "\n" or any(font.get_char_index(ord(letter)) for font in fonts) else "?" for letter in text)
+    return "".join(shown).replace("$", r"\$")
+
+
+def _fonts() -> list[FT2Font]:
+    """Those that text is drawn with: the first, and those that step in where it lacks a glyph."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    found = []
+    for family in FontProperties().get_family():
+        with contextlib.suppress(ValueError):  # a family that is not installed
+            found.append(get_font(findfont(FontProperties(family=[family]), fallback_to_default=False)))
+    return found or [get_font(findfont(FontProperties()))]
 
 
 def _decoded(uri: str) -> Image.Image:
