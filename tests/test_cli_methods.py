@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vitcop_compile import bench, methods
+from vitcop_compile import ConfigError, bench, methods
 from vitcop_compile.bench.selection import SelectionOnly, selection_inputs
-from vitcop_compile.cli import app
+from vitcop_compile.cli import app, shared
 from vitcop_compile.families import family_of
 from vitcop_compile.methods.named import method_from, method_names
 from vitcop_compile.schedule import resolve
@@ -34,6 +34,33 @@ def test_every_method_has_a_line() -> None:
     assert "-> 166 before layer 2 (last_attention); mean 191.6" in lines["fastv"]
 
 
+@pytest.mark.parametrize(
+    "command, options, reader",
+    [
+        ("view", ["--random"], "vitcop_compile.cli.view._methods"),
+        ("tune", ["--model", "x", "--images", "y", "--target", "kl=1"], "vitcop_compile.cli.tune._methods"),
+        ("bench", [], "vitcop_compile.bench.run"),
+    ],
+)
+def test_all_are_all_in_every_command_that_takes_several(
+    command: str, options: list[str], reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(asked: list, *_: object, **__: object) -> None:
+        raise ConfigError(f"asked for {' '.join(asked[0].configs if command == 'bench' else asked)}")
+
+    monkeypatch.setattr(reader, read)
+    found = CliRunner().invoke(app, [command, *options, "--method", "all"])
+    assert found.exit_code == 2 and " ".join(found.output.split()) == f"error: asked for {' '.join(NAMES)}"
+    found = CliRunner().invoke(app, [command, *options, "--method", "all", "--method", "fastv"])
+    assert found.exit_code == 2 and "--method all was given with others: choose either" in found.output
+
+
+def test_only_what_takes_several_methods_speaks_of_all() -> None:
+    assert "`all`" not in shared.ONE_METHOD_HELP and "`all` alone for all" in shared.METHOD_HELP
+    found = CliRunner().invoke(app, ["export", "--method", "all", "--model", "x", "--output-dir", "y"])
+    assert found.exit_code == 2 and "method 'all' is unknown" in found.output
+
+
 def test_a_calibrated_method_has_a_line() -> None:
     code, text = explained("--method", "calibrated+visionzip:tokens=64", "--method", "visionzip:tokens=64")
     lines = [line for line in text.splitlines() if "visionzip:tokens" in line]
@@ -51,6 +78,7 @@ def test_one_method_has_a_table() -> None:
         (["--method", "slowv"], "method 'slowv' is unknown: use one of vitcop, dense, "),
         (["--method", "fastv:speed=3"], "fastv: unknown settings speed: use some of tokens, retention, layer"),
         (["--method", "fastv", "--retention", "0.05"], "as the first 2 of 32 layers see all: choose more than 0.0641"),
+        (["--method", "all", "--method", "fastv"], "--method all was given with others: choose either"),
         (["--method", "fastv", "--preset", "1/9"], "leave --preset, --mean-tokens, --config out"),
     ],
 )

@@ -29,6 +29,7 @@ from test_cli import TINY, checkpoint, error_of, invoke  # noqa: F401
 
 from vitcop_compile import ConfigError, InputError, RewriteError, ViTCoPConfig, demo, methods
 from vitcop_compile.layout import Segment
+from vitcop_compile.methods.named import method_names
 from vitcop_compile.policies import POLICIES
 from vitcop_compile.progress import Steps
 from vitcop_compile.view import Collector, Record, Run, collect, page, save_page, sheet, watch
@@ -466,6 +467,23 @@ def test_the_command_on_random_weights(tmp_path: Path, monkeypatch: pytest.Monke
     assert [len(run["steps"][0]["kept"]) for run in told["runs"]["uniform"]] == [32, 13]
 
 
+@pytest.mark.slow
+def test_the_command_draws_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a model of four layers cannot have at a share are shown and printed with the reason."""
+    monkeypatch.setattr(demo, "SMALL", TINY)
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "in.png")
+    options = ["--random", "--image", tmp_path / "in.png", "--max-new-tokens", 1, "--method", "all", "--retention", "1/5"]
+    result = invoke("view", *options, "--output", tmp_path / "out.html")
+    assert result.exit_code == 0, result.output
+    tree = _Tree()
+    tree.feed((tmp_path / "out.html").read_text("utf-8"))
+    runs = json.loads(tree.scripts[0])["runs"]
+    assert list(runs) == [name for name in method_names() if name != "dense"]
+    out = [name for name, (run,) in runs.items() if run["left_out"]]
+    assert 0 < len(out) < len(runs) / 2
+    assert [name for name in runs if f"{name} at 1/5 left out: " in result.output] == out
+
+
 def test_the_command_on_a_folder(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
     Image.new("RGB", (80, 60), "teal").save(tmp_path / "in.png")
     asked = ["--image", tmp_path / "in.png", "--method", "uniform:tokens=9", "--max-new-tokens", 3]
@@ -483,7 +501,11 @@ def test_the_command_on_a_folder(checkpoint: Path, tmp_path: Path) -> None:  # n
     "options, words",
     [
         (["--random", "--method", "slowv"], "method 'slowv' is unknown: use one of vitcop"),
-        (["--random", "--retention", "2"], "retention=2"),
+        (["--random", "--retention", "2"], "--retention 2 is no share of the visual tokens: give a number in (0, 1]"),
+        (["--random", "--retention", "much", "--method", "uniform:tokens=9"], "--retention much is no share"),
+        (["--random", "--retention", "0", "--method", "uniform:tokens=9"], "--retention 0 is no share"),
+        (["--random", "--retention", "1/0", "--method", "dense"], "--retention 1/0 is no share"),
+        (["--random", "--retention", "1/9-wide", "--method", "uniform"], "'1/9-wide' is not a number"),
         (["--random", "--retention", "1/3", "--retention", "1/3"], "1/3 was given twice"),
         (["--random", "--model", "x"], "--random and --model x were given: choose one"),
         (["--random", "--dtype", "int4"], "--dtype int4 is unknown: use one of float32"),

@@ -18,6 +18,7 @@ from .shared import (
     WIDE_TABLE_WIDTH,
     console,
     errors_as_lines,
+    methods_asked,
     without_future_warnings,
 )
 
@@ -76,7 +77,7 @@ def bench_command(
         given = {"presets": tuple(preset or ()) or None, "layers": layers, "vision_layers": vision_layers, "rounds": rounds}
         chosen: dict[str, Any] = (_FULL if full else _QUICK) | {k: value for k, value in given.items() if value is not None}
         presets, rounds = chosen.pop("presets"), chosen.pop("rounds")
-        configs = {name: method_from(name, retention=DEFAULT_RETENTION) for name in method or ()}
+        configs = {name: method_from(name, retention=DEFAULT_RETENTION) for name in methods_asked(method or ())}
         if method and not preset:
             presets = ()
         size = image_size or bench.IMAGE_SIZES.get(family, 336)  # an unknown family is refused with its case

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..explain import TEXT_TOKENS, summary, table
 from ..host import FixedImages, Host
 from ..methods import load_method
-from ..methods.named import method_from, method_names, settings_of_share
+from ..methods.named import method_from, settings_of_share
 from ..schedule import Method, ModelShape, resolve
 from .shared import (
     DEFAULT_RETENTION,
@@ -23,6 +23,7 @@ from .shared import (
     console,
     errors_as_lines,
     image_size_of,
+    methods_asked,
     model_host,
 )
 
@@ -72,8 +73,7 @@ def _settings(
                 "--method says what it needs itself, or takes --retention: leave --preset, --mean-tokens, --config out"
             )
         defaults = {"retention": DEFAULT_RETENTION if retention is None else retention}
-        names = [name for name in method_names() if name != "dense"] if methods == ["all"] else methods
-        return {name: method_from(name, **defaults) for name in names}
+        return {name: method_from(name, **defaults) for name in methods_asked(methods)}
     return {"vitcop" if path is None else str(path): _of_options(preset, retention, mean_tokens, path)}
 
 

@@ -28,7 +28,7 @@ from ..methods.named import method_from, settings_of_share
 from ..pipeline import optimize
 from ..schedule import Method, resolve
 from .shared import (
-    METHOD_HELP,
+    ONE_METHOD_HELP,
     PRESET_NAMES,
     cannot_load,
     console,
@@ -68,7 +68,7 @@ def export_command(
     retention: Annotated[
         str, typer.Option(help=f"A published setting ({PRESET_NAMES}), or the share of the visual tokens to keep.")
     ] = DEFAULT_PRESET,
-    method: Annotated[str | None, typer.Option(help=METHOD_HELP)] = None,
+    method: Annotated[str | None, typer.Option(help=ONE_METHOD_HELP)] = None,
     format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "onnx",
     dtype: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; default: float32 for onnx, float16 for tensorrt.")

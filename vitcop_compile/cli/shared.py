@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..config import DEFAULT_PRESET, NAMED_PRESETS
 from ..errors import ConfigError, UnsupportedError, VitcopError
 from ..families.registry import host_of
 from ..host import Host
-from ..methods.named import method_names
+from ..methods.named import DENSE, method_names
 
 _PLACEHOLDER = "<image>\n"
 TABLE_WIDTH = 120
@@ -27,10 +27,12 @@ WIDE_TABLE_WIDTH = 240
 PRESET_NAMES = ", ".join(NAMED_PRESETS)
 # Of a method that is named without a target.
 DEFAULT_RETENTION = NAMED_PRESETS[DEFAULT_PRESET][2]
-METHOD_HELP = (
-    "NAME or NAME:setting=value,setting=value, such as fastv:layer=2,tokens=64; repeat for several, `all` for all; "
-    f"names: {', '.join(method_names())}; calibrated+NAME counts merged tokens for as many as they took in."
-)
+_ALL = "all"
+_NAMES = f"names: {', '.join(method_names())}; calibrated+NAME counts merged tokens for as many as they took in."
+_ONE = "NAME or NAME:setting=value,setting=value, such as fastv:layer=2,tokens=64"
+# Of an option that takes one, and of one that `methods_asked` reads.
+ONE_METHOD_HELP = f"{_ONE}; {_NAMES}"
+METHOD_HELP = f"{_ONE}; repeat for several, `{_ALL}` alone for all; {_NAMES}"
 
 
 @contextmanager
@@ -66,6 +68,15 @@ def model_host(model: str) -> Host:
     except (OSError, ValueError) as error:
         raise cannot_load(model, error) from None
     return host_of(config)
+
+
+def methods_asked(texts: Sequence[str]) -> list[str]:
+    """The methods that `--method` names; `all` is every name of one that prunes. Raises ConfigError for `all` with others."""
+    if _ALL not in texts:
+        return list(texts)
+    if len(texts) > 1:
+        raise ConfigError(f"--method {_ALL} was given with others: choose either")
+    return [name for name in method_names() if name != DENSE]
 
 
 def question_of(processor: Any, prompt: str, image: bool = True) -> str:

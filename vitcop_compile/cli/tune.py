@@ -18,7 +18,7 @@ from ..methods.named import method_from, split
 from ..picture import load_image
 from ..progress import Steps
 from ..schedule import Method
-from .shared import METHOD_HELP, cannot_load, console, errors_as_lines, request_of, without_future_warnings
+from .shared import METHOD_HELP, cannot_load, console, errors_as_lines, methods_asked, request_of, without_future_warnings
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _METHODS = ("vitcop", "visionzip", "divprune", "fastv", "uniform")
@@ -47,7 +47,7 @@ def tune_command(
         target_of(target)
         if not output.resolve().parent.is_dir():
             raise ConfigError(f"--output {output} lies in no folder: make {output.parent} first")
-        methods = _methods(method or list(_METHODS), retention or list(PRESETS))
+        methods = _methods(methods_asked(method or _METHODS), retention or list(PRESETS))
         pictures = _pictures(images, limit)
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()

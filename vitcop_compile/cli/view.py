@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,22 @@ from rich.text import Text
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .. import demo, picture, toy
+from ..config import NAMED_PRESETS
 from ..errors import ConfigError, InputError
 from ..methods.named import method_from, split
 from ..progress import Steps
 from ..schedule import Method
-from .shared import METHOD_HELP, cannot_load, console, errors_as_lines, model_host, request_of, without_future_warnings
+from .shared import (
+    METHOD_HELP,
+    PRESET_NAMES,
+    cannot_load,
+    console,
+    errors_as_lines,
+    methods_asked,
+    model_host,
+    request_of,
+    without_future_warnings,
+)
 
 _METHODS = ("vitcop", "visionzip", "divprune", "uniform")
 _RETENTIONS = ("1/3", "2/9", "1/9", "1/18")
@@ -61,7 +73,7 @@ def view_command(
         from ..view import Collector, save_page, sheet
 
         shares = retention or list(_RETENTIONS)
-        methods = _methods(method or list(_METHODS), shares)
+        methods = _methods(methods_asked(method or _METHODS), shares)
         drawn = _check(output, dtype, max_new_tokens, model, random)
         photo = picture.load_image(image)
         steps = Steps(Console(stderr=True))
@@ -88,11 +100,26 @@ def _methods(texts: list[str], shares: list[str]) -> dict[str, list[Method]]:
         {text for text in texts if texts.count(text) > 1} | {text for text in shares if shares.count(text) > 1}
     ):
         raise ConfigError(f"{', '.join(double)} was given twice: give every method and retention once")
+    for share in shares:
+        _check_share(share)
     found: dict[str, list[Method]] = {}
     for text in texts:
         own = {} if _TARGETS & split(text)[1].keys() else {"retention": ""}
         found[text] = [method_from(text, **{name: share for name in own}) for share in shares]
     return found
+
+
+def _check_share(text: str) -> None:
+    """Raises ConfigError for a retention that is none, which methods that say their own target would not read."""
+    try:
+        inside = text in NAMED_PRESETS or 0 < Fraction(text) <= 1
+    except (ValueError, ZeroDivisionError):
+        inside = False
+    if not inside:
+        raise ConfigError(
+            f"--retention {text} is no share of the visual tokens: give a number in (0, 1], such as 0.1 or 1/9, or for vitcop "
+            f"one of {PRESET_NAMES}"
+        )
 
 
 def _check(output: Path, dtype: str, new_tokens: int, model: str | None, random: bool) -> Path:
