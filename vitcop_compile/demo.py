@@ -190,8 +190,7 @@ def _measure_once(arm: Arm, subject: Subject, new_tokens: int, counts: bool) -> 
 
 def _check(options: Options) -> None:
     picture.require_matplotlib()
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise ConfigError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    place(options.dtype)
     for name in ("max_new_tokens", "rounds"):
         if getattr(options, name) < 1:
             raise InputError(f"{name}={getattr(options, name)} is below 1: ask for 1 or more")
@@ -200,9 +199,13 @@ def _check(options: Options) -> None:
         raise InputError(f"{options.output} cannot be written: name a file in an existing folder")
 
 
-def _place(options: Options) -> tuple[torch.device, torch.dtype]:
+def place(dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Where a command's model goes, and in what: CUDA if there is one; `dtype`, by default float32 on the CPU and float16 on
+    CUDA. Raises ConfigError for a dtype that is not among `DTYPES`."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device, DTYPES[options.dtype or ("float16" if device.type == "cuda" else "float32")]
+    return device, DTYPES[dtype or ("float16" if device.type == "cuda" else "float32")]
 
 
 def _subject(options: Options, image: Image.Image) -> Subject:
@@ -231,7 +234,7 @@ def _trained(options: Options, image: Image.Image) -> Subject:
 
 
 def _random(options: Options, image: Image.Image) -> Subject:
-    device, dtype = _place(options)
+    device, dtype = place(options.dtype)
     model = toy.small_llava(**SMALL, seed=options.seed, dtype=dtype).to(device)  # type: ignore[arg-type]
     inputs = toy.request(_TEXT.format(options.prompt or _QUESTION), image, model.config)
     processor = toy.processor(model.config)
@@ -240,7 +243,7 @@ def _random(options: Options, image: Image.Image) -> Subject:
 
 
 def _pretrained(options: Options, name: str, image: Image.Image) -> Subject:
-    device, dtype = _place(options)
+    device, dtype = place(options.dtype)
     try:
         processor = AutoProcessor.from_pretrained(name)
         model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)

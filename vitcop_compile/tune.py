@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .backends import backend_of
 from .bench.timing import interleave
 from .cache import PrunedCache
 from .config import ViTCoPConfig
-from .errors import ConfigError, InputError
+from .errors import ConfigError, InputError, UnsupportedError
 from .layout import Layout
 from .optimized import OptimizedModel
 from .pipeline import optimize
@@ -47,23 +49,35 @@ class Candidate:
 @dataclass(frozen=True)
 class Found:
     """chosen: the name of the best candidate that meets the target; candidates: all, dense first; left_out: names and reasons
-    of methods that cannot be had on this model."""
+    of methods that cannot be had on this model, or not through `backend`; device, dtype: those of the weights."""
 
     chosen: str
     method: Method
     target: str
     candidates: tuple[Candidate, ...]
     left_out: Mapping[str, str]
+    backend: str
+    device: str
+    dtype: str
 
     def save(self, path: str | Path) -> None:
         """Writes the method's settings, which `load_method`, `optimize` and `--config` take, with the evidence beside them;
-        aside first, and moved into place."""
+        aside first, and moved into place. Raises InputError for a path that cannot be written."""
         target = Path(path)
+        where = {"backend": self.backend, "device": self.device, "dtype": self.dtype}
         candidates = [asdict(candidate) for candidate in self.candidates]
-        evidence = {"target": self.target, "chosen": self.chosen, "left_out": dict(self.left_out), "candidates": candidates}
+        found = {"target": self.target, "chosen": self.chosen, "left_out": dict(self.left_out), "candidates": candidates}
+        text = json.dumps(json.loads(self.method.to_json()) | {"evidence": where | found}, indent=2) + "\n"
         aside = target.with_name(target.name + ".partial")
-        aside.write_text(json.dumps(json.loads(self.method.to_json()) | {"evidence": evidence}, indent=2) + "\n")
-        aside.replace(target)
+        try:
+            aside.write_text(text, "utf-8")
+            aside.replace(target)
+        except OSError as error:
+            with suppress(OSError):
+                aside.unlink()
+            raise InputError(
+                f"{target} cannot be written: {error.strerror or error}; name a file in an existing folder"
+            ) from None
 
 
 def target_of(text: str) -> tuple[str, float]:
@@ -77,6 +91,17 @@ def target_of(text: str) -> tuple[str, float]:
         known = ", ".join(f"{known}=NUMBER ({unit})" for known, unit in TARGETS.items())
         raise ConfigError(f"target {text!r} is none: use one of {known}")
     return name, bound
+
+
+def check(target: str, backend: str, tokens: int, rounds: int) -> tuple[str, float]:
+    """`target_of` a search's target, with its other arguments looked at too: before a model is loaded for nothing. Raises
+    ConfigError for the target, UnsupportedError for the backend, InputError for counts below 1."""
+    found = target_of(target)
+    backend_of(backend)
+    for name, value in (("tokens", tokens), ("rounds", rounds)):
+        if value < 1:
+            raise InputError(f"{name}={value} is below 1: ask for 1 or more")
+    return found
 
 
 def tune(
@@ -94,11 +119,12 @@ def tune(
 
     target: "kl=0.1" asks for the least time to the first token among those that stay so near to the dense model; "ttft=200"
     and "kv=8" for the nearest to it among those that are so fast, or so small. Distances are measured operator by operator,
-    times through `backend`, in interleaved rounds, on the first request.
+    times through `backend`, in interleaved rounds, on the first request. A method that the model cannot have, or that
+    `backend` cannot compile, which is found out where times are measured, is left out with the reason.
 
-    Raises ConfigError for a target that none meets, saying what the best was, and InputError without requests.
+    Raises ConfigError for a target that none meets, saying what the best was, InputError without requests, and as `check`.
     """
-    name, bound = target_of(target)
+    name, bound = check(target, backend, tokens, rounds)
     if not requests:
         raise InputError("there is no picture to tune on: give one or more")
     dense = optimize(model, ViTCoPConfig.dense(), backend="eager")
@@ -114,7 +140,7 @@ def tune(
         try:
             pruned = optimize(model, method, backend="eager", like=dense)
             found[label] = _planned(label, pruned, whole, texts)
-        except ConfigError as error:
+        except (ConfigError, UnsupportedError) as error:
             left_out[label] = str(error)
             continue
         if name != "kv" or found[label].kv <= bound:
@@ -124,26 +150,32 @@ def tune(
         with steps.step(f"{_DENSE}: answers to {len(requests)} pictures"):
             answers = [answer(dense, request, tokens) for request in requests]
     for label, (_, pruned) in chosen.items():
-        with steps.step(f"{label}: distance on {len(requests)} pictures"):
-            found[label] = _compared(found[label], answers, [answer(pruned, request, tokens) for request in requests])
-    if name == "kl":
-        chosen = {label: own for label, own in chosen.items() if (found[label].kl or 0.0) <= bound}
-    timed = {_DENSE: ViTCoPConfig.dense()} | {label: method for label, (method, _) in chosen.items()}
-    if chosen and name != "kv":
-        times = _times(dense, timed, requests[0], backend, rounds, steps)
-        found |= {label: _with(found[label], ttft=times[label]) for label in times}
-    best = _best(name, bound, found, list(chosen))
-    return Found(best, chosen[best][0], target, tuple(found.values()), left_out)
+        try:
+            with steps.step(f"{label}: distance on {len(requests)} pictures"):
+                found[label] = _compared(found[label], answers, [answer(pruned, request, tokens) for request in requests])
+        except UnsupportedError as error:
+            left_out[label] = str(error)
+    near = [label for label in chosen if label not in left_out and (name != "kl" or (found[label].kl or 0.0) <= bound)]
+    if near and name != "kv":
+        timed = {label: chosen[label][0] for label in near}
+        times, failed = _times(dense, timed, requests[0], backend, rounds, steps)
+        found |= {label: _with(found[label], ttft=value) for label, value in times.items()}
+        left_out |= failed
+    found = {label: own for label, own in found.items() if label not in left_out}
+    best = _best(name, bound, found, [label for label in near if label in found], left_out)
+    where = backend, str(dense.device), str(dense.dtype).removeprefix("torch.")
+    return Found(best, chosen[best][0], target, tuple(found.values()), left_out, *where)
 
 
-def _best(name: str, bound: float, found: Mapping[str, Candidate], left: list[str]) -> str:
+def _best(name: str, bound: float, found: Mapping[str, Candidate], left: list[str], left_out: Mapping[str, str]) -> str:
     by: dict[str, Callable[[Candidate], float]] = {key: (lambda own, key=key: getattr(own, key)) for key in TARGETS}  # type: ignore[misc]
     meets = [label for label in left if getattr(found[label], name) is not None and by[name](found[label]) <= bound]
     if meets:
         return min(meets, key=lambda label: by["ttft" if name == "kl" else "kl"](found[label]))
     measured = [own for own in found.values() if getattr(own, name) is not None and own.name != _DENSE]
     if not measured:
-        raise ConfigError(f"no method can be had on this model: {name}={bound} {TARGETS[name]} cannot be looked for")
+        why = "".join(f"; {label}: {reason}" for label, reason in left_out.items())
+        raise ConfigError(f"no method can be had on this model: {name}={bound} {TARGETS[name]} cannot be looked for{why}")
     near = min(measured, key=by[name])
     raise ConfigError(
         f"no method meets {name}={bound} {TARGETS[name]}: the best was {near.name} with {by[name](near):.4g}; raise the "
@@ -174,18 +206,27 @@ def _with(own: Candidate, **values: float) -> Candidate:
 
 def _times(
     dense: OptimizedModel, methods: Mapping[str, Method], request: Mapping[str, Any], backend: str, rounds: int, steps: Steps
-) -> dict[str, float]:
-    """Median milliseconds from ids and pixels to the first logits."""
-    calls: dict[str, Callable[[], Any]] = {}
-    for label, method in methods.items():
-        fast = optimize(dense.model, method, backend=backend, like=dense)
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(median milliseconds from ids and pixels to the first logits, dense first; why methods could not be compiled). Raises
+    UnsupportedError where `backend` cannot compile the dense model itself."""
+    calls, failed = dict[str, Callable[[], Any]](), dict[str, str]()
+    for label, method in {_DENSE: ViTCoPConfig.dense(), **methods}.items():
+        try:
+            fast = optimize(dense.model, method, backend=backend, like=dense)
 
-        def call(fast: OptimizedModel = fast) -> Any:
-            return fast(**request, past_key_values=PrunedCache())
+            def call(fast: OptimizedModel = fast) -> Any:
+                return fast(**request, past_key_values=PrunedCache())
 
-        with steps.step(f"{label}: compiling"), torch.no_grad():
-            call()
+            with steps.step(f"{label}: compiling"), torch.no_grad():
+                call()
+        except UnsupportedError as error:
+            if label == _DENSE:
+                raise
+            failed[label] = str(error)
+            continue
         calls[label] = call
+    if len(calls) == 1:  # dense alone, and nothing to choose from
+        return {}, failed
     with steps.bar("time to the first token", rounds + 3) as advance, torch.no_grad():
         times = interleave(calls, rounds, 3, tick=advance)
-    return {label: median(values) for label, values in times.items()}
+    return {label: median(values) for label, values in times.items()}, failed

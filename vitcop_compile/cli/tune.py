@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from .. import demo
 from ..config import PRESETS
 from ..errors import ConfigError, InputError
 from ..methods.named import method_from, split
@@ -38,36 +38,41 @@ def tune_command(
     limit: Annotated[int, typer.Option(help="Pictures to look at, in the order of their names.")] = 16,
     tokens: Annotated[int, typer.Option(help="First tokens that are compared.")] = 8,
     rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 7,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: float32 on CPU, float16 on CUDA.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where to write the settings and their evidence.")] = Path("vitcop-tuned.json"),
 ) -> None:
     """Search presets and methods on your own pictures, and write the settings that meet a target with the evidence."""
     with errors_as_lines(), without_future_warnings():
-        from ..tune import TARGETS, target_of, tune
+        from ..tune import TARGETS, check, tune
 
-        target_of(target)
-        if not output.resolve().parent.is_dir():
-            raise ConfigError(f"--output {output} lies in no folder: make {output.parent} first")
+        name, _ = check(target, backend, tokens, rounds)
+        device, kind = demo.place(dtype)
+        if not output.absolute().parent.is_dir() or output.is_dir():
+            raise InputError(f"--output {output} cannot be written: name a file in an existing folder")
         methods = _methods(methods_asked(method or _METHODS), retention or list(PRESETS))
         pictures = _pictures(images, limit)
         try:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=kind).to(device).eval()
             processor = AutoProcessor.from_pretrained(model)
         except (OSError, ValueError, ImportError) as error:
             raise cannot_load(model, error) from None
-        requests = [dict(request_of(processor, load_image(path), prompt)) for path in pictures]
+        requests = [dict(request_of(processor, load_image(path), prompt).to(device)) for path in pictures]
         found = tune(
             loaded, requests, methods, target, backend=backend, tokens=tokens, rounds=rounds, steps=Steps(Console(stderr=True))
         )
-        table = Table(title=f"{len(pictures)} pictures, {target} {TARGETS[target_of(target)[0]]}")
-        for name in ("method", "visual tokens", "FLOPs", "KV MiB", "KL nats", f"first {tokens} agree", "TTFT ms"):
-            table.add_column(name, justify="left" if name == "method" else "right")
+        on = f"{found.backend}, {found.device}, {found.dtype}"
+        table = Table(title=f"{len(pictures)} pictures, {target} {TARGETS[name]}; {on}")
+        for column in ("method", "visual tokens", "FLOPs", "KV MiB", "KL nats", f"first {tokens} agree", "TTFT ms"):
+            table.add_column(column, justify="left" if column == "method" else "right")
         for own in found.candidates:
             sizes = (f"{own.tokens:.1f}", f"/ {own.flops:.2f}", f"{own.kv:.2f}")
             measured = (_cell(own.kl), _share(own.agreed), _cell(own.ttft))
             table.add_row(own.name, *sizes, *measured, style="bold green" if own.name == found.chosen else None)
         console().print(table)
-        for name, why in found.left_out.items():
-            console().print(Text(f"{name} left out: {why}", style="yellow"), soft_wrap=True)
+        for label, why in found.left_out.items():
+            console().print(Text(f"{label} left out: {why}", style="yellow"), soft_wrap=True)
         found.save(output)
         console().print(Text(f"{found.chosen} -> {output}"), soft_wrap=True)
 
