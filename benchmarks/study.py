@@ -176,7 +176,7 @@ class Study:
                 f"{self.output} has times at {label}, and others would not be of the same rounds: remove those, or give "
                 "another --output"
             )
-        found = {name: first_that_fits(self.dense, settings(name, SHARES[label])) for name in names}
+        found = {name: first_that_fits(self.dense, name, settings(name, SHARES[label])) for name in names}
         methods = {name: method for name, method in found.items() if method is not None}
         request = request_of(self.dense, self.processor, self.name, self.asked["what"][0])
         rows = times_of(self.dense, methods, request, backend, rounds, self.steps)

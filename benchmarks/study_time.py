@@ -7,8 +7,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.text import Text
 
-from vitcop_compile import ConfigError, optimize
+from vitcop_compile import ConfigError, UnsupportedError, optimize
 from vitcop_compile.bench import Request
 from vitcop_compile.bench.selection import selection_arm
 from vitcop_compile.bench.timing import interleave
@@ -26,16 +28,25 @@ def times_of(
     """Milliseconds by name, "dense" first: {"ttft": ..., "selection": ...}, medians of rounds in which all take turns.
 
     ttft: ids and pixels of `request` to the first logits; selection: what the passes insert, compiled alone, on random
-    inputs of its shapes, none of dense. Raises ConfigError for a method that the model cannot have."""
+    inputs of its shapes, none of dense. A method that `backend` cannot compile is left out, and the reason printed. Raises
+    ConfigError for a method that the model cannot have, UnsupportedError where `backend` cannot compile dense."""
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     layout = tuple(segment for image in dense.layouts_of(**request)[0] for segment in image)
     for name, method in (("dense", dense.pruning_config), *methods.items()):
-        fast = optimize(dense.model, method, backend=backend, like=dense)
-        with steps.step(f"{name}: compiling"), torch.no_grad():
-            calls[name, "ttft"] = _call(fast, request)
-            schedule = fast.schedule_of(layout)
-            if schedule.stages:
-                calls[name, "selection"] = _selection(fast, schedule, request, backend)
+        own: dict[tuple[str, str], Callable[[], Any]] = {}
+        try:
+            fast = optimize(dense.model, method, backend=backend, like=dense)
+            with steps.step(f"{name}: compiling"), torch.no_grad():
+                own[name, "ttft"] = _call(fast, request)
+                schedule = fast.schedule_of(layout)
+                if schedule.stages:
+                    own[name, "selection"] = _selection(fast, schedule, request, backend)
+        except UnsupportedError as error:
+            if name == "dense":
+                raise
+            _left_out(name, error)
+            continue
+        calls |= own
     with steps.bar("times", rounds + WARMUP) as advance, torch.no_grad():
         measured = interleave(calls, rounds, WARMUP, tick=advance)
     found: dict[str, dict[str, float]] = {}
@@ -58,13 +69,20 @@ def _selection(fast: OptimizedModel, schedule: Schedule, request: Mapping[str, A
     return selection_arm(schedule, asked, backend, fast.dtype, fast.device, bool(fast.host.tables))
 
 
-def first_that_fits(dense: OptimizedModel, tries: Any) -> Method | None:
-    """Of methods that are made in order, the first that the model can have."""
+def first_that_fits(dense: OptimizedModel, name: str, tries: Any) -> Method | None:
+    """Of methods that are made in order, the first that the model can have; None with none, and the last reason printed."""
+    why: Exception | str = "nothing was tried"
     for make in tries:
         try:
             method: Method = make()
             optimize(dense.model, method, backend="eager", like=dense)
-        except ConfigError:
+        except (ConfigError, UnsupportedError) as error:
+            why = error
             continue
         return method
+    _left_out(name, why)
     return None
+
+
+def _left_out(name: str, why: Exception | str) -> None:
+    Console(stderr=True).print(Text(f"{name} left out: {why}", style="yellow"), soft_wrap=True)
