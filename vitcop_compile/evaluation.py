@@ -80,16 +80,22 @@ def generation_of(settings: Mapping[str, Any], max_new_tokens: int) -> tuple[dic
     """(arguments of `generate`, stop strings) of a request's `settings`.
 
     A temperature of 0 is greedy, one above 0 samples unless `do_sample` is false; what the settings leave out is greedy, of
-    `max_new_tokens`. Raises InputError for names that `generate` does not know.
+    `max_new_tokens`. Raises InputError for names that `generate` does not know, and for what it cannot be asked here: what
+    answers are read by, such as the tokens that end them, and what needs another model or cache than a compiled one.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     until = given.pop("until", ())
     stops = tuple(filter(None, (until,) if isinstance(until, str) else until))
-    if unknown := sorted(name for name in given if not hasattr(_KNOWN, name)):
+    if unknown := sorted(name for name in given if name not in _FIELDS):
         raise InputError(
             f"{', '.join(unknown)}: no setting of `generate`: leave it out of generation_kwargs, or use some of until, "
             "max_new_tokens, temperature, do_sample, top_p, top_k, num_beams, repetition_penalty, ..."
         )
+    for name, value in list(given.items()):
+        if name in _OWNED:
+            raise InputError(f"{name}={value!r} cannot be chosen for an answer: {_OWNED[name]}")
+        if name in _FIXED and given.pop(name) != _FIXED[name]:
+            raise InputError(f"{name}={value!r} cannot be had for an answer, only {name}={_FIXED[name]}: leave it out")
     temperature = given.get("temperature")
     sample = given.pop("do_sample", temperature is not None and temperature > 0) and temperature != 0
     if not sample:
@@ -97,14 +103,40 @@ def generation_of(settings: Mapping[str, Any], max_new_tokens: int) -> tuple[dic
     return {"max_new_tokens": max_new_tokens, "num_beams": 1} | given | {"do_sample": bool(sample)}, stops
 
 
-_KNOWN = GenerationConfig()
+_FIELDS = {name for name in GenerationConfig().to_dict() if name[0] != "_"} - {"transformers_version"}
+# Settings that are the evaluator's or the compiled model's own -> what to do about them.
+_ENDS = "leave it out, the model's own is used"
+_GUESSES = "leave it out, a pruned cache cannot take back tokens that were guessed"
+_CACHE = "leave it out, a compiled model brings its own cache and programs"
+_SEARCHES = "leave it out, or use num_beams or do_sample"
+_OWNED = {
+    "max_length": "use max_new_tokens",
+    "min_length": "use min_new_tokens",
+    "stop_strings": "use until",
+    **dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"), _ENDS),
+    **dict.fromkeys(("cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"), _CACHE),
+    **dict.fromkeys(("compile_config", "disable_compile", "continuous_batching_config"), _CACHE),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "max_matching_ngram_size", "use_mtp", "speculation_type"), _GUESSES),
+    **dict.fromkeys((name for name in _FIELDS if "assistant" in name or name.endswith("_lookbehind")), _GUESSES),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "diversity_penalty"), _SEARCHES),
+}
+# Those of which one value is what is done anyway: one answer, of text alone.
+_FIXED = {
+    "use_cache": True,
+    "num_return_sequences": 1,
+    "num_beam_groups": 1,
+    "guidance_scale": 1,
+    "token_healing": False,
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), False),
+    "return_dict_in_generate": False,
+}
 
 
 class Evaluator:
     """Asks `model` what conversations ask, through the chat template of `processor`.
 
-    batch_size: prompts that go through the programs together, the last batch filled up with copies so that it needs no
-    programs of its own; max_new_tokens: of requests that say nothing; chat_template: in place of the processor's; frames: what
+    batch_size: prompts that are asked together, fewer filled up with copies of the last so that their number needs no programs
+    of its own; max_new_tokens: of requests that say nothing; chat_template: in place of the processor's; frames: what
     the processor is told about videos, such as {"num_frames": 8}. Raises UnsupportedError for a processor without a chat
     template, ConfigError for counts below 1.
     """
@@ -152,8 +184,9 @@ class Evaluator:
             options, stops = wanted[group[0]]
             for first in range(0, len(group), self.batch_size):
                 own = group[first : first + self.batch_size]
-                for part, given in self._batches({at: questions[at]() for at in own}, fill=first > 0):
-                    found |= zip(part, self._said(given, options, stops), strict=False)
+                for part, given in self._batches({at: questions[at]() for at in own}):
+                    said = self._said(given, options, stops)
+                    found |= zip(part, said[: len(part)], strict=True)
                 if done is not None:
                     done(len(own))
         return [found[at] for at in range(len(questions))]
@@ -186,11 +219,11 @@ class Evaluator:
                 own.setdefault(tuple(told), {})[at] = last
             rows += [_Row(conversation, told, lasts) for told, lasts in own.items()]
             while len(rows) >= self.batch_size:
-                found |= self._scored(rows[: self.batch_size], fill=True)
+                found |= self._scored(rows[: self.batch_size])
                 del rows[: self.batch_size]
             if done is not None:
                 done(len(asked))
-        found |= self._scored(rows, fill=len(found) > 0)
+        found |= self._scored(rows)
         return [found[at] for at in range(len(questions))]
 
     def render(self, conversation: list[dict[str, Any]]) -> str:
@@ -208,9 +241,9 @@ class Evaluator:
                 "that has a place for it"
             )
 
-    def _batches(self, asked: Mapping[int, list[dict[str, Any]]], fill: bool) -> list[tuple[list[int], dict[str, Any]]]:
+    def _batches(self, asked: Mapping[int, list[dict[str, Any]]]) -> list[tuple[list[int], dict[str, Any]]]:
         """Questions with and without images and videos apart, as processors take a batch of one kind; each with what the
-        processor makes of it, copies of the last row behind the others."""
+        processor makes of it, filled up to a batch with copies of the last row behind the others."""
         kinds: dict[tuple[bool, bool], list[int]] = {}
         for at, conversation in asked.items():
             parts = [part["type"] for message in conversation for part in message["content"]]
@@ -222,7 +255,7 @@ class Evaluator:
                     f"{type(self.processor).__name__} takes no videos: choose tasks with images, or a model that is told of "
                     "videos, such as Qwen2-VL"
                 )
-            rows = part + [part[-1]] * (self.batch_size - len(part) if fill else 0)
+            rows = part + [part[-1]] * (self.batch_size - len(part))
             given = self.processor.apply_chat_template(
                 [_copy(asked[at]) for at in rows],
                 chat_template=self.template,
@@ -260,9 +293,9 @@ class Evaluator:
             raise InputError(f"the continuation {continuation!r} has no token: ask for the likelihood of one or more")
         return tokens
 
-    def _scored(self, rows: Sequence[_Row], fill: bool) -> dict[int, tuple[float, bool]]:
+    def _scored(self, rows: Sequence[_Row]) -> dict[int, tuple[float, bool]]:
         found: dict[int, tuple[float, bool]] = {}
-        for part, given in self._batches({at: row.conversation for at, row in enumerate(rows)}, fill):
+        for part, given in self._batches({at: row.conversation for at, row in enumerate(rows)}):
             found |= self._told([rows[at] for at in part], given)
         return found
 

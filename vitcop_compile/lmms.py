@@ -48,7 +48,7 @@ class VitcopCompile(lmms):
     max_new_tokens: of tasks that say nothing; chat_template: a file, in place of the processor's; min_pixels, max_pixels: of
     Qwen's processors; num_frames, fps: of videos; stop_at_blank_line: whether a blank line ends an answer where lmms-eval says
     so, which it does of every task without stop strings of its own. A text in quotes may hold commas. Raises ConfigError for
-    others.
+    others, and for settings of videos where the model takes none.
     """
 
     is_simple = False
@@ -89,9 +89,10 @@ class VitcopCompile(lmms):
         pruning = method_of_words(_plain(method), _plain(retention), _plain(preset), _plain(config))
         size, self._blank_line = _batch_size(batch_size), stop_at_blank_line
         self._device = self._place(device)
-        model, processor = _load(_plain(pretrained), dtype, {"min_pixels": min_pixels, "max_pixels": max_pixels})
         template = None if chat_template is None else _read(_plain(chat_template))
         frames = {name: value for name, value in (("num_frames", num_frames), ("fps", fps)) if value is not None}
+        pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        model, processor = _load(_plain(pretrained), dtype, pixels, frames)
         fast = optimize(model.to(self._device).eval(), pruning, backend=backend, attn_implementation=attn_implementation)
         self.evaluator = Evaluator(
             fast, processor, batch_size=size, max_new_tokens=max_new_tokens, chat_template=template, frames=frames
@@ -293,7 +294,7 @@ def _read(path: str) -> str:
         raise ConfigError(f"chat_template={path} cannot be read: {error.strerror}") from None
 
 
-def _load(pretrained: str, dtype: str, pixels: dict[str, int | None]) -> tuple[Any, Any]:
+def _load(pretrained: str, dtype: str, pixels: dict[str, int | None], frames: dict[str, Any]) -> tuple[Any, Any]:
     """(stock model on the CPU, its processor)"""
     asked = {name: value for name, value in pixels.items() if value is not None}
     try:
@@ -306,4 +307,7 @@ def _load(pretrained: str, dtype: str, pixels: dict[str, int | None]) -> tuple[A
     for name, value in asked.items():
         if dict(size).get(edges[name]) != value:
             raise ConfigError(f"{name}={value} is no setting of {type(processor).__name__}: leave it out")
+    if frames and getattr(processor, "video_processor", None) is None:
+        told = ", ".join(f"{name}={value}" for name, value in frames.items())
+        raise ConfigError(f"{told} is no setting of {type(processor).__name__}, which takes no videos: leave it out")
     return model, processor
