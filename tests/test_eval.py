@@ -69,9 +69,19 @@ def text_of(tokens: torch.Tensor) -> str:
     return "".join(spoken.LETTERS[token - spoken.FIRST] for token in tokens.tolist() if token >= spoken.FIRST and token < 95)
 
 
+def program_sizes(seen: Evaluator) -> set[int]:
+    """Prompts of all programs of the language model that were made."""
+    return {key[1] for key in seen.model.compiled if key[0] in ("prefill", "extend")}
+
+
 def test_answers_are_the_stock_models_in_their_order() -> None:
-    """Batches of two, of text alone, one picture and two, the last one filled up."""
-    found = evaluator(ViTCoPConfig.dense()).answer(later(QUESTIONS), [{}] * 5)
+    """Batches of two: of one picture each, of text alone and two pictures, which are asked apart, and the last one; those
+    of one question are filled up."""
+    seen = evaluator(ViTCoPConfig.dense())
+    with mock.patch.object(seen.model, "generate", wraps=seen.model.generate) as asked:
+        found = seen.answer(later(QUESTIONS), [{}] * 5)
+    assert [len(call.kwargs["input_ids"]) for call in asked.call_args_list] == [2, 2, 2, 2]
+    assert program_sizes(seen) == {2}
     told = [stock_answer(own, 4) for own in QUESTIONS]
     assert [own.text for own in found] == [text_of(tokens) for tokens in told]
     assert len({own.text for own in found}) > 3
@@ -89,7 +99,8 @@ def test_requests_of_other_settings_have_a_batch_of_their_own() -> None:
     alone = [stock_answer(own, more.pop("max_new_tokens", 4), **more) for own, more in zip(QUESTIONS, map(dict, settings))]
     assert [own.text for own in found] == [text_of(tokens) for tokens in alone]
     sizes = [len(call.kwargs["input_ids"]) for call in told.call_args_list]
-    assert sizes == [1, 1, 1, 1, 1]  # the first two differ in having a picture
+    assert sizes == [2, 2, 2, 2, 2]  # of one group, which is smaller than a batch, or differs in having a picture
+    assert program_sizes(seen) == {2}
 
 
 def test_a_stop_string_ends_an_answer() -> None:
@@ -99,6 +110,7 @@ def test_a_stop_string_ends_an_answer() -> None:
     assert found.text == whole[:1] and found.tokens == 3
     (found,) = seen.answer(later(QUESTIONS[1:2]), [{"until": whole[0]}])
     assert found.text == "" and found.tokens == 1
+    assert program_sizes(seen) == {1}
 
 
 @pytest.mark.slow
@@ -124,6 +136,8 @@ def test_likelihoods_are_the_stock_models() -> None:
     assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], abs=1e-4)
     rows = [len(call.args[0]) for call in told.call_args_list]
     assert sum(rows) == 4  # " cat" and " car" share one, and so do the last two
+    assert [len(call.args[1]["input_ids"]) for call in told.call_args_list] == [2, 2, 2] and rows == [2, 1, 1]
+    assert program_sizes(seen) == {2}
 
 
 def test_likelihoods_behind_a_pruned_prompt_are_those_of_the_method_by_the_book() -> None:
@@ -217,6 +231,38 @@ def test_when_it_samples(settings: dict[str, Any], sample: bool) -> None:
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(InputError, match="max_gen_toks, unti: no setting of `generate`: leave it out of generation_kwargs"):
         generation_of({"unti": ["x"], "max_gen_toks": 3}, 7)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("save_pretrained", 1, "save_pretrained: no setting of `generate`: leave it out of generation_kwargs"),
+        ("transformers_version", "5", "transformers_version: no setting of `generate`"),
+        ("max_length", 30, "max_length=30 cannot be chosen for an answer: use max_new_tokens"),
+        ("min_length", 3, "min_length=3 cannot be chosen for an answer: use min_new_tokens"),
+        ("stop_strings", ["a"], r"stop_strings=\['a'\] cannot be chosen for an answer: use until"),
+        ("eos_token_id", 2, "eos_token_id=2 cannot be chosen for an answer: leave it out, the model's own is used"),
+        ("pad_token_id", 0, "pad_token_id=0 cannot be chosen for an answer: leave it out"),
+        ("use_cache", False, "use_cache=False cannot be had for an answer, only use_cache=True: leave it out"),
+        ("num_return_sequences", 2, "num_return_sequences=2 cannot be had for an answer, only num_return_sequences=1"),
+        ("return_dict_in_generate", True, "return_dict_in_generate=True cannot be had for an answer"),
+        ("output_scores", True, "output_scores=True cannot be had for an answer"),
+        ("guidance_scale", 1.5, "guidance_scale=1.5 cannot be had for an answer"),
+        ("cache_implementation", "static", "cache_implementation='static' cannot be chosen .* brings its own cache"),
+        ("prompt_lookup_num_tokens", 3, "prompt_lookup_num_tokens=3 cannot be chosen .* tokens that were guessed"),
+        ("num_assistant_tokens", 3, "num_assistant_tokens=3 cannot be chosen .* tokens that were guessed"),
+        ("penalty_alpha", 0.5, "penalty_alpha=0.5 cannot be chosen for an answer: leave it out, or use num_beams"),
+    ],
+)
+def test_settings_that_are_not_a_requests_are_refused_before_the_work(name: str, value: Any, message: str) -> None:
+    seen = evaluator()
+    with mock.patch.object(seen, "_batches", side_effect=AssertionError), pytest.raises(InputError, match=message):
+        seen.answer(later(QUESTIONS[:2]), [{}, {name: value}])
+
+
+def test_settings_that_say_what_is_done_anyway_are_taken() -> None:
+    said = {"use_cache": True, "num_return_sequences": 1, "guidance_scale": 1.0, "output_scores": False, "max_length": None}
+    assert generation_of(said, 7) == generation_of({}, 7)
 
 
 def test_methods_by_words(tmp_path: Path) -> None:

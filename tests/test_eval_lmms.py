@@ -223,6 +223,8 @@ def test_the_trained_model_is_right_as_often_as_without_lmms_eval(words: str, me
         ("dtype=int8", ConfigError, "dtype='int8' is unknown: use one of auto, float32"),
         ("num_frames=4,fps=1.0", ConfigError, "num_frames=4 and fps=1.0 both choose the frames"),
         ("max_pixels=1000", ConfigError, "max_pixels=1000 is no setting of LlavaProcessor: leave it out"),
+        ("num_frames=4", ConfigError, "num_frames=4 is no setting of LlavaProcessor, which takes no videos: leave it out"),
+        ("fps=1.0", ConfigError, "fps=1.0 is no setting of LlavaProcessor, which takes no videos: leave it out"),
         ("chat_template=nowhere.jinja", ConfigError, "chat_template=nowhere.jinja cannot be read: No such file"),
         ("stop_at_blank_line=2", ConfigError, "stop_at_blank_line=2 is neither true nor false"),
     ],
