@@ -54,13 +54,20 @@ def tune_command(
         methods = _methods(methods_asked(method or _METHODS), retention or list(PRESETS))
         pictures = _pictures(images, limit)
         try:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=kind).to(device).eval()
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=kind)
             processor = AutoProcessor.from_pretrained(model)
         except (OSError, ValueError, ImportError) as error:
             raise cannot_load(model, error) from None
         requests = [dict(request_of(processor, load_image(path), prompt).to(device)) for path in pictures]
         found = tune(
-            loaded, requests, methods, target, backend=backend, tokens=tokens, rounds=rounds, steps=Steps(Console(stderr=True))
+            loaded.to(device).eval(),
+            requests,
+            methods,
+            target,
+            backend=backend,
+            tokens=tokens,
+            rounds=rounds,
+            steps=Steps(Console(stderr=True)),
         )
         on = f"{found.backend}, {found.device}, {found.dtype}"
         table = Table(title=f"{len(pictures)} pictures, {target} {TARGETS[name]}; {on}")
