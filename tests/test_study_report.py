@@ -5,13 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import study_time
 from benchmarks.study_report import ablations, by_budget, by_kind, save_plot, save_time_plot, tables
+from vitcop_compile import ConfigError, UnsupportedError
+from vitcop_compile.progress import Steps
 
 
 def _row(right: str, tokens: float) -> dict[str, Any]:
@@ -83,3 +89,39 @@ def test_plot(draw: Callable[[Any, Path], None], tmp_path: Path) -> None:
 def test_a_plot_of_times_needs_times(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no times of llava were measured: run the study with --time first"):
         save_time_plot(FOUND | {"times": {}}, tmp_path / "study.png")
+
+
+def test_times_leave_out_what_a_backend_cannot_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is measured here: models and times are made up."""
+
+    def optimize(model: Any, method: Any, **_: Any) -> Any:
+        if method == "refused":
+            raise UnsupportedError("too many steps")
+        if method == "impossible":
+            raise ConfigError("too few tokens")
+        return SimpleNamespace(schedule_of=lambda layout: SimpleNamespace(stages=method != "plain"), method=method)
+
+    def selection(fast: Any, *_: Any) -> Any:
+        if fast.method == "selects":
+            raise UnsupportedError("no such operator")
+        return lambda: None
+
+    dense: Any = SimpleNamespace(model=None, pruning_config="plain", layouts_of=lambda **_: [[]])
+    methods: Any = {"a": "refused", "b": "fine", "c": "selects"}
+    steps = Steps(Console(quiet=True))
+    with (
+        mock.patch.object(study_time, "optimize", optimize),
+        mock.patch.object(study_time, "_call", lambda *_: lambda: None),
+        mock.patch.object(study_time, "_selection", selection),
+        mock.patch.object(study_time, "interleave", lambda calls, *_, **__: {name: [1.0] for name in calls}),
+    ):
+        found = study_time.times_of(dense, methods, {}, "onnxruntime", 1, steps)
+        assert found == {"dense": {"ttft": 1.0}, "b": {"ttft": 1.0, "selection": 1.0}}
+        assert capsys.readouterr().err == "a left out: too many steps\nc left out: no such operator\n"
+        tries: Any = [lambda: "impossible", lambda: "refused", lambda: "fine"]
+        assert study_time.first_that_fits(dense, "d", tries) == "fine" and not capsys.readouterr().err
+        assert study_time.first_that_fits(dense, "d", tries[:2]) is None
+        assert capsys.readouterr().err == "d left out: too many steps\n"
+        dense.pruning_config = "refused"
+        with pytest.raises(UnsupportedError, match="too many steps"):
+            study_time.times_of(dense, {}, {}, "onnxruntime", 1, steps)
