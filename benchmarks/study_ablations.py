@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -55,8 +55,6 @@ def _in_decoder(name: str, score: Callable[[Site], Tensor]) -> None:
         return Choice(keep_lowest(score(site), budget))
 
 
-@policy("study_diverse_attention_received", tap=attention_received, adds=1)
-@policy("study_diverse_cls_attention", tap=tap_cls, adds=1)
 def keep_diverse(site: Site, budget: int, *, centers: int, density_width: float, reach: float) -> Choice:
     """The most salient patch, then, one by one, that whose nearest kept one is farthest, by the cosines of their keys; and
     clusters as published."""
@@ -70,8 +68,13 @@ def keep_diverse(site: Site, budget: int, *, centers: int, density_width: float,
     return Choice(index, state=(labels,))
 
 
-for _name, _score in (("per_head", per_head), ("greatest", greatest), ("drawn", drawn)):
-    _in_decoder(_name, _score)
+@cache
+def register_policies() -> None:
+    """Once, and only where they are asked for: whoever imports this finds the package's own policies alone."""
+    for name, score in (("per_head", per_head), ("greatest", greatest), ("drawn", drawn)):
+        _in_decoder(name, score)
+    for tap, scored_by in (("attention_received", attention_received), ("cls_attention", tap_cls)):
+        policy(f"study_diverse_{tap}", tap=scored_by, adds=1)(keep_diverse)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Changed(ViTCoPConfig):
 
     def stages(self, shape: ModelShape, layout: Layout) -> tuple[Stage, ...]:
         """Those of ViTCoP."""
+        register_policies()
         vision, *others = super().stages(shape, layout)
         if self.swapped == "diverse":
             return replace(vision, policy=f"study_diverse_{vision.policy}"), *others

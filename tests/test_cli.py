@@ -96,11 +96,12 @@ def test_explain_prints_the_published_setting() -> None:
 @pytest.mark.parametrize(
     ("arguments", "config"),
     [
-        ([], ViTCoPConfig.preset("1/9-wide")),
+        ([], ViTCoPConfig.preset("1/9")),
+        (["--preset", "1/9-wide"], ViTCoPConfig.preset("1/9-wide")),
         (["--preset", "1/3"], ViTCoPConfig.preset("1/3")),
         (["--mean-tokens", 128], ViTCoPConfig.for_mean_tokens(128)),
         (["--retention", 0.2222], ViTCoPConfig.preset("2/9")),
-        (["--text-tokens", 10, "--layers", 16], ViTCoPConfig.preset("1/9-wide")),
+        (["--text-tokens", 10, "--layers", 16], ViTCoPConfig.preset("1/9")),
     ],
 )
 def test_explain_takes_one_target(arguments: list, config: ViTCoPConfig) -> None:

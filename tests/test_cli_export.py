@@ -107,7 +107,10 @@ def test_run_prints_ids(exported: Path, tmp_path: Path, photo: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--retention", "half"], "--retention 'half' is neither one of 1/3, 2/9, 1/9 nor a number"),
+        (
+            ["--retention", "half"],
+            "--retention 'half' is neither one of 1/3, 2/9, 1/9, 1/3-wide, 2/9-wide, 1/9-wide nor a number",
+        ),
         (["--retention", "1.5"], "retention=1.5 is out of range"),
         (["--retention", "nan"], "retention=nan is not a finite number"),
         (["--retention", "0.001"], "retention=0.001 leaves"),

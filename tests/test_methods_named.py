@@ -15,7 +15,8 @@ from vitcop_compile.methods.named import fields_of, method_from, method_named, m
     "name, settings, expected",
     [
         ("dense", {}, ViTCoPConfig(prune=False)),
-        ("vitcop", {}, ViTCoPConfig.preset("1/9-wide")),
+        ("vitcop", {}, ViTCoPConfig(0.3, 0.12, 0.1111)),
+        ("vitcop", {"retention": "1/9-wide"}, ViTCoPConfig(0.48, 0.12, 0.1111)),
         ("vitcop", {"retention": "1/9"}, ViTCoPConfig(0.3, 0.12, 0.1111)),
         ("vitcop", {"retention": "2/9"}, ViTCoPConfig(0.4, 0.15, 0.2222)),
         ("vitcop", {"retention": "1/3", "keys": "raw"}, ViTCoPConfig(0.5, 0.18, 0.3333, keys="raw")),
@@ -27,7 +28,7 @@ from vitcop_compile.methods.named import fields_of, method_from, method_named, m
         ("vitcop", {"budgets": "172:77:15"}, ViTCoPConfig(budgets=Budgets(172, 77, 15))),
         ("vitcop", {"budgets": "172:77:15:9", "scale_layers": "false"},
          ViTCoPConfig(budgets=Budgets(172, 77, 15, 9), scale_layers=False)),
-        ("vitcop", {"vision_layer": "-3", "scale_layers": "none"}, ViTCoPConfig.preset("1/9-wide", vision_layer=-3)),
+        ("vitcop", {"vision_layer": "-3", "scale_layers": "none"}, ViTCoPConfig(0.3, 0.12, 0.1111, vision_layer=-3)),
         ("fastv", {"layer": "3", "retention": "1/9"}, FastV(layer=3, retention=1 / 9)),
         ("fastv", {"layer": 3, "tokens": 64}, FastV(layer=3, tokens=64)),
         ("fastv", {"retention": "1"}, FastV(retention=1.0)),

@@ -25,14 +25,14 @@ PRESETS: dict[str, tuple[float, float, float]] = {
     "1/9": (0.3, 0.12, 0.1111),
 }
 # The same, but the vision stage keeps 1.6 times as many and the decoder's stages so many fewer that the mean is as published:
-# what kept more on both models that were measured (docs/fidelity.md).
+# at one ninth it kept more on both models that were measured (docs/fidelity.md). Decoders of five layers and more can have it.
 WIDE_PRESETS = {f"{name}-wide": (round(1.6 * v, 4), p, r) for name, (v, p, r) in PRESETS.items()}
 NAMED_PRESETS = PRESETS | WIDE_PRESETS
 # What the vision stage may keep of a clip whose frames share a budget: all pairs are compared, which takes 64 MiB at 1,024,
 # 180 MiB at 2,048 and 630 MiB at 4,096, and seconds of a core.
 CLIP_TOKENS = 4096
-# Of `optimize` without a config, and of every command: of one ninth, what kept more on both models (docs/fidelity.md).
-DEFAULT_PRESET = "1/9-wide"
+# Of `optimize` without a config, and of every command.
+DEFAULT_PRESET = "1/9"
 
 
 @dataclass(frozen=True)
