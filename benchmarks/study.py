@@ -126,8 +126,10 @@ class Study:
         if output.exists():
             self.found = json.loads(output.read_text())
         for key, value in new.items():
-            if self.found[key] != value:
-                raise ConfigError(f"{output} is of {key}={self.found[key]}, not {value}: give another --output, or remove it")
+            if self.found.get(key) != value:
+                raise ConfigError(
+                    f"{output} is of {key}={self.found.get(key)}, not {value}: give another --output, or remove it"
+                )
         self.asked = examples_of(number)
         self.dense = optimize(self.model, ViTCoPConfig.dense(), backend="eager")
 

@@ -33,7 +33,7 @@ def by_budget(found: Mapping[str, Any]) -> str:
     widths = []
     for budget in BUDGETS:
         spans = [own["accuracy"]["all"] for row, own in rows.items() if row.endswith(f" {budget}") and "accuracy" in own]
-        widths.append(f"± {50 * max((span['high'] - span['low'] for span in spans), default=0):.0f}")
+        widths.append(f"± {50 * max(span['high'] - span['low'] for span in spans):.0f}" if spans else "-")
     lines.append("| 95 % | " + " | ".join(widths) + " |")
     return "\n".join(lines)
 

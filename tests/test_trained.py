@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,9 +24,10 @@ from benchmarks import study
 from examples.see.evaluate import Example, answers, held_out
 from examples.see.models import load_processor, prompt
 from examples.see.questions import KINDS
-from vitcop_compile import ViTCoPConfig, optimize
+from vitcop_compile import ConfigError, ViTCoPConfig, optimize
 from vitcop_compile.cli import app
 from vitcop_compile.methods import FastV, Random
+from vitcop_compile.progress import Steps
 from vitcop_compile.schedule import Method
 
 FOLDER = Path(__file__).parents[1] / "examples" / "models"
@@ -109,6 +113,27 @@ def test_the_demo_asks_the_trained_model(tmp_path: Path) -> None:
         assert (differ == "differ") == (dense != pruned)
         right += dense == answer
     assert right >= len(known) - 2
+
+
+@pytest.mark.parametrize("other", [{"weights": "others"}, {"asked": 5}, {"model": "qwen2_5_vl"}])
+def test_a_study_goes_on_from_its_own_model_alone(other: dict[str, Any], tmp_path: Path) -> None:
+    known = json.loads((RESULTS / f"study_{LLAVA}.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps(known | other))
+    ((key, value),) = other.items()
+    with pytest.raises(ConfigError, match=rf"study\.json is of {key}={value}, not .*: give another --output"):
+        study.Study(FOLDER / LLAVA, tmp_path / "study.json", known["asked"], 10, Steps(Console(quiet=True)))
+
+
+def test_times_are_of_the_same_rounds() -> None:
+    known: Any = SimpleNamespace(found={"times": {"64": {}}}, output="study.json")
+    with pytest.raises(ConfigError, match=r"study\.json has times at 64, and others would not be of the same rounds"):
+        study.Study.time(known, "64", [], "eager", 1)
+
+
+@pytest.mark.parametrize("name", [LLAVA, QWEN])
+def test_the_study_is_of_the_weights_that_are_shipped(name: str) -> None:
+    weights = hashlib.sha256((FOLDER / name / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((RESULTS / f"study_{name}.json").read_text())["weights"] == weights
 
 
 @pytest.fixture(scope="module")
