@@ -65,6 +65,14 @@ def test_a_wide_preset_keeps_as_many_in_the_mean(name: str) -> None:
     assert abs(means[0] - means[1]) <= 0.6
 
 
+def test_a_wide_ninth_takes_five_layers() -> None:
+    """One layer sees 276 tokens: of four layers they alone are more than a ninth in the mean."""
+    wide = ViTCoPConfig.preset("1/9-wide")
+    with pytest.raises(ConfigError, match=r"retention=0.1111 leaves -9 tokens after layer 1 .* lower vision_ratio=0.48"):
+        wide.schedule(ModelShape(layers=4))
+    assert wide.schedule(ModelShape(layers=5)).group_tokens() == (276, 18, 4)
+
+
 def test_positions_of_the_deep_stage() -> None:
     assert ViTCoPConfig.preset("1/9", positions="original").schedule().decoder_stages[1].positions == "kept"
 

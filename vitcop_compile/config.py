@@ -25,7 +25,7 @@ PRESETS: dict[str, tuple[float, float, float]] = {
     "1/9": (0.3, 0.12, 0.1111),
 }
 # The same, but the vision stage keeps 1.6 times as many and the decoder's stages so many fewer that the mean is as published:
-# at one ninth it kept more on both models that were measured (docs/fidelity.md). Decoders of five layers and more can have it.
+# at one ninth it kept more on both models that were measured (docs/fidelity.md). "1/9-wide" takes five layers or more.
 WIDE_PRESETS = {f"{name}-wide": (round(1.6 * v, 4), p, r) for name, (v, p, r) in PRESETS.items()}
 NAMED_PRESETS = PRESETS | WIDE_PRESETS
 # What the vision stage may keep of a clip whose frames share a budget: all pairs are compared, which takes 64 MiB at 1,024,
