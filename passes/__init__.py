@@ -8,7 +8,7 @@
 A decoder that adds more features to the tokens of images is made one of text before `extend`: drop_features.
 
 The lists below are data: `encoder_passes` and its kin name them, `rewrite` runs them. Backends add to these on every exported
-program: all but eager and inductor begin with unroll_loops, inductor and aotinductor end with lower_linear.
+program: all but eager and inductor begin with unroll_loops, inductor and aotinductor end with lower_decode and lower_linear.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .drop_features import drop_features
 from .drop_prefix import drop_prefix
 from .dump import dump_graph
 from .lower_attention import lower_attention
+from .lower_decode import lower_decode
 from .lower_linear import lower_linear
 from .prune import prune
 from .tap import tap
@@ -42,6 +43,7 @@ __all__ = [
     "encoder_passes",
     "extend_passes",
     "lower_attention",
+    "lower_decode",
     "lower_linear",
     "prefill_passes",
     "prune",

@@ -14,16 +14,19 @@ import torch
 import torch.nn.functional as F
 from models import optimize, pixels, prompt, randomize
 from torch import nn
+from vitcop_compile.kernels import Rule, load
 from vitcop_compile.passes.lower_linear import lower_linear
 
 from vitcop_compile import InputError, UnsupportedError, ViTCoPConfig, backends
 from vitcop_compile.aoti_backend import _constants
 
 CONFIGS = {"dense": ViTCoPConfig.dense(), "1/9": ViTCoPConfig.preset("1/9")}
-LINEAR, ONEDNN, OURS = (
+load()
+LINEAR, ONEDNN, OURS, FEW = (
     torch.ops.aten.linear.default,
     torch.ops.mkldnn._linear_pointwise.default,
     torch.ops.vitcop.linear.default,
+    torch.ops.vitcop_cpu.linear_few.default,
 )
 
 
@@ -193,20 +196,43 @@ def targets(module) -> collections.Counter:
     return collections.Counter(node.target for node in module.graph.nodes if node.op == "call_function")
 
 
-@pytest.mark.parametrize(("ahead", "expected"), [(False, {OURS: 2}), (True, {ONEDNN: 1, OURS: 1})])
-def test_lower_linear_replaces_every_product(ahead, expected):
+@pytest.mark.parametrize(
+    ("ahead", "rule", "expected"),
+    [
+        (False, Rule(0, "onednn"), {OURS: 2}),
+        (True, Rule(2, "onednn"), {ONEDNN: 1, OURS: 1}),
+        (True, Rule(2, "aten"), {LINEAR: 2}),
+        (False, Rule(3, "aten"), {FEW: 1, LINEAR: 1}),
+    ],
+)
+def test_lower_linear_replaces_every_product(ahead, rule, expected):
     odd, ids = Odd(), torch.tensor([[1, 5, 2]])
     module = torch.export.export(odd, (ids,), strict=False).module(check_guards=False)
     assert targets(module)[LINEAR] == 2
-    lowered = lower_linear(module, ahead)
+    lowered = lower_linear(module, ahead, lambda dtype: rule)
     found = targets(lowered)
-    assert {target: found[target] for target in (LINEAR, ONEDNN, OURS) if found[target]} == expected
+    assert {target: found[target] for target in (LINEAR, ONEDNN, OURS, FEW) if found[target]} == expected
     with torch.no_grad():
         torch.testing.assert_close(lowered(ids), odd(ids))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_lower_linear_leaves_other_types(dtype):
-    linear = nn.Linear(4, 4).to(dtype)
-    module = torch.export.export(linear, (torch.ones(2, 4, dtype=dtype),), strict=False).module(check_guards=False)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("wide", "expected"), [("onednn", OURS), ("aten", LINEAR)])
+def test_products_of_half_precision_are_widened_where_that_is_faster(wide, expected, bias):
+    rules = {torch.bfloat16: Rule(4, "wide"), torch.float32: Rule(64, wide)}
+    linear = nn.Linear(16, 8, bias=bias).bfloat16().requires_grad_(False)
+    for rows in (4, 5):
+        given = torch.randn(rows, 16).bfloat16()
+        module = torch.export.export(linear, (given,), strict=False).module(check_guards=False)
+        lowered = lower_linear(module, True, rules.__getitem__)
+        product = next(node for node in lowered.graph.nodes if node.target in (LINEAR, OURS, FEW))
+        assert product.target == (FEW if rows == 4 else expected)
+        assert product.meta["val"].dtype == (torch.bfloat16 if rows == 4 else torch.float32)
+        exact = nn.functional.linear(given.double(), linear.weight.double(), linear.bias.double() if bias else None)
+        torch.testing.assert_close(lowered(given)[0], exact.bfloat16(), atol=2**-8, rtol=2**-8)
+
+
+def test_lower_linear_leaves_other_types():
+    linear = nn.Linear(4, 4).double()
+    module = torch.export.export(linear, (torch.ones(2, 4).double(),), strict=False).module(check_guards=False)
     assert targets(lower_linear(module, ahead=True))[LINEAR] == 1

@@ -1,0 +1,104 @@
+"""Builds the kernels with the compiler that inductor uses, once a machine and version of torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+# No -ffast-math: linked into a library, it would switch denormal numbers off in the whole process.
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+# Of torch's stable interface, which later versions keep.
+_INTERFACE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+@functools.cache
+def load() -> None:
+    """Registers the operators of `vitcop_cpu`, building their library where the folder of inductor's cache has none yet.
+
+    Raises UnsupportedError where no compiler builds it, with what that says.
+    """
+    command = [_compiler(), *_FLAGS, _native(), _INTERFACE]
+    target = folder() / f"cpu-{_key(command)}.so"
+    if not target.exists():
+        _build(command, target)
+    torch.ops.load_library(str(target))
+    _describe()
+
+
+def folder() -> Path:
+    """Where the library is kept, and what was measured of it."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "vitcop"
+
+
+def machine() -> str:
+    """The CPU as far as compiled code and the speed of kernels depend on it."""
+    wanted = ("model name", "flags", "Features", "CPU part")
+    found = {}
+    if (info := Path("/proc/cpuinfo")).exists():
+        for line in info.read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in wanted:
+                found.setdefault(name.strip(), value.strip())
+    return repr((platform.machine(), platform.processor(), sorted(found.items())))
+
+
+def _compiler() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        raise UnsupportedError(f"kernels for the CPU are C++ ({error}): {_REMEDY}") from None
+
+
+_REMEDY = "install g++ or clang++, name it in the environment variable CXX, or use backend='eager' or 'onnxruntime'"
+
+
+def _native() -> str:
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def _key(command: list[str]) -> str:
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    parts = (SOURCE.read_text(), repr(command), version, torch.__version__, machine())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _build(command: list[str], target: Path) -> None:
+    torch_folder = Path(torch.__file__).parent
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+        made = Path(aside) / target.name
+        links = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10")
+        run = [*command, "-I", str(torch_folder / "include"), str(SOURCE), "-o", str(made), *links]
+        done = subprocess.run(run, capture_output=True, text=True)
+        if done.returncode:
+            said = "\n".join(done.stderr.strip().splitlines()[:5])
+            raise UnsupportedError(f"kernels for the CPU are C++, which {command[0]} does not build ({said}): {_REMEDY}")
+        os.replace(made, target)
+
+
+def _describe() -> None:
+    """Their shapes, for tracing."""
+
+    @torch.library.register_fake("vitcop_cpu::linear_few")
+    def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+    @torch.library.register_fake("vitcop_cpu::decode_attention")
+    def _(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
