@@ -3,12 +3,12 @@
     encoder   clean -> truncate_encoder -> prune, or tap -> drop_prefix -> lower_attention
     tower     clean -> truncate_encoder -> tap -> drop_prefix -> lower_attention
     prefill   clean -> prune -> attach_cache -> lower_attention
-    extend    clean -> attach_cache -> lower_attention
+    extend    clean -> attach_cache -> lower_attention [-> lower_decode]
 
 A decoder that adds more features to the tokens of images is made one of text before `extend`: drop_features.
 
 The lists below are data: `encoder_passes` and its kin name them, `rewrite` runs them. Backends add to these on every exported
-program: all but eager and inductor begin with unroll_loops, inductor and aotinductor end with lower_decode and lower_linear.
+program: all but eager and inductor begin with unroll_loops, inductor and aotinductor end with lower_linear.
 """
 
 from __future__ import annotations
@@ -117,17 +117,20 @@ def text_passes(schedule: Schedule) -> Passes:
     return (("drop_features", partial(drop_features, number=more)),) if more else ()
 
 
-def extend_passes(schedule: Schedule, attn_implementation: str = "sdpa", in_place: bool = True) -> Passes:
+def extend_passes(
+    schedule: Schedule, attn_implementation: str = "sdpa", in_place: bool = True, kernels: bool = False
+) -> Passes:
     """(embeddings [B, s, D], positions, [marks,] length [B], removed [groups, B], key_0, value_0, ...) -> (hidden [B, s, D],).
 
     Not `in_place`, the new rows k0, v0, k1, v1, ... [B, kv_heads, s, hd] follow the hidden state, and attention stays spelled
-    out.
+    out. kernels: attention of one query takes ours, see `lower_decode`.
     """
     attached = partial(attach_cache, groups=schedule.groups, filled=True, in_place=in_place, blocks=False)
     return (
         ("clean", clean),
         ("attach_cache", partial(attached, sized=schedule.sized)),
         *_lowered(attn_implementation, True, in_place),
+        *((("lower_decode", lower_decode),) if kernels else ()),
     )
 
 

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from models import optimize, pixels, prompt
 from vitcop_compile.kernels import MOST_ROWS, Rule, build, load
 from vitcop_compile.kernels import products
-from vitcop_compile.passes.lower_decode import lower_decode
 
 from vitcop_compile import UnsupportedError, ViTCoPConfig
 
 load()
 FEW = torch.ops.vitcop_cpu.linear_few.default
 DECODE = torch.ops.vitcop_cpu.decode_attention.default
-MARK = torch.ops.vitcop.decode_attention.default
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 # Of what a sum in fp32 is rounded to.
 ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -143,15 +142,18 @@ def test_attention_that_the_kernel_cannot_do(change, message):
         DECODE(given["query"], given["key"], given["value"], 1.0, given["at"])
 
 
-def test_every_layer_of_a_decoding_step_gets_the_kernel():
+def test_every_layer_of_a_decoding_step_gets_the_kernel_where_a_backend_has_it():
     fast = optimize(models.shared(6, 2), ViTCoPConfig.preset("1/9"))
-    rows = fast.on_demand.plan(models.ask()).rows if hasattr(models, "ask") else (96,) * len(fast.schedule.group_tokens())
-    program = fast.programs.export_extend(2, 1, rows)
-    module = lower_decode(program.module(check_guards=False))
-    found = [node.target for node in module.graph.nodes if node.op == "call_function"]
-    assert found.count(DECODE) == 6 and MARK not in found
-    later = fast.programs.export_extend(2, 3, rows).module(check_guards=False)
-    assert not any(node.target in (MARK, DECODE) for node in later.graph.nodes)
+    rows = (96,) * len(fast.schedule.group_tokens())
+    found = {
+        (tokens, ours): [n.target for n in fast.programs.export_extend(2, tokens, rows, kernels=ours).graph.nodes]
+        for tokens, ours in ((1, True), (1, False), (3, True))
+    }
+    assert {key: (targets.count(DECODE), targets.count(SDPA)) for key, targets in found.items()} == {
+        (1, True): (6, 0),
+        (1, False): (0, 6),
+        (3, True): (0, 6),
+    }
 
 
 @pytest.mark.slow

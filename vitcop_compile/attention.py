@@ -230,15 +230,8 @@ def sdpa_cached(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Ten
     """Queries [B, heads, s, hd] that stand in rows `at` int64 [B, s] of caches [B, kv_heads, r, hd], each over all rows up to
     its own, or those of mask [B, 1, s, r], bool or what is added to logits.
 
-    Heads that share a key stand as rows of one query: with `enable_gqa` and a mask, torch is left with its math kernel. On a
-    CPU one query stays one node, which `lower_decode` gives its kernel.
+    Heads that share a key stand as rows of one query: with `enable_gqa` and a mask, torch is left with its math kernel.
     """
-    if mask is None and query.shape[2] == 1 and query.device.type == "cpu":
-        return torch.ops.vitcop.decode_attention(query, key, value, scale, at)
-    return _sdpa_rows(query, key, value, scale, at, mask)
-
-
-def _sdpa_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor, mask: Tensor | None) -> Tensor:
     rows = torch.arange(key.shape[2], device=key.device)
     valid = (rows <= at.unsqueeze(-1)).unsqueeze(1) if mask is None else mask  # [B, 1, s, r]
     if query.shape[1] == key.shape[1]:
@@ -249,24 +242,6 @@ def _sdpa_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tens
     valid = valid if count == 1 else valid.repeat(1, 1, shared, 1)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=valid, scale=scale)
     return out.reshape(batch, heads, count, width)
-
-
-# A plain library definition: `torch.library.custom_op` adds some 10 us to every call.
-_LIBRARY = torch.library.Library("vitcop", "FRAGMENT")
-_LIBRARY.define(
-    "decode_attention(Tensor query, Tensor key, Tensor value, float scale, Tensor at) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl(_LIBRARY, "decode_attention", "CPU")
-def _decode_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
-    return _sdpa_rows(query, key, value, scale, at, None)
-
-
-@torch.library.register_fake("vitcop::decode_attention", lib=_LIBRARY)
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:
-    return torch.empty_like(query)
 
 
 @torch.library.custom_op("vitcop::flash_prefill", mutates_args=())

@@ -12,7 +12,6 @@ from torch.export import ExportedProgram
 
 from .errors import UnsupportedError
 from .passes.attach_cache import cache_rows, write_rows
-from .passes.lower_decode import lower_decode
 from .passes.lower_linear import lower_linear
 from .passes.unroll_loops import unroll_loops
 
@@ -27,7 +26,8 @@ class Backend:
     in_place: whether a decode program may update its caches. Where not, it is exported with `in_place=False`, and
     `writing_rows` updates them after it. exact: whether the backend has float64, as `ops.density_peaks` wants it.
     copies_weights: whether programs hold copies of the weights, which do not follow them. graphs: whether programs run as
-    CUDA graphs on CUDA, which belong to the thread that recorded them. check: raises UnsupportedError where the backend
+    CUDA graphs on CUDA, which belong to the thread that recorded them. kernels: whether decode programs on a CPU may hold
+    operators of `kernels`, which are C++. check: raises UnsupportedError where the backend
     cannot work.
     """
 
@@ -36,6 +36,7 @@ class Backend:
     exact: bool = True
     copies_weights: bool = False
     graphs: bool = False
+    kernels: bool = False
     check: Callable[[], None] = lambda: None
 
     def __call__(self, program: ExportedProgram) -> Program:
@@ -108,11 +109,11 @@ def eager(program: ExportedProgram) -> Program:
     return program.module(check_guards=False)
 
 
-@register("inductor", graphs=True)
+@register("inductor", graphs=True, kernels=True)
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
     _check_loaded(program, "inductor")
-    module = lower_linear(lower_decode(program.module(check_guards=False)))
+    module = lower_linear(program.module(check_guards=False))
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     options = _cuda_options(decode=bool(program.graph_signature.user_inputs_to_mutate)) if on_cuda else None
     return torch.compile(module, fullgraph=True, dynamic=False, options=options)
@@ -124,7 +125,7 @@ def _check_aotinductor() -> None:
     check()
 
 
-@register("aotinductor", check=_check_aotinductor)
+@register("aotinductor", kernels=True, check=_check_aotinductor)
 def aotinductor(program: ExportedProgram) -> Program:
     """The program compiled by AOTInductor before its first call, on the model's own weights; without CUDA graphs."""
     from .aoti_backend import compile_ahead

@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
+from . import kernels
 from .backends import Program, backend_of, writing_rows
 from .cache import PrunedCache
 from .errors import InputError
@@ -124,9 +125,16 @@ class CompiledOnDemand:
     def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Callable[..., Any]:
         """The program for `tokens` more of `batch` sequences: 1 is a decoding step."""
         in_place = self.backend.in_place
+        ours = self.backend.kernels and tokens == 1 and self.device.type == "cpu"
+
+        def export() -> ExportedProgram:
+            if ours:
+                kernels.load()
+            return self.programs.export_extend(batch, tokens, rows, in_place=in_place, kernels=ours)
+
         return self._get(
             ("extend", batch, tokens, rows),
-            lambda: self.programs.export_extend(batch, tokens, rows, in_place=in_place),
+            export,
             lambda program: program if in_place else self._writing(program, True),
         )
 

@@ -189,12 +189,19 @@ class Programs:
         return program
 
     def export_extend(
-        self, batch: int, tokens: int, rows: Sequence[int], *, in_place: bool = True, least_tokens: int | None = None
+        self,
+        batch: int,
+        tokens: int,
+        rows: Sequence[int],
+        *,
+        in_place: bool = True,
+        least_tokens: int | None = None,
+        kernels: bool = False,
     ) -> ExportedProgram:
         """The program for `tokens` more tokens of `batch` sequences, on caches with `rows` by group. A dynamic axis from
-        `least_tokens` on, which takes `in_place=False`."""
+        `least_tokens` on, which takes `in_place=False`. kernels: as `Backend` has it; otherwise it holds ATen alone."""
         schedule, inputs = self.schedule, self.extend_inputs(batch, tokens, rows)
-        module = self.extend_module(tokens, in_place=in_place, inputs=inputs)
+        module = self.extend_module(tokens, in_place=in_place, inputs=inputs, kernels=kernels)
         if least_tokens is not None:
             axis = Dim("rows", min=least_tokens, max=tokens)
             return _export(module, inputs, ({1: axis}, None, None, None, None, (None,) * (len(inputs) - 5)))
@@ -203,10 +210,12 @@ class Programs:
             _expect_rows(schedule, _shapes(program)[1 + len(schedule.told) :], batch, [tokens] * len(rows))
         return program
 
-    def extend_module(self, tokens: int, *, in_place: bool = True, inputs: tuple[Tensor, ...] = ()) -> Extend:
-        """The extend program before export; inputs: as of `prefill_module`."""
+    def extend_module(
+        self, tokens: int, *, in_place: bool = True, inputs: tuple[Tensor, ...] = (), kernels: bool = False
+    ) -> Extend:
+        """The extend program before export; inputs: as of `prefill_module`; kernels: as of `export_extend`."""
         schedule = self.schedule
-        passes = extend_passes(schedule, self.attn_implementation, in_place)
+        passes = extend_passes(schedule, self.attn_implementation, in_place, kernels)
         captured, text = self.captured.decoder, text_passes(schedule)
         captured = rewrite(captured, text) if text else captured
         decoder = self._rewrite(f"extend_{tokens}", captured, passes, self._decoder_inputs(inputs, (2, 4), 0))
