@@ -341,6 +341,12 @@ def test_engines_that_are_not_torch_do_not_run_its_kernels(backend, words):
     assert backend_kernel(backend, (2, 4, 16, 8), (2, 4, 16, 8), torch.float32, CPU) == words
 
 
+def test_a_decoding_step_on_the_cpu_runs_our_kernel_where_a_backend_has_it():
+    shapes = (2, 4, 1, 8), (2, 2, 16, 8)
+    found = [backend_kernel(name, *shapes, torch.float32, CPU, decode=True) for name in ("inductor", "aotinductor", "eager")]
+    assert found == ["vitcop_cpu", "vitcop_cpu", "flash (cpu) with a mask"]
+
+
 def test_a_recording_names_every_kernel_once_and_its_mask():
     q = torch.zeros(1, 2, 4, 8)
     mask = torch.ones(4, 4, dtype=torch.bool)

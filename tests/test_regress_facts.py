@@ -35,7 +35,7 @@ from regress_subject import (
 )
 from torch import nn
 
-from vitcop_compile import ConfigError, UnsupportedError, programs, turn
+from vitcop_compile import ConfigError, UnsupportedError, kernels, programs, turn
 from vitcop_compile.bench import bind
 from vitcop_compile.regress import compare, facts, flops, stream
 from vitcop_compile.regress.reads import reads
@@ -132,10 +132,17 @@ def attention(a, b, **settings):
     return F.scaled_dot_product_attention(a, b, b, **settings)
 
 
+def one_query(query, cache):
+    kernels.load()
+    return torch.ops.vitcop_cpu.decode_attention(query, cache, cache, 1.0, query.new_zeros((2, 1), dtype=torch.int64))
+
+
 # (function, shapes, FLOPs): every multiply-add counted in a loop over what the operation says.
 FORMULAS: dict[str, tuple[Callable, list[tuple[int, ...]], int]] = {
     "linear": (F.linear, [(2, 3, 5), (7, 5)], 2 * (2 * 3) * 5 * 7),
     "vitcop linear": (lambda a, b: torch.ops.vitcop.linear(a, b, None), [(2, 3, 5), (7, 5)], 2 * (2 * 3) * 5 * 7),
+    "few rows": (lambda a, b: torch.ops.vitcop_cpu.linear_few(a, b, None), [(2, 3, 5), (7, 5)], 2 * (2 * 3) * 5 * 7),
+    "one query": (one_query, [(2, 6, 1, 8), (2, 3, 5, 8)], 2 * 2 * (2 * 6) * 5 * 8),
     "matmul": (torch.matmul, [(2, 1, 3, 5), (4, 5, 7)], 2 * (2 * 4) * 3 * 5 * 7),
     "vectors": (torch.matmul, [(5,), (5,)], 2 * 5),
     "mm": (torch.mm, [(3, 5), (5, 7)], 2 * 3 * 5 * 7),

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
+from ..backends import BACKENDS
+
 _WORDS = {"FLASH_ATTENTION": "flash", "EFFICIENT_ATTENTION": "efficient", "CUDNN_ATTENTION": "cudnn"}
 # Backends whose programs call torch's operators; the compiled ones choose when they trace, by the same rules.
 _TORCH = ("eager", "inductor", "aotinductor")
@@ -57,11 +59,14 @@ def backend_kernel(
     says how far it is filled.
 
     query_shape: [B, heads, s, head_dim]; kv_shape: [B, kv_heads, t, head_dim]. Backends of torch call torch's, of which one
-    call on zeros is looked at; "onnxruntime" gets matrix products, and masks for causality; other engines choose for
+    call on zeros is looked at, but for decoding on a CPU, where compiled ones have ours; "onnxruntime" gets matrix products, and masks for causality; other engines choose for
     themselves and do not say, which is said.
     """
     if backend == "onnxruntime":
         return _masked("MatMul, Softmax (onnx)", causal or decode)
+    # Seen with a mask are the encoders of packed images, whose queries are many.
+    if decode and query_shape[-2] == 1 and device.type == "cpu" and backend in BACKENDS and BACKENDS[backend].kernels:
+        return "vitcop_cpu"
     if backend not in _TORCH:
         return f"chosen by {backend}"
     query, key = (torch.zeros(tuple(shape), dtype=dtype, device=device) for shape in (query_shape, kv_shape))
