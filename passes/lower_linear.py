@@ -26,9 +26,7 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-def lower_linear(
-    module: fx.GraphModule, ahead: bool = False, rule: Callable[[torch.dtype], Rule] = rule
-) -> fx.GraphModule:
+def lower_linear(module: fx.GraphModule, ahead: bool = False, rule: Callable[[torch.dtype], Rule] = rule) -> fx.GraphModule:
     """Replaces `aten.linear` on the CPU by the kernel that `rule` names for its type and number of rows, on the same weights.
 
     Few rows of a contiguous weight go to `vitcop_cpu.linear_few`. More stay with torch; or, in fp32, go to oneDNN where MKL, which torch takes when

@@ -116,7 +116,10 @@ def test_attention_of_one_query(dtype, batch, groups, shared, rows, width, scale
 
 
 def test_attention_of_scores_that_overflow_exponentials():
-    query, key = torch.full((1, 1, 1, 16), 100.0), torch.stack((torch.full((16,), 100.0), torch.full((16,), -100.0)))[None, None]
+    query, key = (
+        torch.full((1, 1, 1, 16), 100.0),
+        torch.stack((torch.full((16,), 100.0), torch.full((16,), -100.0)))[None, None],
+    )
     value = torch.stack((torch.full((16,), 2.0), torch.full((16,), 5.0)))[None, None]
     assert torch.equal(DECODE(query, key, value, 1.0, torch.tensor([[1]])), torch.full((1, 1, 1, 16), 2.0))
     equal = DECODE(query, key[:, :, :1].repeat(1, 1, 2, 1), value, 1.0, torch.tensor([[1]]))
@@ -239,4 +242,6 @@ def test_a_rule_takes_what_is_faster_by_a_tenth(monkeypatch, dtype, seconds, exp
 
 def test_what_is_measured_multiplies():
     for dtype in (torch.float32, torch.bfloat16):
-        assert products._times({"few": products._few, "wide": products._wide, "onednn": products.onednn}, 8, [drawn(0, 1024, 1024, dtype=dtype)])
+        assert products._times(
+            {"few": products._few, "wide": products._wide, "onednn": products.onednn}, 8, [drawn(0, 1024, 1024, dtype=dtype)]
+        )

@@ -61,7 +61,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, named: dict[s
 
 # Formulas of (*args, out, named): composites that torch's counter takes apart, other libraries', and causality.
 LACKING: dict[str, Callable[..., int]] = {
-    **dict.fromkeys(("aten::linear", "aten::matmul", "vitcop::linear", "vitcop_cpu::linear_few", "mkldnn::_linear_pointwise"), _product),
+    **dict.fromkeys(
+        ("aten::linear", "aten::matmul", "vitcop::linear", "vitcop_cpu::linear_few", "mkldnn::_linear_pointwise"), _product
+    ),
     **dict.fromkeys(("aten::scaled_dot_product_attention", "vitcop::attention"), _attention),
     **dict.fromkeys(("vitcop::flash_prefill", "vitcop::flash_cached", "vitcop_cpu::decode_attention"), _attention),
     "aten::conv2d": lambda x, weight, *_, out, **__: conv_flop_count(x.shape, weight.shape, out.shape),
