@@ -29,9 +29,10 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
 def lower_linear(module: fx.GraphModule, ahead: bool = False, rule: Callable[[torch.dtype], Rule] = rule) -> fx.GraphModule:
     """Replaces `aten.linear` on the CPU by the kernel that `rule` names for its type and number of rows, on the same weights.
 
-    Few rows of a contiguous weight go to `vitcop_cpu.linear_few`. More stay with torch; or, in fp32, go to oneDNN where MKL, which torch takes when
-    it was built with it, is slower; or, in half precision, are multiplied in fp32, the weights widened in every call, where the
-    CPU is slower otherwise. Nothing is packed ahead, so weights are not held twice. Other types and devices are left alone.
+    Few rows of a contiguous weight go to `vitcop_cpu.linear_few`. More stay with torch; or, in fp32, go to oneDNN where MKL,
+    which torch takes when it was built with it, is slower; or, in half precision, are multiplied in fp32, the weights widened
+    in every call, where the CPU is slower otherwise. Nothing is packed ahead, so weights are not held twice. Other types and
+    devices are left alone.
 
     `ahead` of time, the weights are constants of the program, and inductor takes oneDNN's own operator: it calls it without
     Python and fuses activations and sums into it. A program compiled at its first call has them as inputs, which inductor

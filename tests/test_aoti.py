@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from models import optimize, pixels, prompt, randomize
 from torch import nn
-from vitcop_compile.kernels import Rule, load
 from vitcop_compile.passes.lower_linear import lower_linear
 
 from vitcop_compile import InputError, UnsupportedError, ViTCoPConfig, backends
 from vitcop_compile.aoti_backend import _constants
+from vitcop_compile.kernels import Rule, load
 
 CONFIGS = {"dense": ViTCoPConfig.dense(), "1/9": ViTCoPConfig.preset("1/9")}
 load()

@@ -10,10 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import optimize, pixels, prompt
-from vitcop_compile.kernels import MOST_ROWS, Rule, build, load
-from vitcop_compile.kernels import products
 
 from vitcop_compile import UnsupportedError, ViTCoPConfig
+from vitcop_compile.kernels import MOST_ROWS, Rule, build, load, products
 
 load()
 FEW = torch.ops.vitcop_cpu.linear_few.default

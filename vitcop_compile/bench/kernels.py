@@ -59,8 +59,8 @@ def backend_kernel(
     says how far it is filled.
 
     query_shape: [B, heads, s, head_dim]; kv_shape: [B, kv_heads, t, head_dim]. Backends of torch call torch's, of which one
-    call on zeros is looked at, but for decoding on a CPU, where compiled ones have ours; "onnxruntime" gets matrix products, and masks for causality; other engines choose for
-    themselves and do not say, which is said.
+    call on zeros is looked at, but for decoding on a CPU, where compiled ones have ours; "onnxruntime" gets matrix products,
+    and masks for causality; other engines choose for themselves and do not say, which is said.
     """
     if backend == "onnxruntime":
         return _masked("MatMul, Softmax (onnx)", causal or decode)
