@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import by_the_book  # noqa: F401  registers the arm
+import kernels
 import parts
 import typer
 from rich.console import Console
@@ -117,6 +118,9 @@ TABLES = {
                       measure=parts.overhead),
     "matmul_rate": Table(("kernel", "rows", "ms", "gflops", "to_dense"), 15, [],
                          measure=functools.partial(parts.matmul_rate, Shape())),
+    "products": Table(("dtype", "rows", "kernel", "chosen", "ms", "to_torch", "to_float32"), 21, [],
+                      measure=functools.partial(kernels.products, Shape())),
+    "attention": Table(("dtype", "caches", "kernel", "ms", "to_read"), 21, [], measure=kernels.attention),
     TINY: Table(None, 1, tiny()),
 }  # fmt: skip
 

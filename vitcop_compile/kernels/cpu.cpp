@@ -19,6 +19,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <type_traits>
 
 namespace {
 
@@ -211,7 +212,8 @@ void product(const float* x, const T* w, const T* bias, T* out, int64_t count, i
       if (n + N <= wide) {
         columns<M, N>(x, w + n * width, bias ? bias + n : nullptr, out + n, count, width, wide);
       } else {
-        for (int64_t i = n; i < wide; i++) columns<M, 1>(x, w + i * width, bias ? bias + i : nullptr, out + i, count, width, wide);
+        for (int64_t i = n; i < wide; i++)
+          columns<M, 1>(x, w + i * width, bias ? bias + i : nullptr, out + i, count, width, wide);
       }
     }
   });
@@ -280,7 +282,8 @@ inline Vec totals(const Vec* sums) {
   for (int i = 0; i < 2; i++)
     halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
                               _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
-  return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88), _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+  return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                            _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
 #else
   Vec result;
   for (int lane = 0; lane < kLanes; lane++) result[lane] = total(sums[lane]);
@@ -341,6 +344,14 @@ inline void gather_all(const float* scores, int64_t stride, const T* value, int6
       for (int m = 0; m < M; m++) sums[m * width + i] += scores[m * stride + row] * widen(value[row * width + i]);
 }
 
+// Calls with as many rows as go through at once, and with fewer for what is left.
+template <typename F>
+inline void by_rows(F& call) {
+  if constexpr (kRows > 2) call(std::integral_constant<int, kRows>());
+  call(std::integral_constant<int, 2>());
+  call(std::integral_constant<int, 1>());
+}
+
 // Attention of `shared` queries to rows [from, to) of one head's caches: what a softmax over all is put together of, and sums.
 template <typename T>
 void part(const float* query, const T* key, const T* value, int64_t shared, int64_t width, int64_t from, int64_t to,
@@ -350,9 +361,11 @@ void part(const float* query, const T* key, const T* value, int64_t shared, int6
   for (int64_t row = 0; row < count; row += kTile) {
     const T* tile = key + (from + row) * width;
     int64_t taken = std::min<int64_t>(kTile, count - row), q = 0;
-    for (; q + kRows <= shared; q += kRows) score<kRows>(query + q * width, tile, width, taken, scores + q * padded + row, padded);
-    for (; q + 2 <= shared; q += 2) score<2>(query + q * width, tile, width, taken, scores + q * padded + row, padded);
-    for (; q < shared; q++) score<1>(query + q * width, tile, width, taken, scores + q * padded + row, padded);
+    auto scored = [&](auto rows) {
+      constexpr int M = decltype(rows)::value;
+      for (; q + M <= shared; q += M) score<M>(query + q * width, tile, width, taken, scores + q * padded + row, padded);
+    };
+    by_rows(scored);
   }
   for (int64_t q = 0; q < shared; q++) {
     float* own = scores + q * padded;
@@ -375,9 +388,12 @@ void part(const float* query, const T* key, const T* value, int64_t shared, int6
   for (int64_t row = 0; row < count; row += kTile) {
     const T* tile = value + (from + row) * width;
     int64_t taken = std::min<int64_t>(kTile, count - row), q = 0;
-    for (; q + kRows <= shared; q += kRows) gather_all<kRows>(scores + q * padded + row, padded, tile, width, taken, sums + q * width);
-    for (; q + 2 <= shared; q += 2) gather_all<2>(scores + q * padded + row, padded, tile, width, taken, sums + q * width);
-    for (; q < shared; q++) gather_all<1>(scores + q * padded + row, padded, tile, width, taken, sums + q * width);
+    auto gathered = [&](auto rows) {
+      constexpr int M = decltype(rows)::value;
+      for (; q + M <= shared; q += M)
+        gather_all<M>(scores + q * padded + row, padded, tile, width, taken, sums + q * width);
+    };
+    by_rows(gathered);
   }
 }
 
