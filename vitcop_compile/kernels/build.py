@@ -46,7 +46,7 @@ def folder() -> Path:
 def machine() -> str:
     """The CPU as far as compiled code and the speed of kernels depend on it."""
     wanted = ("model name", "flags", "Features", "CPU part")
-    found = {}
+    found: dict[str, str] = {}
     if (info := Path("/proc/cpuinfo")).exists():
         for line in info.read_text(errors="replace").splitlines():
             name, _, value = line.partition(":")
