@@ -49,6 +49,16 @@ def test_products_of_few_rows(dtype, rows, width, columns, bias, seed):
     assert ((FEW(x, weight, added).double() - exact).abs() <= bound).all()
 
 
+@settings(deadline=None, max_examples=30)
+@given(dtype=DTYPES, rows=st.integers(1, MOST_ROWS), width=st.integers(1, 600), columns=st.integers(1, 70))
+def test_products_by_int8_weights(dtype, rows, width, columns):
+    """Without their scales, which the graph applies."""
+    x = drawn(0, rows, width, dtype=dtype)
+    weight = torch.randint(-128, 128, (columns, width), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    exact, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    assert ((FEW(x, weight, None).double() - exact).abs() <= ROUNDING[dtype] * exact.abs() + 2.0**-20 * terms).all()
+
+
 def test_products_of_what_is_not_contiguous():
     x, weight = drawn(0, 33, 7, dtype=torch.float32).T, drawn(1, 5, 33, dtype=torch.float32)
     bias = drawn(2, 10, dtype=torch.float32)[::2]
@@ -63,6 +73,7 @@ def test_products_of_what_is_not_contiguous():
         (torch.ones(65, 4), torch.ones(3, 4), "takes 1 to 64 rows"),
         (torch.ones(2, 4), torch.ones(3, 5), "other widths"),
         (torch.ones(2, 4), torch.ones(3, 4).half(), "other types"),
+        (torch.ones(0, 4), torch.ones(0, 4), "1 to 64 rows"),
         (torch.ones(2, 4), torch.ones(4, 3).T, "not contiguous"),
         (torch.ones(2, 4).double(), torch.ones(3, 4).double(), "takes float32, bfloat16 and float16"),
     ],

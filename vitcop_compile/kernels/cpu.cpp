@@ -60,6 +60,7 @@ inline float widen(bf16 value) {
   std::memcpy(&result, &bits, 4);
   return result;
 }
+inline float widen(int8_t value) { return value; }
 inline float widen(fp16 value) { return c10::detail::fp16_ieee_to_fp32_value(value.bits); }
 
 inline void narrow(float value, float* to) { *to = value; }
@@ -79,10 +80,16 @@ inline Vec load(const float* from) {
 inline Vec load(const bf16* from) {
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
 }
+inline Vec load(const int8_t* from) {
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
 inline Vec load(const fp16* from) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
 #elif defined(__AVX2__) && defined(__F16C__)
 inline Vec load(const bf16* from) {
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+}
+inline Vec load(const int8_t* from) {
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 }
 inline Vec load(const fp16* from) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
 #else
@@ -92,6 +99,11 @@ inline Vec load(const bf16* from) {
   Half half;
   std::memcpy(&half, from, sizeof(half));
   return (Vec)(__builtin_convertvector(half, Wide) << 16);
+}
+inline Vec load(const int8_t* from) {
+  Vec result;
+  for (int lane = 0; lane < kLanes; lane++) result[lane] = from[lane];
+  return result;
 }
 inline Vec load(const fp16* from) {
   Vec result;
@@ -176,8 +188,8 @@ inline void multiply(const float* x, int64_t stride, const W* w, int64_t step, i
 }
 
 // N columns of the product of all rows, which come in groups of M, of which `count` are real.
-template <int M, int N, typename T>
-inline void columns(const float* x, const T* w, const T* bias, T* out, int64_t count, int64_t width, int64_t stride) {
+template <int M, int N, typename T, typename W>
+inline void columns(const float* x, const W* w, const T* bias, T* out, int64_t count, int64_t width, int64_t stride) {
   Vec sums[kMost][N];
   for (int64_t m = 0; m < (count + M - 1) / M * M; m++)
     for (int n = 0; n < N; n++) sums[m][n] = Vec{};
@@ -186,7 +198,7 @@ inline void columns(const float* x, const T* w, const T* bias, T* out, int64_t c
   // In chunks, so that all rows' share of the input stays in the first cache.
   for (int64_t k = 0; k < whole; k += kChunk) {
     int64_t taken = std::min<int64_t>(kChunk, whole - k);
-    if (std::is_same_v<T, float> || count <= M) {
+    if (std::is_same_v<W, float> || count <= M) {
       for (int64_t m = 0; m < count; m += M) multiply<M, N>(x + m * width + k, width, w + k, width, taken, sums + m);
     } else {
       // What more than one group reads is widened once.
@@ -202,8 +214,8 @@ inline void columns(const float* x, const T* w, const T* bias, T* out, int64_t c
     }
 }
 
-template <int M, int N, typename T>
-void product(const float* x, const T* w, const T* bias, T* out, int64_t count, int64_t width, int64_t wide) {
+template <int M, int N, typename T, typename W>
+void product(const float* x, const W* w, const T* bias, T* out, int64_t count, int64_t width, int64_t wide) {
   int64_t blocks = (wide + N - 1) / N;
   // Some 64 KiB of weights are read faster than a thread wakes.
   int64_t grain = std::max<int64_t>(1, 16384 / (width * N));
@@ -219,7 +231,7 @@ void product(const float* x, const T* w, const T* bias, T* out, int64_t count, i
   });
 }
 
-template <typename T>
+template <typename T, typename W>
 void product_of(const Tensor& input, const Tensor& weight, const T* bias, Tensor& output) {
   int64_t width = weight.size(1), wide = weight.size(0), count = output.numel() / wide;
   int group = count >= kRows ? kRows : count == 1 ? 1 : 2;
@@ -234,34 +246,38 @@ void product_of(const Tensor& input, const Tensor& weight, const T* bias, Tensor
     widen_all(given, held.get(), count * width);
     x = held.get();
   }
-  auto w = static_cast<const T*>(weight.const_data_ptr());
+  auto w = static_cast<const W*>(weight.const_data_ptr());
   auto out = static_cast<T*>(output.mutable_data_ptr());
-  if (group == 1) return product<1, sizeof(T) == 4 ? 2 : kColumns>(x, w, bias, out, count, width, wide);
+  if (group == 1) return product<1, sizeof(W) == 4 ? 2 : kColumns>(x, w, bias, out, count, width, wide);
   if (group == 2) return product<2, kColumns>(x, w, bias, out, count, width, wide);
   return product<kRows, kColumns>(x, w, bias, out, count, width, wide);
 }
 
-template <typename T>
-const T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
 void check(bool holds, const char* what) { STD_TORCH_CHECK(holds, "vitcop: ", what); }
 
+template <typename T>
+void product_by(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, Tensor& output) {
+  auto added = bias.has_value() ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
+  if (weight.scalar_type() == ScalarType::Char) return product_of<T, int8_t>(input, weight, added, output);
+  return product_of<T, T>(input, weight, added, output);
+}
+
 Tensor linear_few(Tensor input, Tensor weight, std::optional<Tensor> bias) {
-  check(input.scalar_type() == weight.scalar_type(), "input and weight have other types");
+  bool same = weight.scalar_type() == input.scalar_type() || weight.scalar_type() == ScalarType::Char;
+  check(same && (!bias.has_value() || bias->scalar_type() == input.scalar_type()), "input, weight and bias have other types");
   check(weight.dim() == 2 && input.size(input.dim() - 1) == weight.size(1), "input and weight have other widths");
   check(weight.is_contiguous(), "the weight is not contiguous");
   check(weight.numel() > 0 && input.numel() <= kMost * weight.size(1), "linear_few takes 1 to 64 rows of a weight");
+  check(!bias.has_value() || bias->numel() == weight.size(0), "the bias is not the weight's");
   if (!input.is_contiguous()) input = torch::stable::contiguous(input);
   if (bias.has_value() && !bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
   shape.back() = weight.size(0);
   Tensor output = torch::stable::new_empty(input, shape);
   switch (input.scalar_type()) {
-    case ScalarType::Float: product_of<float>(input, weight, pointer<float>(bias), output); break;
-    case ScalarType::BFloat16: product_of<bf16>(input, weight, pointer<bf16>(bias), output); break;
-    case ScalarType::Half: product_of<fp16>(input, weight, pointer<fp16>(bias), output); break;
+    case ScalarType::Float: product_by<float>(input, weight, bias, output); break;
+    case ScalarType::BFloat16: product_by<bf16>(input, weight, bias, output); break;
+    case ScalarType::Half: product_by<fp16>(input, weight, bias, output); break;
     default: check(false, "linear_few takes float32, bfloat16 and float16");
   }
   return output;
