@@ -18,6 +18,7 @@ from .families import family_of
 from .host import with_clips
 from .optimized import PROGRAM_BYTES, PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
 from .programs import Programs
+from .quantised import check_quantised
 from .schedule import Method, check_ready, resolve
 
 
@@ -48,6 +49,7 @@ def optimize(
     """
     config = config or ViTCoPConfig.preset(DEFAULT_PRESET)
     check_ready(config)
+    check_quantised(model)
     family = family_of(model)
     if getattr(config, "clips", None) == "pooled":
         family = replace(family, host=with_clips(family.host))
