@@ -18,6 +18,10 @@ _REMEDY = (
     "load the model without quantization and quantize it by torchao.quantization.quantize_, or load it with transformers' "
     "TorchAoConfig (docs/quantised.md)"
 )
+_PORTABLE = (
+    "optimize and export the model before it is quantized, with weights='int8' for int8 weights, or quantize it by torchao's "
+    "Int8WeightOnlyConfig()"
+)
 # Packages whose modules multiply by kernels of their own, which no exported program has; of transformers, those of its integrations.
 _FOREIGN = {
     "aqlm": "AQLM",
@@ -61,6 +65,26 @@ def check_quantised(model: PreTrainedModel) -> None:
         if tensor.device.type != "meta" and tensor.dim() == 2 and (key := _scheme(tensor)) not in tried:
             tried.add(key)
             _try(name, tensor)
+
+
+def check_portable(model: nn.Module, where: str, int8: bool = True) -> None:
+    """Raises UnsupportedError, naming it, for a quantised weight whose values `where` cannot keep as they are.
+
+    int8: whether `where` takes torchao's int8 weights, those with one scale for each output channel and products in floats.
+    """
+    for name, tensor in _subclasses(model):
+        kind = type(tensor).__name__
+        if not int8 or kind != "Int8Tensor":
+            raise UnsupportedError(f"{name} is a {kind} of torchao, which {where} cannot keep as it is: {_PORTABLE}")
+        if tensor.act_quant_kwargs is not None or tensor.act_pre_scale is not None:  # type: ignore[attr-defined]
+            what = "its inputs are rounded or scaled, too"
+        elif tuple(tensor.block_size) != (1, tensor.shape[1]):  # type: ignore[attr-defined]
+            what = f"its scales are for blocks of {tuple(tensor.block_size)}"  # type: ignore[attr-defined]
+        elif tensor.zero_point is not None and tensor.zero_point.any():  # type: ignore[attr-defined]
+            what = "it has zero points"
+        else:
+            continue
+        raise UnsupportedError(f"{name} is an {kind} of torchao that {where} cannot keep as it is, as {what}: {_PORTABLE}")
 
 
 def plain_weights(model: nn.Module) -> nn.Module:
