@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx", "tensorrt")
 WEIGHT_KINDS = ("int8",)
+# What to do about weights that are quantised already.
+_REMEDIES = {
+    "onnx": "export the model before it is quantized, with weights='int8'",
+    "tensorrt": "export the model before it is quantized, or with format='onnx'",
+}
 _BFLOAT16_OPSET = 22
 _HALF_SCALES_OPSET = 19
 
@@ -76,7 +81,7 @@ def export(
             f"opset={opset} has no bfloat16 convolution: choose opset {_BFLOAT16_OPSET} or later, or float16"
         )
     check_weights_option(weights, format, model.dtype, opset)
-    check_portable(model.model, "the ONNX export" if format == "onnx" else f"format={format!r}", int8=format == "onnx")
+    check_portable(model.model, f"format={format!r}", _REMEDIES[format], int8=format == "onnx")
     model.check_weights()
     target = Path(output_dir)
     finish: Callable[[Path, Manifest, Progress], Manifest] | None = None

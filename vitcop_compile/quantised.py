@@ -18,11 +18,9 @@ _REMEDY = (
     "load the model without quantization and quantize it by torchao.quantization.quantize_, or load it with transformers' "
     "TorchAoConfig (docs/quantised.md)"
 )
-_PORTABLE = (
-    "optimize and export the model before it is quantized, with weights='int8' for int8 weights, or quantize it by torchao's "
-    "Int8WeightOnlyConfig()"
-)
-# Packages whose modules multiply by kernels of their own, which no exported program has; of transformers, those of its integrations.
+_PORTABLE = "quantize it by torchao's Int8WeightOnlyConfig()"
+# Packages whose modules multiply by kernels of their own, which no exported program has. In transformers' integrations are
+# those of its own quantizers.
 _FOREIGN = {
     "aqlm": "AQLM",
     "auto_gptq": "GPTQ",
@@ -67,15 +65,17 @@ def check_quantised(model: PreTrainedModel) -> None:
             _try(name, tensor)
 
 
-def check_portable(model: nn.Module, where: str, int8: bool = True) -> None:
+def check_portable(model: nn.Module, where: str, remedy: str, int8: bool = True) -> None:
     """Raises UnsupportedError, naming it, for a quantised weight whose values `where` cannot keep as they are.
 
-    int8: whether `where` takes torchao's int8 weights, those with one scale for each output channel and products in floats.
+    remedy: what to do about it; int8: whether `where` takes torchao's int8 weights, those with one scale for each output
+    channel and products in floats.
     """
+    remedy = f"{remedy}, or {_PORTABLE}" if int8 else remedy
     for name, tensor in _subclasses(model):
         kind = type(tensor).__name__
         if not int8 or kind != "Int8Tensor":
-            raise UnsupportedError(f"{name} is a {kind} of torchao, which {where} cannot keep as it is: {_PORTABLE}")
+            raise UnsupportedError(f"{name} is a {kind} of torchao, which {where} cannot keep as it is: {remedy}")
         if tensor.act_quant_kwargs is not None or tensor.act_pre_scale is not None:  # type: ignore[attr-defined]
             what = "its inputs are rounded or scaled, too"
         elif tuple(tensor.block_size) != (1, tensor.shape[1]):  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def check_portable(model: nn.Module, where: str, int8: bool = True) -> None:
             what = "it has zero points"
         else:
             continue
-        raise UnsupportedError(f"{name} is an {kind} of torchao that {where} cannot keep as it is, as {what}: {_PORTABLE}")
+        raise UnsupportedError(f"{name} is an {kind} of torchao that {where} cannot keep as it is, as {what}: {remedy}")
 
 
 def plain_weights(model: nn.Module) -> nn.Module:
