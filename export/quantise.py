@@ -5,6 +5,7 @@ Only weights are rounded. What is computed in between, scores, distances and sum
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,10 @@ def keep_int8(model: Any) -> dict[str, QuantisedTensor]:
         (out,) = node.outputs
         rows, columns = held.shape
         ones = np.ones(rows, dtype=onnx_ir.DataType(node.attributes["to"].value).numpy())
-        _dequantize(model.graph, node, weight, ones, f"{held.name}_scale", out)
-        found[held.name] = QuantisedTensor(held.name, "int8_given", (columns, rows), 1)
+        # As `plain_weights` calls what it takes apart.
+        name = re.sub(r"\.parametrizations\.(\w+)\.original\d+$", r".\1", held.name)
+        _dequantize(model.graph, node, weight, ones, f"{name}_scale", out)
+        found[name] = QuantisedTensor(name, "int8_given", (columns, rows), 1)
     return found
 
 

@@ -44,8 +44,8 @@ def optimize(
     graphs as they were captured are used again: methods can be compared without tracing the model for each. A model on the
     meta device is for planning: it has a schedule and its programs can be exported.
 
-    Raises UnsupportedError for a model, quantised weights, a backend or attention that is not supported, ConfigError for a configuration that
-    the model's shape cannot meet; both before anything is traced.
+    Raises UnsupportedError for a model, quantised weights, a backend or attention that is not supported, ConfigError for a
+    configuration that the model's shape cannot meet; both before anything is traced.
     """
     config = config or ViTCoPConfig.preset(DEFAULT_PRESET)
     check_ready(config)
