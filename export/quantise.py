@@ -31,7 +31,8 @@ def names_of_linears(model: Any) -> dict[str, str]:
 
 def keep_int8(model: Any) -> dict[str, QuantisedTensor]:
     """Casts of int8 weights before products, as torchao's int8 weights are traced, become DequantizeLinear in place: their
-    values stay what they are, and no runtime folds them into floats. The scales of output channels are applied behind.
+    values and scales stay what they are, and no runtime folds them into floats. Scales that are not found behind the product
+    stay where they are applied.
 
     Call it before constants are folded. Returns what it found by name.
     """
@@ -44,12 +45,35 @@ def keep_int8(model: Any) -> dict[str, QuantisedTensor]:
             continue
         (out,) = node.outputs
         rows, columns = held.shape
-        ones = np.ones(rows, dtype=onnx_ir.DataType(node.attributes["to"].value).numpy())
+        scale = np.ones(rows, dtype=onnx_ir.DataType(node.attributes["to"].value).numpy())
+        if (applied := _scaled(out, rows)) is not None:
+            multiply, values = applied
+            scale = values.astype(scale.dtype)
+            product = next(value for value in multiply.inputs if value.producer() and value.producer().op_type == "MatMul")
+            onnx_ir.convenience.replace_all_uses_with(multiply.outputs[0], product)
+            model.graph.remove(multiply, safe=True)
         # As `plain_weights` calls what it takes apart.
         name = re.sub(r"\.parametrizations\.(\w+)\.original\d+$", r".\1", held.name)
-        _dequantize(model.graph, node, weight, ones, f"{name}_scale", out)
+        _dequantize(model.graph, node, weight, scale, f"{name}_scale", out)
         found[name] = QuantisedTensor(name, "int8_given", (columns, rows), 1)
     return found
+
+
+def _scaled(weight: Any, outputs: int) -> tuple[Any, np.ndarray] | None:
+    """(the Mul, scales [outputs]) where the one product with `weight` is multiplied by scales of its outputs, as they are
+    held: by an initializer that is reshaped or cast at most."""
+    (product, _), *more = weight.uses() or [(None, 0)]
+    if product is None or more or product.op_type != "MatMul" or len(product.outputs[0].uses()) != 1:
+        return None
+    ((multiply, index),) = product.outputs[0].uses()
+    if multiply.op_type != "Mul" or product.outputs[0].is_graph_output():
+        return None
+    held = multiply.inputs[1 - index]
+    while held is not None and held.producer() is not None and held.producer().op_type in ("Cast", "Reshape", "Identity"):
+        held = held.producer().inputs[0]
+    if held is None or not held.is_initializer() or held.const_value.size != outputs:
+        return None
+    return multiply, held.const_value.numpy().reshape(-1)
 
 
 def quantise(model: Any, names: dict[str, str]) -> dict[str, QuantisedTensor]:
