@@ -13,6 +13,7 @@ import reference_llava as reference
 import torch
 from torch import Tensor, nn
 from transformers.integrations.bitnet import BitLinear
+from vitcop_compile.passes.lower_int8 import lower_int8
 
 import vitcop_compile
 from vitcop_compile import UnsupportedError, ViTCoPConfig, quantised
@@ -164,6 +165,26 @@ def test_programs_hold_the_model_s_own_int8_weights() -> None:
     floats = sum(tensor.nbytes for tensor in held.values() if tensor.dtype == torch.float32)
     rest = 4 * (models.VOCAB * 64 + (2 * LAYERS + 1) * 64 + 2 * 8 + sum(weight.shape[0] for weight in linears))
     assert floats == rest < numbers
+
+
+def test_few_rows_by_int8_weights_are_summed() -> None:
+    """As many as a decode step has, and the head of a prefill; more rows keep the product that torchao traces."""
+    fast = vitcop_compile.optimize(shared("int8"), THIRD, backend="eager")
+    for program, few, inputs in (
+        (
+            fast.programs.export_extend(1, 1, (40, 40, 40), in_place=False),
+            LAYERS * 7 + 1,
+            fast.programs.extend_inputs(1, 1, (40,) * 3),
+        ),
+        (fast.programs.export_extend(1, 8, (40, 40, 40), in_place=False), 1, fast.programs.extend_inputs(1, 8, (40,) * 3)),
+    ):
+        expected = program.module(check_guards=False)(*inputs)
+        module = lower_int8(program.module(check_guards=False))
+        sums = [node for node in module.graph.nodes if node.target is torch.ops.aten.sum.dim_IntList]
+        products = [node for node in module.graph.nodes if node.target is torch.ops.aten.mm.default]
+        assert len(sums) == few and len(products) == LAYERS * 7 + 1 - few
+        for found, right in zip(module(*inputs), expected, strict=True):
+            torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
 
 
 def test_the_model_stays_as_it_was() -> None:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from .errors import UnsupportedError
 from .passes.attach_cache import cache_rows, write_rows
+from .passes.lower_int8 import lower_int8
 from .passes.lower_linear import lower_linear
 from .passes.unroll_loops import unroll_loops
 
@@ -114,7 +115,7 @@ def eager(program: ExportedProgram) -> Program:
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
     _check_loaded(program, "inductor")
-    module = lower_linear(program.module(check_guards=False))
+    module = lower_int8(lower_linear(program.module(check_guards=False)))
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     options = _cuda_options(decode=bool(program.graph_signature.user_inputs_to_mutate)) if on_cuda else None
     return torch.compile(module, fullgraph=True, dynamic=False, options=options)
