@@ -154,7 +154,7 @@ class Manifest:
         if not isinstance(values, dict):
             raise FolderError(f"{NAME} holds a {type(values).__name__}: an object is expected")
         version = values.get("format_version")
-        if isinstance(version, bool) or version not in (list(_BEFORE) if isinstance(version, int) else ()):
+        if isinstance(version, bool) or not isinstance(version, int) or version not in _BEFORE:
             raise FolderError(
                 f"{NAME}: format_version {version!r} cannot be read, this package reads "
                 f"{' and '.join(map(str, _BEFORE))}: export again with it"

@@ -41,7 +41,7 @@ def _int8(wide: fx.Node) -> fx.Node | None:
     """The weight int8 [N, K] that `wide` is, turned and widened."""
     turned = wide.args[0] if wide.target in _WIDENING else None
     weight = turned.args[0] if isinstance(turned, fx.Node) and turned.target in _TURNING else None
-    value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
-    if value is None or value.dtype != torch.int8 or value.dim() != 2:
+    if not isinstance(weight, fx.Node):
         return None
-    return weight
+    value = weight.meta.get("val")
+    return weight if value is not None and value.dtype == torch.int8 and value.dim() == 2 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -35,7 +36,7 @@ class Capture:
 def capture(family: Family, model: PreTrainedModel) -> Capture:
     """Traces the encoder and the decoder of `family`, which are parts of `model`, once."""
     parameter = next(model.parameters())
-    like = {"dtype": parameter.dtype, "device": parameter.device}
+    like: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
     pixels = torch.zeros(_BATCH, _TOKENS, family.shape.vision_hidden, **like)
     embeddings = torch.zeros(_BATCH, _TOKENS, family.shape.hidden, **like)
     shape = family.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedError
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _REMEDY = (
     "load the model without quantization and quantize it by torchao.quantization.quantize_, or load it with transformers' "
     "TorchAoConfig (docs/quantised.md)"
@@ -87,7 +89,7 @@ def check_portable(model: nn.Module, where: str, remedy: str, int8: bool = True)
         raise UnsupportedError(f"{name} is an {kind} of torchao that {where} cannot keep as it is, as {what}: {remedy}")
 
 
-def plain_weights(model: nn.Module) -> nn.Module:
+def plain_weights(model: _Module) -> _Module:
     """`model`, whose parameters that are tensor subclasses become plain tensors, the same memory, from which they are put
     together where they are used: what traces it sees tensors that every backend can hold, and their products as operators.
 
