@@ -7,6 +7,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import models
 import pytest
 import reference_llava as reference
@@ -16,7 +17,7 @@ from transformers.integrations.bitnet import BitLinear
 from vitcop_compile.passes.lower_int8 import lower_int8
 
 import vitcop_compile
-from vitcop_compile import UnsupportedError, ViTCoPConfig, quantised
+from vitcop_compile import UnsupportedError, ViTCoPConfig, kernels, quantised
 
 torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
 
@@ -110,11 +111,29 @@ def test_a_pruned_one_is_its_layers_pruned_by_hand(kind: str, only: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "kind"), [("inductor", "int8"), ("aotinductor", "int4"), ("onnxruntime", "int8")])
+@pytest.mark.parametrize(("backend", "kind"), [("inductor", "int8"), ("aotinductor", "int8"), ("onnxruntime", "int8")])
 def test_backends(backend: str, kind: str) -> None:
     model = shared(kind)
     fast = vitcop_compile.optimize(model, THIRD, backend=backend)
     torch.testing.assert_close(fast(**REQUEST).logits, by_hand(model), atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_family_with_towers_and_selections() -> None:
+    """Whose encoder's first weights are quantised, and the head that programs of selections have nothing to do with."""
+    model = families.qwen2_5_vl().eval()
+    models.randomize(model, 0)
+    torchao.quantize_(model, KINDS["int8"]())
+    ids, given = families.prompt("qwen2_5_vl", [3, (3, 4), 2])
+    prompt = torch.tensor([ids])
+    with torch.no_grad():
+        expected = model(input_ids=prompt, **given, **families.types(prompt)).logits[:, -1:]
+    torch.testing.assert_close(
+        vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager")(input_ids=prompt, **given).logits,
+        expected, atol=1e-4, rtol=1e-4,
+    )  # fmt: skip
+    pruned = vitcop_compile.optimize(model, ViTCoPConfig.preset("1/3"), backend="eager")
+    assert pruned(input_ids=prompt, **given).logits.isfinite().all()
 
 
 @pytest.mark.slow
@@ -167,22 +186,18 @@ def test_programs_hold_the_model_s_own_int8_weights() -> None:
     assert floats == rest < numbers
 
 
-def test_few_rows_by_int8_weights_are_summed() -> None:
-    """As many as a decode step has, and the head of a prefill; more rows keep the product that torchao traces."""
-    fast = vitcop_compile.optimize(shared("int8"), THIRD, backend="eager")
-    for program, few, inputs in (
-        (
-            fast.programs.export_extend(1, 1, (40, 40, 40), in_place=False),
-            LAYERS * 7 + 1,
-            fast.programs.extend_inputs(1, 1, (40,) * 3),
-        ),
-        (fast.programs.export_extend(1, 8, (40, 40, 40), in_place=False), 1, fast.programs.extend_inputs(1, 8, (40,) * 3)),
-    ):
+def test_few_rows_by_int8_weights_take_the_kernel_for_them() -> None:
+    """As many as a decode step has, and the head of a longer turn; more rows keep the product that torchao traces."""
+    kernels.load()
+    programs = vitcop_compile.optimize(shared("int8"), THIRD, backend="eager").programs
+    for tokens, few in ((1, LAYERS * 7 + 1), (16, 1)):
+        program = programs.export_extend(1, tokens, (40, 40, 40), in_place=False)
+        inputs = programs.extend_inputs(1, tokens, (40, 40, 40))
         expected = program.module(check_guards=False)(*inputs)
-        module = lower_int8(program.module(check_guards=False))
-        sums = [node for node in module.graph.nodes if node.target is torch.ops.aten.sum.dim_IntList]
-        products = [node for node in module.graph.nodes if node.target is torch.ops.aten.mm.default]
-        assert len(sums) == few and len(products) == LAYERS * 7 + 1 - few
+        module = lower_int8(program.module(check_guards=False), lambda _: kernels.Rule(8, "aten"))
+        targets = [node.target for node in module.graph.nodes]
+        assert targets.count(torch.ops.vitcop_cpu.linear_few.default) == few
+        assert targets.count(torch.ops.aten.mm.default) == LAYERS * 7 + 1 - few
         for found, right in zip(module(*inputs), expected, strict=True):
             torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
 
