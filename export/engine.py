@@ -244,12 +244,20 @@ class EngineModel(CompiledModel):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, verify: bool = True, threads: int | None = None, prepack: bool = False
+        cls,
+        folder: str | Path,
+        *,
+        verify: bool = True,
+        threads: int | None = None,
+        prepack: bool = False,
+        exact: bool = False,
     ) -> EngineModel:
         """Opens an engine folder; the runtime is the one the folder was built for.
 
         verify: read every file once and compare SHA-256, not the sizes alone; threads: of onnxruntime, torch's number by
-        default; prepack: onnxruntime's packed weights, faster, at the cost of a copy of the weights in every program. No
+        default; prepack: onnxruntime's packed weights, faster, at the cost of a copy of the weights in every program, which
+        int8 weights always have; exact: multiply int8 weights as floats, which every program then holds, and not by kernels
+        that round the other factor to int8, too: slower, and what the graphs say to the last digits. No
         pickle is read and no path outside the folder is followed. Raises FolderError for a folder that is not exactly as
         exported, UnsupportedError where its runtime or device is missing.
         """
@@ -268,7 +276,9 @@ class EngineModel(CompiledModel):
         load: Callable[[Path, ProgramSpec], Runner]
         if manifest.product == "onnx":
             device = torch.device("cpu")
-            load = partial(OrtProgram, threads=threads, prepack=prepack)
+            # Kernels for int8 weights want them packed: of others they take fifty times as long.
+            packed = bool(manifest.quantised) and not exact
+            load = partial(OrtProgram, threads=threads, prepack=prepack or packed, exact=exact)
         else:
             from .tensorrt_runtime import loader
 

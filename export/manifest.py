@@ -19,13 +19,16 @@ from ..methods import method_of
 from ..schedule import Method, ModelShape, Schedule, resolve
 
 _Kind = TypeVar("_Kind")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Of version 2, which said nothing of quantised weights, as there were none.
+_BEFORE: dict[int, dict[str, Any]] = {2: {"quantised": []}, FORMAT_VERSION: {}}
 NAME = "vitcop.json"
 # What transformers reads of a folder, whatever the product.
 CONFIGS = ("config.json", "generation_config.json")
 DTYPES = ("float32", "float16", "bfloat16")
 PRODUCTS = ("onnx", "tensorrt", "tensorrt_rtx")
 OPSETS = range(18, 25)
+SCHEMES = ("int8_channel", "int8_given")
 # Kinds of programs of the vision side: of images that are a tile each, of videos that have an encoder of their own, of others.
 SEEING = ({"vision"}, {"frames"}, {"vision", "frames"}, {"tower", "select"})
 PROGRAMS = {"prefill", "extend", "decode"}
@@ -60,6 +63,18 @@ class ProgramSpec:
 
 
 @dataclass(frozen=True)
+class QuantisedTensor:
+    """A weight that is stored as int8, before a DequantizeLinear. shape: as it is stored, [inputs, outputs]; axis: that of the
+    scales, one for each output channel; scheme: "int8_channel", rounded by the export, symmetric and within 127, or
+    "int8_given", as the model had it."""
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    axis: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything `vitcop.json` says. position_dims: of a token's position; batch_sizes: sequences that programs take,
     ascending; layouts: what a prompt may hold beside text, the segments of each image of each such prompt; later_images:
@@ -81,6 +96,7 @@ class Manifest:
     opset: int
     kv_rows: tuple[int, ...]
     programs: tuple[ProgramSpec, ...]
+    quantised: tuple[QuantisedTensor, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
 
@@ -138,17 +154,20 @@ class Manifest:
         if not isinstance(values, dict):
             raise FolderError(f"{NAME} holds a {type(values).__name__}: an object is expected")
         version = values.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        if isinstance(version, bool) or not isinstance(version, int) or version not in _BEFORE:
             raise FolderError(
-                f"{NAME}: format_version {version!r} cannot be read, this package reads {FORMAT_VERSION}: export again with it"
+                f"{NAME}: format_version {version!r} cannot be read, this package reads "
+                f"{' and '.join(map(str, _BEFORE))}: export again with it"
             )
-        known = {f.name for f in dataclasses.fields(cls)} | {"format_version", "schedules", "digest"}
+        since = _BEFORE[version]
+        known = {f.name for f in dataclasses.fields(cls)} - since.keys() | {"format_version", "schedules", "digest"}
         if unknown := sorted(values.keys() - known):
             raise FolderError(f"{NAME}: unknown fields {unknown}; the folder may need a newer vitcop-compile")
         if missing := sorted(known - values.keys()):
             raise FolderError(f"{NAME}: fields {missing} are missing; export the folder again")
         if values.pop("digest") != _digest(values):
             raise FolderError(f"{NAME} was changed after it was written: its digest does not match; export the folder again")
+        values = values | since
         values.pop("format_version")
         resolved = values.pop("schedules")
         try:
@@ -199,6 +218,9 @@ class Manifest:
             raise FolderError(f"{NAME}: opset={self.opset} is none of {OPSETS.start} to {OPSETS.stop - 1}")
         if self.kv_rows != tuple(self.cache_rows[group] for group in self.schedule.groups):
             raise FolderError(f"{NAME}: kv_rows do not follow from config, shape, layouts, max_text_len and max_new_tokens")
+        for tensor in self.quantised:
+            if tensor.scheme not in SCHEMES or tensor.axis not in (0, 1) or min(tensor.shape) < 1:
+                raise FolderError(f"{NAME}: quantised tensor {tensor} is of no scheme of {', '.join(SCHEMES)}, axis 0 or 1")
         kinds = {spec.kind for spec in self.programs}
         if kinds not in [PROGRAMS | seeing for seeing in SEEING]:
             raise FolderError(f"{NAME}: programs {sorted(kinds)} are not {sorted(PROGRAMS)} and those that see images")
@@ -251,6 +273,9 @@ def _parse(values: dict[str, Any]) -> Manifest:
         "prompt_buckets": None if buckets is None else _tuple(buckets),
         "kv_rows": _tuple(values["kv_rows"]),
         "programs": tuple(_program(spec) for spec in _tuple(values["programs"])),
+        "quantised": tuple(
+            _build(QuantisedTensor, tensor | {"shape": _tuple(tensor["shape"])}) for tensor in _tuple(values["quantised"])
+        ),
         "files": {name: _tuple(entry) for name, entry in values["files"].items()},
     }
     return _build(Manifest, parsed)

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from ..errors import UnsupportedError
 from ..isolation import tracing
 from ..passes.unroll_loops import unroll_loops
-from .manifest import OPSETS, TensorSpec
+from .manifest import OPSETS, QuantisedTensor, TensorSpec
 
 WEIGHTS = "weights.bin"
 # Smaller constants stay in the graph file: in the file of weights each would take up to a page (see _ALIGNMENT).
@@ -37,10 +37,15 @@ FORBIDDEN = ("NonZero", "Loop", "If", "Scan", "Unique", "Compress", "SequenceCon
 
 @dataclass
 class WeightStore:
-    """A file of tensors. Tensors with equal bytes are stored once."""
+    """A file of tensors. Tensors with equal bytes are stored once.
+
+    int8: whether weights of linear layers are rounded to int8; quantised: those that are int8 so far, by name.
+    """
 
     path: Path
+    int8: bool = False
     size: int = 0
+    quantised: dict[str, QuantisedTensor] = field(default_factory=dict)
     _known: dict[bytes, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, data: bytes | memoryview) -> tuple[int, int]:
@@ -79,7 +84,7 @@ def write_onnx(
         )
         assert converted is not None
         model = converted.model
-        _simplify(model)
+        store.quantised |= _simplify(model, store.int8)
     check_nodes(model, path.name)
     for node in model.graph.all_nodes():
         # The exporter attaches stack traces: they make up half of the file and reveal paths of this machine.
@@ -104,15 +109,18 @@ def write_onnx(
     return _specs(model.graph.inputs, symbol), _specs(model.graph.outputs, symbol)
 
 
-def _simplify(model: Any) -> None:
-    """Folds constants and removes what is unused, in place.
+def _simplify(model: Any, int8: bool) -> dict[str, QuantisedTensor]:
+    """Folds constants and removes what is unused, in place; `int8` rounds weights. Returns those that are int8.
 
     These are the steps of onnxscript's optimizer that help here. Its other rewrites match almost nothing and take half the
     time of an export. Large results are not folded: the graph file would hold masks for every bucket.
     """
+    from .quantise import keep_int8, names_of_linears, quantise  # needs onnx_ir
+
     optimizer, fusions = _require("onnxscript.optimizer"), _require("onnxscript.rewriter.onnx_fusions")
     common = _require("onnx_ir.passes.common")
     optimizer.inline(model)
+    names, quantised = names_of_linears(model), keep_int8(model)
     optimizer.fold_constants(model, input_size_limit=_FOLD_ELEMENTS, output_size_limit=_FOLD_ELEMENTS)
     fusions.fuse(model)
     for step in (
@@ -126,6 +134,7 @@ def _simplify(model: Any) -> None:
         common.NameFixPass(),
     ):
         step(model)
+    return quantised | quantise(model, names) if int8 else quantised
 
 
 def _bytes(tensor: Any) -> memoryview:

@@ -22,6 +22,8 @@ def load(program: ExportedProgram) -> OrtProgram:
     inputs = [f"in_{i}" for i in range(len(program.graph_signature.user_inputs))]
     outputs = [f"out_{i}" for i in range(len(program.graph_signature.user_outputs))]
     taken, given = write_onnx(program, root / "model.onnx", WeightStore(root / WEIGHTS), inputs, outputs, _OPSET)
-    loaded = OrtProgram(root / "model.onnx", ProgramSpec("program", "model.onnx", None, taken, given), prepack=True)
+    loaded = OrtProgram(
+        root / "model.onnx", ProgramSpec("program", "model.onnx", None, taken, given), prepack=True, exact=True
+    )
     weakref.finalize(loaded, folder.cleanup)
     return loaded

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from ..errors import ConfigError, UnsupportedError
 from ..host import Host
 from ..layout import Layout
+from ..quantised import check_portable
 from ..schedule import Schedule
 from .contract import LEAST_TEXT, Wanted, are_of, check_programs, text_spans, wanted_programs
 from .manifest import NAME, Manifest, file_digest
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
     from ..optimized import OptimizedModel  # which imports this package when it exports
 
 FORMATS = ("onnx", "tensorrt")
+WEIGHT_KINDS = ("int8",)
+# What to do about weights that are quantised already.
+_REMEDIES = {
+    "onnx": "export the model before it is quantized, with weights='int8'",
+    "tensorrt": "export the model before it is quantized, or with format='onnx'",
+}
 _BFLOAT16_OPSET = 22
+_HALF_SCALES_OPSET = 19
 
 
 def export(
@@ -43,6 +51,7 @@ def export(
     layouts: Sequence[Sequence[Layout]] | None = None,
     later_images: bool = False,
     opset: int = 18,
+    weights: str | None = None,
     processor: Any = None,
     **build_options: Any,
 ) -> Path:
@@ -53,7 +62,8 @@ def export(
     static lengths of a turn's text, ending in max_text_len, in place of a dynamic axis: ONNX files for each, or an
     optimization profile for each in a TensorRT engine; layouts: what a prompt may hold beside text, for each such prompt the
     layouts of its images as `layout_of` gives them, by default one image, where images have one size; later_images: whether
-    later turns may hold it too, which takes prompt_buckets; opset: 18 to 24; processor: saved beside the engines;
+    later turns may hold it too, which takes prompt_buckets; opset: 18 to 24; weights: "int8" rounds those of linear layers,
+    with a scale for each output channel; by default they stay as the model has them; processor: saved beside the engines;
     build_options: of `tensorrt.BuildOptions`. Visual budgets are static. Returns the folder, which appears whole or not at
     all.
 
@@ -70,6 +80,8 @@ def export(
         raise UnsupportedError(
             f"opset={opset} has no bfloat16 convolution: choose opset {_BFLOAT16_OPSET} or later, or float16"
         )
+    check_weights_option(weights, format, model.dtype, opset)
+    check_portable(model.model, f"format={format!r}", _REMEDIES[format], int8=format == "onnx")
     model.check_weights()
     target = Path(output_dir)
     finish: Callable[[Path, Manifest, Progress], Manifest] | None = None
@@ -108,7 +120,7 @@ def export(
     manifest = dataclasses.replace(manifest, kv_rows=tuple(rows[group] for group in manifest.schedule.groups))
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with staged(target) as folder, Progress(*columns, transient=True) as progress:
-        store = WeightStore(folder / WEIGHTS)
+        store = WeightStore(folder / WEIGHTS, int8=weights == "int8")
         specs = []
         for wanted in wanted_programs(manifest, host):
             task = progress.add_task(f"exporting {Path(wanted.spec.file).stem} to ONNX", total=None)
@@ -117,13 +129,28 @@ def export(
             taken, given = write_onnx(program, folder / wanted.spec.file, store, inputs, outputs, opset)
             specs.append(dataclasses.replace(wanted.spec, inputs=taken, outputs=given))
             progress.remove_task(task)
-        manifest = dataclasses.replace(manifest, programs=tuple(specs))
+        manifest = dataclasses.replace(manifest, programs=tuple(specs), quantised=tuple(store.quantised.values()))
         check_programs(manifest, host)
         _save_configs(model, folder, processor)
         if finish is not None:
             manifest = finish(folder, manifest, progress)
         _seal(folder, manifest)
     return target
+
+
+def check_weights_option(weights: str | None, format: str, dtype: torch.dtype, opset: int) -> None:
+    """Raises ConfigError or UnsupportedError for `weights` that a folder of this format, type and opset cannot hold."""
+    if weights is None:
+        return
+    if weights not in WEIGHT_KINDS:
+        raise ConfigError(f"weights={weights!r} is unknown: use one of {', '.join(WEIGHT_KINDS)}, or none for the model's own")
+    if format != "onnx":
+        raise UnsupportedError(f"weights={weights!r} is an option of format='onnx': engines take their precision from --dtype")
+    if dtype != torch.float32 and opset < _HALF_SCALES_OPSET:
+        raise UnsupportedError(
+            f"opset={opset} has no scales in {dtype} for weights={weights!r}: choose opset {_HALF_SCALES_OPSET} or later, or "
+            "float32"
+        )
 
 
 def check_layouts(host: Host, layouts: Sequence[Sequence[Layout]] | None, name: str) -> tuple[tuple[Layout, ...], ...]:

@@ -8,7 +8,7 @@
 A decoder that adds more features to the tokens of images is made one of text before `extend`: drop_features.
 
 The lists below are data: `encoder_passes` and its kin name them, `rewrite` runs them. Backends add to these on every exported
-program: all but eager and inductor begin with unroll_loops, inductor and aotinductor end with lower_linear.
+program: all but eager and inductor begin with unroll_loops, inductor and aotinductor end with lower_linear and lower_int8.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .drop_prefix import drop_prefix
 from .dump import dump_graph
 from .lower_attention import lower_attention
 from .lower_decode import lower_decode
+from .lower_int8 import lower_int8
 from .lower_linear import lower_linear
 from .prune import prune
 from .tap import tap
@@ -44,6 +45,7 @@ __all__ = [
     "extend_passes",
     "lower_attention",
     "lower_decode",
+    "lower_int8",
     "lower_linear",
     "prefill_passes",
     "prune",

@@ -119,6 +119,7 @@ def test_run_prints_ids(exported: Path, tmp_path: Path, photo: Path) -> None:
         (["--format", "gguf"], "format='gguf' is unknown"),
         (["--format", "tensorrt", "--dtype", "float32"], "the model is float32"),
         (["--dtype", "int8"], "--dtype 'int8' is unknown: use one of float32, float16, bfloat16"),
+        (["--weights", "int4"], "weights='int4' is unknown: use one of int8, or none for the model's own"),
         (["--opset", 17], "opset=17 is out of range: choose 18 to 24"),
         (["--batch-size", 0], "batch_size=0 is not a count"),
         (["--prompt-bucket", 8, "--prompt-bucket", 4], "pass ascending lengths that end in max_text_len=512"),

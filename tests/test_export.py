@@ -210,7 +210,7 @@ def test_weights_are_stored_once() -> None:
 
 def test_manifest(fast: Any) -> None:
     values = json.loads((folder("pair") / "vitcop.json").read_text())
-    assert (values["format_version"], values["product"], values["dtype"], values["opset"]) == (2, "onnx", "float32", 18)
+    assert (values["format_version"], values["product"], values["dtype"], values["opset"]) == (3, "onnx", "float32", 18)
     assert values["kv_rows"] == [TEXT + BUDGET + NEW - shift for shift in SHIFTS]
     assert values["schedules"][0]["visual_tokens"] == [BUDGET - shift for shift in SHIFTS]
     assert [stage["tokens"] for stage in values["schedules"][0]["stages"]] == [[BUDGET], [18], [7]]

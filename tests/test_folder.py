@@ -167,10 +167,11 @@ def test_a_broken_graph_that_nobody_hashed(copy: Path) -> None:
         (b'{"format_version": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),
         (b"[]", "holds a list: an object is expected"),
         (b"null", "holds a NoneType"),
-        (b"{}", "format_version None cannot be read, this package reads 2"),
+        (b"{}", "format_version None cannot be read, this package reads 2 and 3"),
         (b'{"format_version": true}', "format_version True cannot be read"),
-        (b'{"format_version": 1, "old": 1}', "format_version 1 cannot be read, this package reads 2: export again"),
-        (b'{"format_version": 3, "new": 1}', "format_version 3 cannot be read, this package reads 2"),
+        (b'{"format_version": 1, "old": 1}', "format_version 1 cannot be read, this package reads 2 and 3: export again"),
+        (b'{"format_version": 4, "new": 1}', "format_version 4 cannot be read, this package reads 2 and 3"),
+        (b'{"format_version": [2]}', r"format_version \[2\] cannot be read"),
         (b'{"format_version": 2}', "fields .* are missing"),
         (b'{"format_version": 2, "novelty": 1, "b": 2}', r"unknown fields \['b', 'novelty'\]; the folder may need a newer"),
     ],
@@ -191,7 +192,7 @@ def test_no_manifest(copy: Path, tmp_path: Path) -> None:
 
 FIELDS = [
     "product", "architecture", "config", "shape", "layouts", "later_images", "position_dims", "dtype", "batch_sizes",
-    "max_text_len", "prompt_buckets", "max_new_tokens", "opset", "kv_rows", "programs", "versions", "files",
+    "max_text_len", "prompt_buckets", "max_new_tokens", "opset", "kv_rows", "programs", "quantised", "versions", "files",
     "schedules", "format_version", "digest",
 ]  # fmt: skip
 
@@ -206,7 +207,7 @@ def test_a_field_removed_changed_or_retyped(field: str, copy: Path) -> None:
     write(copy, {key: value for key, value in values.items() if key != field}, seal=field != "digest")
     refused(copy)
     for wrong in WRONG:
-        if (field, wrong) in (("versions", {}), ("prompt_buckets", None)):
+        if (field, wrong) in (("versions", {}), ("prompt_buckets", None), ("quantised", [])):
             continue  # what a folder may say
         write(copy, values | {field: wrong}, seal=field != "digest")
         refused(copy)

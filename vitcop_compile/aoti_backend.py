@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from .errors import InputError, UnsupportedError
+from .passes.lower_int8 import lower_int8
 from .passes.lower_linear import lower_linear
 
 # Weights stay out of the package, down to the smallest: all programs of a model read the model's own.
@@ -44,7 +45,7 @@ def compile_ahead(program: ExportedProgram, options: dict[str, Any]) -> AheadPro
     from torch._inductor.package import package_aoti
 
     inputs: tuple[Tensor, ...] = (program.example_inputs or ((), {}))[0]
-    module = _named(lower_linear(program.module(check_guards=False), ahead=True))
+    module = _named(lower_int8(lower_linear(program.module(check_guards=False), ahead=True)))
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="vitcop-") as folder:
         files = aot_compile(module, tuple(inputs), options=_OPTIONS | options)
         path = package_aoti(str(Path(folder) / "program.pt2"), files)  # type: ignore[arg-type]

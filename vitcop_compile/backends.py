@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from .errors import UnsupportedError
 from .passes.attach_cache import cache_rows, write_rows
+from .passes.lower_int8 import lower_int8
 from .passes.lower_linear import lower_linear
 from .passes.unroll_loops import unroll_loops
 
@@ -27,8 +28,8 @@ class Backend:
     `writing_rows` updates them after it. exact: whether the backend has float64, as `ops.density_peaks` wants it.
     copies_weights: whether programs hold copies of the weights, which do not follow them. graphs: whether programs run as
     CUDA graphs on CUDA, which belong to the thread that recorded them. kernels: whether decode programs on a CPU may hold
-    operators of `kernels`, which are C++. check: raises UnsupportedError where the backend
-    cannot work.
+    operators of `kernels`, which are C++. quantised: the weights of torchao that it takes, "all" that the device has kernels
+    for, "int8" alone, as ONNX has them, or "none". check: raises UnsupportedError where the backend cannot work.
     """
 
     compile: Compile
@@ -37,6 +38,7 @@ class Backend:
     copies_weights: bool = False
     graphs: bool = False
     kernels: bool = False
+    quantised: str = "all"
     check: Callable[[], None] = lambda: None
 
     def __call__(self, program: ExportedProgram) -> Program:
@@ -113,7 +115,7 @@ def eager(program: ExportedProgram) -> Program:
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
     _check_loaded(program, "inductor")
-    module = lower_linear(program.module(check_guards=False))
+    module = lower_int8(lower_linear(program.module(check_guards=False)))
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     options = _cuda_options(decode=bool(program.graph_signature.user_inputs_to_mutate)) if on_cuda else None
     return torch.compile(module, fullgraph=True, dynamic=False, options=options)
@@ -141,7 +143,7 @@ def _check_tensorrt() -> None:
     check()
 
 
-@register("tensorrt", in_place=False, exact=False, copies_weights=True, check=_check_tensorrt)
+@register("tensorrt", in_place=False, exact=False, copies_weights=True, quantised="none", check=_check_tensorrt)
 def tensorrt(program: ExportedProgram) -> Program:
     """One TensorRT engine per program through torch-tensorrt, without a fallback to PyTorch; needs CUDA."""
     from .tensorrt_backend import compile_whole
@@ -149,7 +151,7 @@ def tensorrt(program: ExportedProgram) -> Program:
     return compile_whole(unroll_loops(program))
 
 
-@register("onnxruntime", in_place=False, copies_weights=True)
+@register("onnxruntime", in_place=False, copies_weights=True, quantised="int8")
 def onnxruntime(program: ExportedProgram) -> Program:
     """The program as an ONNX file in a temporary folder, run by onnxruntime on the CPU; weights are held twice."""
     from .export.ort_backend import load

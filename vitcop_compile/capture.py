@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -35,8 +36,9 @@ class Capture:
 def capture(family: Family, model: PreTrainedModel) -> Capture:
     """Traces the encoder and the decoder of `family`, which are parts of `model`, once."""
     parameter = next(model.parameters())
-    pixels = parameter.new_zeros(_BATCH, _TOKENS, family.shape.vision_hidden)
-    embeddings = parameter.new_zeros(_BATCH, _TOKENS, family.shape.hidden)
+    like: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
+    pixels = torch.zeros(_BATCH, _TOKENS, family.shape.vision_hidden, **like)
+    embeddings = torch.zeros(_BATCH, _TOKENS, family.shape.hidden, **like)
     shape = family.shape
     positions = torch.arange(_TOKENS, device=parameter.device).repeat(shape.position_dims, _BATCH, 1)
     marks = [positions.new_zeros(_BATCH, 2, 1, _TOKENS)] if shape.marks else []

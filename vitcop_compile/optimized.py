@@ -47,7 +47,7 @@ class CompiledOnDemand:
         self.backend = backend_of(backend)
         self._prompt_buckets = _check_buckets(prompt_buckets)
         self._worker: Worker | None = None
-        family, parameter = programs.family, next(programs.family.head.parameters())
+        family, parameter = programs.family, programs.family.example
         self.host = family.host
         self.position_dims = family.shape.position_dims
         self.device, self.dtype = parameter.device, parameter.dtype

@@ -18,6 +18,7 @@ from .families import family_of
 from .host import with_clips
 from .optimized import PROGRAM_BYTES, PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
 from .programs import Programs
+from .quantised import check_portable, check_quantised
 from .schedule import Method, check_ready, resolve
 
 
@@ -43,16 +44,18 @@ def optimize(
     graphs as they were captured are used again: methods can be compared without tracing the model for each. A model on the
     meta device is for planning: it has a schedule and its programs can be exported.
 
-    Raises UnsupportedError for a model, backend or attention that is not supported, ConfigError for a configuration that
-    the model's shape cannot meet; both before anything is traced.
+    Raises UnsupportedError for a model, quantised weights, a backend or attention that is not supported, ConfigError for a
+    configuration that the model's shape cannot meet; both before anything is traced.
     """
     config = config or ViTCoPConfig.preset(DEFAULT_PRESET)
     check_ready(config)
+    check_quantised(model)
     family = family_of(model)
     if getattr(config, "clips", None) == "pooled":
         family = replace(family, host=with_clips(family.host))
     _check_weights(model)
-    backend_of(backend)
+    if (taken := backend_of(backend).quantised) != "all":
+        check_portable(model, f"backend={backend!r}", "use backend='inductor'", int8=taken == "int8")
     check_lowering(attn_implementation, model.device, model.dtype)
     schedule = resolve(config, family.shape, family.host.layout)
     if schedule.sized and attn_implementation != "sdpa":

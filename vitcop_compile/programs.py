@@ -306,7 +306,7 @@ class Programs:
         return [*told, *(self._zeros(*shape) for shape in schedule.cache_shapes(batch, rows) for _ in "kv")]
 
     def _parameter(self) -> Tensor:
-        return next(self.family.head.parameters())
+        return self.family.example
 
     def _device(self) -> torch.device:
         return self._parameter().device

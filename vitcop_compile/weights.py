@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError
+from .quantised import parts_of
 
 
 class Weights:
@@ -27,7 +28,12 @@ class Weights:
             for contents in (module._parameters, module._buffers, module._modules)
         ]
         held = [value for contents, _, _ in self._contents for value in contents.values()]
-        self._tensors = [value for value in held if isinstance(value, Tensor)]
+        whole = [value for value in held if isinstance(value, Tensor)]
+        # A quantised weight consists of plain tensors, which are what programs read.
+        parts = [parts_of(tensor) for tensor in whole]
+        self._tensors = [part for found in parts for part in found.values()]
+        self._owners = [tensor for tensor, found in zip(whole, parts) for _ in found]
+        self._parts = [(tensor, name, part) for tensor, found in zip(whole, parts) for name, part in found.items() if name]
         self._dicts, self._held = [contents for contents, _, _ in self._contents], held
         self._addresses, self._dtypes = self._places()
         self._versions = self._sum_of_versions()
@@ -45,6 +51,9 @@ class Weights:
             self._refuse_contents()
         elif self._places() != (self._addresses, self._dtypes):
             self._refuse_places()
+        for tensor, name, part in self._parts:
+            if getattr(tensor, name, None) is not part:
+                self._refuse(f"{name} of {self._path(tensor)}, a quantised weight, was replaced, moved or converted")
         if self._copied and self._sum_of_versions() != self._versions:
             self._refuse("weights were changed in place, and the programs of this backend hold copies")
 
@@ -67,7 +76,7 @@ class Weights:
 
     def _refuse_places(self) -> None:
         addresses, dtypes = self._places()
-        for tensor, *pairs in zip(self._tensors, zip(addresses, self._addresses), zip(dtypes, self._dtypes)):
+        for tensor, *pairs in zip(self._owners, zip(addresses, self._addresses), zip(dtypes, self._dtypes)):
             if any(now != before for now, before in pairs):
                 self._refuse(f"{self._path(tensor)} was moved or converted")
 

@@ -21,7 +21,7 @@ from ..errors import ConfigError, InputError
 from ..export import EngineModel, FolderError, export
 from ..export.manifest import DTYPES
 from ..export.staging import check_target
-from ..export.writer import FORMATS, check_layouts, check_options
+from ..export.writer import FORMATS, check_layouts, check_options, check_weights_option
 from ..host import Host
 from ..layout import Layout
 from ..methods.named import method_from, settings_of_share
@@ -60,6 +60,7 @@ class _Asked:
     images: list[int]
     later_images: bool
     opset: int
+    weights: str | None
 
 
 def export_command(
@@ -90,6 +91,10 @@ def export_command(
     ] = None,
     later_images: Annotated[bool, typer.Option(help="Whether turns after the first may hold images too.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 24.")] = 18,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="int8 rounds weights of linear layers, a scale for each output channel; default: as they are."),
+    ] = None,
 ) -> None:
     """Write a pruned model as a folder of ONNX graphs or TensorRT engines."""
     with errors_as_lines(), without_future_warnings():
@@ -107,6 +112,7 @@ def export_command(
             images=images or [1],
             later_images=later_images,
             opset=opset,
+            weights=weights,
         )
         _check_before_loading(asked)
         start = time.perf_counter()
@@ -180,6 +186,7 @@ def _check_before_loading(asked: _Asked) -> None:
     schedules = [resolve(asked.config, host.shape, tuple(itertools.chain(*images))) for images in prompts]
     numbers = (asked.batch_size, asked.max_text_len, asked.max_new_tokens)
     check_options(schedules, asked.format, *numbers, asked.prompt_buckets, asked.opset)
+    check_weights_option(asked.weights, asked.format, getattr(torch, asked.dtype), asked.opset)
     if asked.format == "tensorrt":
         from ..export.tensorrt import finisher  # not above: an ONNX export needs none of it
 
@@ -220,6 +227,7 @@ def _export(asked: _Asked) -> tuple[Path, Any]:
         layouts=_layouts(asked, optimized.host),
         later_images=asked.later_images,
         opset=asked.opset,
+        weights=asked.weights,
         processor=processor,
     )
     return folder, processor

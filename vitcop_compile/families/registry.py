@@ -14,6 +14,7 @@ from ..errors import UnsupportedError
 from ..host import Host
 from ..isolation import shell
 from ..layout import Layout
+from ..quantised import plain_weights
 from ..schedule import ModelShape
 
 
@@ -55,6 +56,11 @@ class Family:
         return self.host.shape
 
     @property
+    def example(self) -> Tensor:
+        """A parameter of the type and device that the model computes in: none of those that a quantised weight consists of."""
+        return next(value for name, value in self.decoder.named_parameters() if "parametrizations" not in name)
+
+    @property
     def image_token_id(self) -> int:
         """That of an image's placeholders."""
         return self.host.token_id
@@ -86,7 +92,7 @@ def family_of(model: PreTrainedModel) -> Family:
     entry = FAMILIES.get(type(model).__name__)
     if entry is None:
         raise UnsupportedError(f"{type(model).__name__} is not a supported model: use one of {', '.join(sorted(FAMILIES))}")
-    return entry.parts(shell(model))
+    return entry.parts(plain_weights(shell(model)))
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
