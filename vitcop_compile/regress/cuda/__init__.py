@@ -1,0 +1,67 @@
+"""Facts of the CUDA path, counted without a GPU: inductor's code for a fake device, built for real architectures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...errors import VitcopError
+from .replaced import DEVICES, VERSIONS, missing
+
+__all__ = ["ALWAYS", "ARCHITECTURES", "VERSIONS", "measure", "missing"]
+
+ARCHITECTURES = tuple(DEVICES)
+# What a program on CUDA must be, whatever a baseline says: whole, without C++, without copies of caches, in one piece, fit for
+# CUDA graphs, with all that it writes to at addresses that hold; and nothing of it elsewhere or read by the host.
+ALWAYS = {
+    "written_moving": 0, "cache_copies": 0, "cpp_kernels": 0, "refused": 0, "partitions": 1, "elsewhere": 0, "reads": 0,
+    "moving": 0,
+}  # fmt: skip
+SECONDS = 1200
+
+
+class DryRunError(VitcopError):
+    """A process that measures CUDA facts did not end well."""
+
+
+def measure(settings: Any, say: Callable[[str], None] = lambda what: None) -> dict[str, dict[str, Any]]:
+    """{preset: {architecture: {program: facts}}} of `settings` (`Settings`), a process for each of its architectures, side by
+    side. Raises UnsupportedError where `missing` says why, DryRunError where a process fails."""
+    say(f"generating CUDA code for {', '.join(settings.cuda)}")
+    found: dict[str, dict[str, Any]] = {preset: {} for preset in settings.presets}
+    with tempfile.TemporaryDirectory() as folder:
+        running = {name: _start(settings, name, Path(folder)) for name in settings.cuda}
+        try:
+            for name, process in running.items():
+                said = process.communicate(timeout=SECONDS)[1]
+                if process.returncode:
+                    raise DryRunError(f"the CUDA dry run for {name} failed: {said.strip()[-2000:]}")
+                for preset, facts in json.loads(_result(Path(folder), name).read_text()).items():
+                    found[preset][name] = facts
+        except subprocess.TimeoutExpired:
+            raise DryRunError(f"the CUDA dry run took more than {SECONDS} s: ask for fewer presets or layers") from None
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+    return found
+
+
+def _start(settings: Any, architecture: str, folder: Path) -> subprocess.Popen:
+    request = {name: getattr(settings, name) for name in ("model", "sizes", "presets", "batch", "text_tokens", "new_tokens")}
+    asked = folder / f"{architecture}.asked"
+    asked.write_text(json.dumps(request | {"architecture": architecture}))
+    command = [sys.executable, "-m", __name__, str(_result(folder, architecture))]
+    with asked.open() as given:
+        return subprocess.Popen(command, stdin=given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _result(folder: Path, architecture: str) -> Path:
+    return folder / f"{architecture}.json"
+
+
