@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import VitcopError
-from .replaced import DEVICES, VERSIONS, missing
+from .replaced import DEVICES, VERSIONS, missing, version
 
-__all__ = ["ALWAYS", "ARCHITECTURES", "VERSIONS", "measure", "missing"]
+__all__ = ["ALWAYS", "ALWAYS_DECODE", "ARCHITECTURES", "VERSIONS", "measure", "missing", "triton"]
 
 ARCHITECTURES = tuple(DEVICES)
-# What a program on CUDA must be, whatever a baseline says: whole, without C++, without copies of caches, in one piece, fit for
-# CUDA graphs, with all that it writes to at addresses that hold; and nothing of it elsewhere or read by the host.
-ALWAYS = {
-    "written_moving": 0, "cache_copies": 0, "cpp_kernels": 0, "refused": 0, "partitions": 1, "elsewhere": 0, "reads": 0,
-    "moving": 0,
-}  # fmt: skip
+# What a program on CUDA must be, whatever a baseline says: without C++, in one piece, fit for CUDA graphs, with all that it
+# writes to at addresses that hold, and nothing of it elsewhere or read by the host. A step must not copy its caches; prefill
+# may lay out the keys of a layer that is scored before it writes them, as inductor makes one kernel of both.
+ALWAYS = {"written_moving": 0, "cpp_kernels": 0, "refused": 0, "partitions": 1, "elsewhere": 0, "reads": 0, "moving": 0}
+ALWAYS_DECODE = {"cache_copies": 0}
 SECONDS = 1200
+
+
+def triton() -> str:
+    """The version that is installed, "none" without."""
+    return version("triton")
 
 
 class DryRunError(VitcopError):
@@ -63,5 +67,3 @@ def _start(settings: Any, architecture: str, folder: Path) -> subprocess.Popen:
 
 def _result(folder: Path, architecture: str) -> Path:
     return folder / f"{architecture}.json"
-
-

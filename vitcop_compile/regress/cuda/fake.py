@@ -83,12 +83,12 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
 
 
 class HostReads(TorchFunctionMode):
-    """Answers the reads that `OptimizedModel.forward` may make, of ids int64 [B, T], of a mask of ones and of whether pixels
+    """Answers the reads that `OptimizedModel.forward` may make, of `ids` int64 [B, T], of a mask of ones and of whether pixels
     are finite, and lists them in `found`, by type and shape. Any other read of a fake tensor is an error."""
 
     def __init__(self, mode: FakeTensorMode, ids: np.ndarray):
         super().__init__()
-        self._mode, self._ids = mode, ids
+        self._mode, self.ids = mode, ids
         self.found: list[tuple[torch.dtype, tuple[int, ...]]] = []
 
     def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,7 +99,7 @@ class HostReads(TorchFunctionMode):
         self.found.append((args[0].dtype, tuple(args[0].shape)))
         if func is Tensor.__bool__:
             return True
-        if args[0].shape != self._ids.shape:
+        if args[0].shape != self.ids.shape:
             raise UnsupportedError(f"a tensor {args[0].dtype} {tuple(args[0].shape)} is read, which is neither ids nor mask")
-        values = self._ids if args[0].dtype == torch.int64 else np.ones_like(self._ids, dtype=bool)
+        values = self.ids if args[0].dtype == torch.int64 else np.ones_like(self.ids, dtype=bool)
         return types.SimpleNamespace(numpy=lambda: values)

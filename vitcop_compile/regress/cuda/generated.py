@@ -103,8 +103,8 @@ def generate_from(compiled: Any, given: Sequence[Any]) -> Generated:
 
 def facts_of(made: Generated) -> dict[str, Any]:
     """Integers by name. kernels: that were built; launches: of them, by one call; extern: calls that leave Triton, by
-    operator; allocated_bytes: of buffers between; div_rn: divisions that are rounded as elsewhere. Those that must be 0, or 1:
-    ALWAYS."""
+    operator; allocated_bytes: of buffers between, of which cache_copies have the shape of a cache that is written; div_rn:
+    divisions that are rounded as elsewhere. What they have to be, whatever is measured, `regress.cuda.ALWAYS` says."""
     buffers = [(_numbers(shape), dtype) for shape, dtype in _BUFFER.findall(made.source)]
     caches = {tuple(made.inputs[place].shape) for place in made.written if made.inputs[place].is_floating_point()}
     names = set(re.findall(r"^(triton_\w+) = async_compile\.triton\(", made.source, re.MULTILINE))

@@ -33,14 +33,15 @@ DEVICES: dict[str, dict[str, Any]] = {
 
 def missing() -> str | None:
     """Why no CUDA code can be generated here, None where it can."""
-    found = {name: _version(name) for name in VERSIONS}
+    found = {name: version(name) for name in VERSIONS}
     if found != VERSIONS:
         wanted, here = (" and ".join(f"{name} {version}" for name, version in pair.items()) for pair in (VERSIONS, found))
         return f"it takes {wanted}, here are {here}: pip install 'vitcop-compile[cuda-dry]'"
     return no_fake_device()
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """That of an installed package, without its build; "none" where it is not installed."""
     try:
         return importlib.metadata.version(name).split("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -53,7 +54,9 @@ def install(architecture: str, compiled: Callable[[Any, Any], None], built: Call
     compiled(graph, inputs): called in place of a graph that inductor has compiled, with its inputs, and has to raise; built:
     called with inductor's autotuner of every kernel, whose configurations are all built by then, None to build nothing.
     """
-    properties = types.SimpleNamespace(major=int(architecture[3:-1]), minor=int(architecture[-1]), **_COMMON, **DEVICES[architecture])
+    properties = types.SimpleNamespace(
+        major=int(architecture[3:-1]), minor=int(architecture[-1]), **_COMMON, **DEVICES[architecture]
+    )
     _torch_cuda(properties)
     _inductor(compiled, built)
     _attention()
@@ -155,9 +158,7 @@ def _attention() -> None:
         enable_gqa: bool = False,
     ) -> Any:  # fmt: skip
         if query.device.type != "cuda":
-            return operator._op_dk(
-                composite, query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return operator._op_dk(composite, query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
         if mask is None:
             flash = aten._scaled_dot_product_flash_attention.default
             return flash(query, key, value, dropout, causal, False, scale=scale)[0]

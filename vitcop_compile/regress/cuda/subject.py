@@ -42,7 +42,12 @@ def prompt_of(config: Any, request: Request) -> np.ndarray:
 
 
 def pass_through(
-    kind: type[PreTrainedModel], config: Any, methods: dict[str, Any], request: Request, see: Callable[[str], See], **options: Any
+    kind: type[PreTrainedModel],
+    config: Any,
+    methods: dict[str, Any],
+    request: Request,
+    see: Callable[[str], See],
+    **options: Any,
 ) -> dict[str, list[tuple[torch.dtype, tuple[int, ...]]]]:
     """Sends `request` and one more token through `forward` of a `kind` made of `config` in bf16, on a fake CUDA device, for
     every one of `methods` by label; `see(label)` sees its programs. Returns the reads of the host by label."""
