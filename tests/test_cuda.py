@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import families
@@ -16,6 +16,7 @@ import tiled
 import torch
 from models import IMAGE, PATCHES, shared, text
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedModel
 
 import vitcop_compile
@@ -32,11 +33,27 @@ LAYERS, CONFIG = 3, ViTCoPConfig.preset("1/3")
 Seen = list[tuple[Any, tuple[Any, ...]]]
 
 
+IDS, WORDS = np.array([text(3) + [IMAGE] * PATCHES + text(4)]), np.array([text(6)])
+
+
 @pytest.fixture(scope="module")
-def device() -> Iterator[Any]:
-    """One mode for all tests: tables that depend on a layout alone are kept, and are fake as well."""
-    with fake.fake_cuda() as mode, torch.no_grad():
+def mode() -> Any:
+    """One for all tests: tables that depend on a layout alone are kept, and are fake as well."""
+    fake.load_guard()
+    return FakeTensorMode()
+
+
+@pytest.fixture
+def device(mode: Any) -> Iterator[Any]:
+    """Within the test, tensors are fake, and on cuda:0."""
+    with mode, torch.device("cuda"), torch.no_grad():
         yield mode
+
+
+def real(make: Callable[[], Any]) -> Any:
+    """What `make` returns outside the mode: some of it is kept for other tests."""
+    with unset_fake_temporarily(), torch.device("cpu"):
+        return make()
 
 
 def faked(model: PreTrainedModel) -> Any:
@@ -59,20 +76,12 @@ def conversation(made: OptimizedModel, mode: Any) -> tuple[Seen, list[tuple[str,
 
     running, reads = compiled_by(made, note), []
     pixels, cache = torch.zeros(1, 3, 112, 112, dtype=torch.bfloat16), PrunedCache(max_length=400)
-    words = np.array([text(6)])
-    image = np.array([text(3) + [IMAGE] * PATCHES + text(4)])
-    for ids, more in (
-        (image, pixels),
-        (words[:, :1], None),
-        (words, None),
-        (image, pixels),
-        (words[:, :1], None),
-        (words, None),
-    ):
+    token, requests = WORDS[:, :1], [(IDS, pixels), (WORDS[:, :1], None), (WORDS, None), (IDS, pixels)]
+    for ids, more in (*requests, (token, None), (WORDS, None)):
         alone = len(seen) > 5
         with fake.HostReads(mode, ids) as host:
             given = {} if alone else {"past_key_values": cache}
-            running.forward(mode.from_tensor(torch.from_numpy(ids)).cuda(), more, **given)
+            running.forward(torch.from_numpy(ids).cuda(), more, **given)
         reads.append([str(dtype) for dtype, _ in host.found])
     return seen, reads, cache
 
@@ -86,7 +95,7 @@ def held(program: Any) -> list[str]:
 @pytest.mark.parametrize("name", LOWERINGS)
 def test_every_program_of_a_conversation_stays_on_the_device(name: str, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
-    made = vitcop_compile.optimize(faked(shared(LAYERS, 2)), CONFIG, attn_implementation=name)
+    made = vitcop_compile.optimize(faked(real(lambda: shared(LAYERS, 2))), CONFIG, attn_implementation=name)
     seen, reads, cache = conversation(made, device)
     # An image, a token, a turn of text, one with an image on filled caches, a token; then text without a cache.
     assert len(seen) == 2 + 1 + 1 + 2 + 1 + 1 and str(made.device) == "cuda:0"
@@ -108,9 +117,7 @@ SECOND = {"llava_next": lambda: tiled.model("next"), "qwen2_5_vl": lambda: famil
 
 @pytest.mark.parametrize("name", SECOND)
 def test_other_families_stay_on_the_device(name: str, device: Any) -> None:
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-        stock = SECOND[name]()
-    made = vitcop_compile.optimize(faked(stock), CONFIG)
+    made = vitcop_compile.optimize(faked(real(SECOND[name])), CONFIG)
     programs, schedule = made.programs, made.schedule
     segment = schedule.layout[0]
     select = (2, 16, 1, 16, segment.taps, schedule.vision.of_segment(0))
@@ -181,7 +188,7 @@ def test_a_read_that_forward_does_not_announce_is_an_error(device: Any) -> None:
     with fake.HostReads(device, np.zeros((1, 3), dtype=np.int64)):
         with pytest.raises(UnsupportedError, match="which is neither ids nor mask"):
             torch.zeros(7).cpu()
-        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+        with pytest.raises(DataDependentOutputException):
             torch.zeros(1).item()
 
 
