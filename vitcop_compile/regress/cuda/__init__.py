@@ -21,7 +21,7 @@ ARCHITECTURES = tuple(DEVICES)
 # may lay out the keys of a layer that is scored before it writes them, as inductor makes one kernel of both.
 ALWAYS = {"written_moving": 0, "cpp_kernels": 0, "refused": 0, "partitions": 1, "elsewhere": 0, "reads": 0, "moving": 0}
 ALWAYS_DECODE = {"cache_copies": 0}
-SECONDS = 1200
+SECONDS = 3600
 
 
 def triton() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,20 +29,40 @@ def reads(program: ExportedProgram) -> list[str]:
     return [f"{node.name}: {node.target}" for node in program.graph.nodes if node.op == "call_function" and _reads(node)]
 
 
-def moving(program: ExportedProgram, given: tuple[Any, ...]) -> list[str]:
+def written(program: ExportedProgram) -> list[str]:
+    """Inputs that the program writes to, in their order: exported graphs keep operators that work in place."""
+    found = set(program.graph_signature.user_inputs_to_mutate.values())
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            arguments = zip(node.target._schema.arguments, node.args)
+            written = [given for argument, given in arguments if argument.alias_info and argument.alias_info.is_write]
+            found |= {_root(value).name for given in written for value in tree_leaves(given) if isinstance(value, fx.Node)}
+    return [name for name in program.graph_signature.user_inputs if name in found]
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What a view, or the result of an operator that works in place, is of."""
+    while isinstance(node.target, torch._ops.OpOverload):
+        returned = node.target._schema.returns
+        if not returned or not returned[0].alias_info:
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def moving(program: ExportedProgram, given: Sequence[Any]) -> list[str]:
     """Inputs that the program writes to, and whose addresses nobody has promised to keep: a CUDA graph would not see them
     written, or copy them at every call. given: what it is called with."""
-    signature = program.graph_signature
-    places = {name: place for place, name in enumerate(signature.user_inputs)}
-    written = signature.user_inputs_to_mutate.values()
-    return [name for name in written if not getattr(given[places[name]], "_dynamo_static_input_type", None)]
+    places = {name: place for place, name in enumerate(program.graph_signature.user_inputs)}
+    return [name for name in written(program) if not getattr(given[places[name]], "_dynamo_static_input_type", None)]
 
 
 def _reads(node: fx.Node) -> bool:
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    if not _DATA_DEPENDENT.isdisjoint(target.tags):
+    # That of an index depends on data only if it is a mask.
+    if target.overloadpacket not in _INDEXING and not _DATA_DEPENDENT.isdisjoint(target.tags):
         return True
     if any(free_unbacked_symbols(value) for value in _tensors(node)):
         return True

@@ -137,7 +137,7 @@ def graph_facts(program: ExportedProgram, given: Sequence[Any]) -> dict[str, int
     return {
         "elsewhere": len(checks.elsewhere(program)),
         "reads": len(checks.reads(program)),
-        "moving": len(checks.moving(program, tuple(given))),
+        "moving": len(checks.moving(program, given)),
     }
 
 
