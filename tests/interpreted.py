@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import types
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,14 @@ LIBDEVICE = types.SimpleNamespace(
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool, debug: bool, *, scale: float
-) -> list[Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False, *_: Any, scale: float
+) -> Any:
+    assert not dropout
     return [attention.sdpa(query, key, value, scale, causal)]
 
 
-def _efficient(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, lse: bool, dropout: float, causal: bool, *, scale: float
-) -> list[Tensor]:
-    assert not causal
+def _efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, lse: bool, *_: Any, scale: float) -> Any:
+    assert not any(_)
     scores = query.float() @ key.float().transpose(-1, -2) * scale + bias.float()
     return [(scores.softmax(-1) @ value.float()).to(query.dtype)]
 
@@ -100,7 +100,7 @@ class Compiled:
     def __init__(self, program: Any, real: Any, given: tuple[Tensor, ...]):
         module = backends.inductor(program)
         named = {id(value): ("held", name) for name, value in module._orig_mod.state_dict(keep_vars=True).items()}
-        named |= {id(getattr(module._orig_mod, name)): ("held", name) for name in program.constants}
+        named |= {id(attrgetter(name)(module._orig_mod)): ("held", name) for name in program.constants}
         named |= {id(value): ("given", place) for place, value in enumerate(given)}
         self.made = generated.generate_from(module, given)
         self._order = [named[id(value)] for value in self.made.inputs]

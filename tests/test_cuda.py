@@ -105,7 +105,9 @@ def test_every_program_of_a_conversation_stays_on_the_device(name: str, device: 
     written = [checks.written(program) for program, _ in seen]
     assert list(map(len, written)) == [0, 2 * LAYERS, 2 * LAYERS, 2 * LAYERS, 0, 2 * LAYERS, 2 * LAYERS, 2 * LAYERS]
     assert all(
-        names == program.graph_signature.user_inputs[-len(names) :] for names, (program, _) in zip(written, seen) if names
+        names == list(program.graph_signature.user_inputs[-len(names) :])
+        for names, (program, _) in zip(written, seen)
+        if names
     )
     # Products of one row are worth a search for their kernels: those of the steps.
     assert [backends._single_rows(program) for program, _ in seen] == [place in (2, 6) for place in range(8)]

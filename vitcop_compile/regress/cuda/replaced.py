@@ -60,8 +60,7 @@ def install(architecture: str, compiled: Callable[[Any, Any], None], built: Call
     _torch_cuda(properties)
     _inductor(compiled, built)
     _attention()
-    if built is not None:
-        _triton(properties)
+    _triton(properties)
 
 
 def _torch_cuda(properties: Any) -> None:
