@@ -272,5 +272,5 @@ def test_settings_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(regress.Settings(), cuda=("sm_80",))
     monkeypatch.setattr(sys, "executable", "/bin/sh")  # which knows no -m
-    with pytest.raises(cuda.DryRunError, match="the CUDA dry run for sm_80 failed: "):
+    with pytest.raises(UnsupportedError, match="the CUDA dry run for sm_80 failed: "):
         cuda.measure(settings)

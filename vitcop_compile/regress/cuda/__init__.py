@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...errors import VitcopError
+from ...errors import UnsupportedError
 from .replaced import DEVICES, VERSIONS, missing, version
 
 __all__ = ["ALWAYS", "ALWAYS_DECODE", "ARCHITECTURES", "VERSIONS", "measure", "missing", "triton"]
@@ -29,13 +29,9 @@ def triton() -> str:
     return version("triton")
 
 
-class DryRunError(VitcopError):
-    """A process that measures CUDA facts did not end well."""
-
-
 def measure(settings: Any, say: Callable[[str], None] = lambda what: None) -> dict[str, dict[str, Any]]:
     """{preset: {architecture: {program: facts}}} of `settings` (`Settings`), a process for each of its architectures, side by
-    side. Raises UnsupportedError where `missing` says why, DryRunError where a process fails."""
+    side. Raises UnsupportedError where a process fails, as it does where `missing` says why."""
     say(f"generating CUDA code for {', '.join(settings.cuda)}")
     found: dict[str, dict[str, Any]] = {preset: {} for preset in settings.presets}
     with tempfile.TemporaryDirectory() as folder:
@@ -44,11 +40,11 @@ def measure(settings: Any, say: Callable[[str], None] = lambda what: None) -> di
             for name, process in running.items():
                 said = process.communicate(timeout=SECONDS)[1]
                 if process.returncode:
-                    raise DryRunError(f"the CUDA dry run for {name} failed: {said.strip()[-2000:]}")
+                    raise UnsupportedError(f"the CUDA dry run for {name} failed: {said.strip()[-2000:]}")
                 for preset, facts in json.loads(_result(Path(folder), name).read_text()).items():
                     found[preset][name] = facts
         except subprocess.TimeoutExpired:
-            raise DryRunError(f"the CUDA dry run took more than {SECONDS} s: ask for fewer presets or layers") from None
+            raise UnsupportedError(f"the CUDA dry run took more than {SECONDS} s: ask for fewer presets or layers") from None
         finally:
             for process in running.values():
                 process.kill()
