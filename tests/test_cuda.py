@@ -77,7 +77,7 @@ def conversation(made: OptimizedModel, mode: Any) -> tuple[Seen, list[tuple[str,
     pixels, cache = torch.zeros(1, 3, 112, 112, dtype=torch.bfloat16), PrunedCache(max_length=400)
     token, requests = WORDS[:, :1], [(IDS, pixels), (WORDS[:, :1], None), (WORDS, None), (IDS, pixels)]
     for ids, more in (*requests, (token, None), (WORDS, None)):
-        alone = len(seen) > 5
+        alone = len(seen) > 6
         with fake.HostReads(mode, ids) as host:
             given = {} if alone else {"past_key_values": cache}
             running.forward(torch.from_numpy(ids).cuda(), more, **given)

@@ -81,7 +81,7 @@ def test_what_is_wrong_on_purpose_is_seen(tmp_path: Path) -> None:
     found = child("cuda_controls.py", out=tmp_path / "facts.json")
     right = found["right"]
     assert (right["written"], right["written_moving"], right["cache_copies"], right["refused"]) == (1, 0, 0, 0)
-    assert right["kernels"] == right["launches"] and right["extern"] and right["static"] == right["inputs"] == 3
+    assert right["kernels"] == right["launches"] > 0 and right["static"] == right["inputs"] == 3
     assert found["moving"]["written_moving"] == 1 and found["moving"]["static"] == 0
     assert found["copied"]["cache_copies"] >= 1 and found["copied"]["written_moving"] == 0
     host = found["on the host"]
