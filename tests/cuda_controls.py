@@ -21,6 +21,8 @@ class Step(nn.Module):
     def __init__(self, how: str):
         super().__init__()
         self.how = how
+        if how == "on the host":
+            self.register_buffer("table", torch.zeros(64, device="cpu"))
 
     def forward(self, row: Tensor, at: Tensor, cache: Tensor) -> Tensor:
         if self.how == "copied":
@@ -30,7 +32,7 @@ class Step(nn.Module):
             return out
         cache.index_put_((at,), row)
         if self.how == "on the host":
-            row = row + torch.arange(64, device="cpu").sin().to(row.device)
+            row = row + self.table.sin().to(row.device)
         return cache @ row.T
 
 

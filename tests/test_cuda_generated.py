@@ -85,7 +85,7 @@ def test_what_is_wrong_on_purpose_is_seen(tmp_path: Path) -> None:
     assert found["moving"]["written_moving"] == 1 and found["moving"]["static"] == 0
     assert found["copied"]["cache_copies"] >= 1 and found["copied"]["written_moving"] == 0
     host = found["on the host"]
-    assert "error" in host or host["cpp_kernels"] or host["refused"] or host["partitions"] > 1
+    assert host["cpp_kernels"] == 1  # which inductor says nothing about, and puts a copy behind
 
 
 @needs_triton
