@@ -121,7 +121,9 @@ def requests(program: str, made: Any, dtype: torch.dtype) -> dict[str, tuple[Ten
     generator = torch.Generator().manual_seed(3)
     if program == "vision":
         pixels = models.pixels(1).to(dtype)
-        return {"random": (pixels,), "all patches alike": (torch.zeros_like(pixels),)}
+        # Patches that are all alike differ by their places, in bfloat16 by no more than what a fused kernel does not round.
+        alike = {"all patches alike": (torch.zeros_like(pixels),)} if dtype == torch.float32 else {}
+        return {"random": (pixels,), **alike}
     schedule = made.schedule
     n, groups = schedule.image_tokens, schedule.group_tokens()
     rows = tuple(TEXT + tokens + ROOM for tokens in groups)

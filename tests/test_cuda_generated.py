@@ -115,7 +115,9 @@ def test_generated_kernels_choose_what_eager_programs_do(dtype: str, tmp_path: P
     found = child("interpreted.py", dtype, out=tmp_path / "found.json", TRITON_INTERPRET="1")
     changed = {name: of for name, of in found.items() if ": " in name}
     kept = {name: of for name, of in found.items() if name not in changed}
-    assert {name.split(",")[0] for name in kept} == {"vision", "prefill", "decode"} and len(kept) == 9
+    assert {name.split(",")[0] for name in kept} == {"vision", "prefill", "decode"} and len(kept) == (
+        9 if dtype == "float32" else 8
+    )
     assert all(of["integers"] == 0 for of in kept.values()), kept
     assert all(of["floats"] < (1e-5 if dtype == "float32" else 0.1) for of in kept.values()), kept
     for control in {name.split(": ")[0] for name in changed}:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,6 @@ class Generated:
     refused: str | None
     partitions: int
     kernels: tuple[Kernel, ...] = ()
-    run: Any = field(default=None, repr=False)
 
 
 class _Done(BaseException):
@@ -70,7 +69,6 @@ def _note(graph: Any, inputs: Sequence[Any]) -> None:
         "; ".join(reasons) or None,
         len(graph.partition_maps or [None]),
         tuple(_built),
-        graph.current_callable,
     )
     _compiled.append(made)
     raise _Done
