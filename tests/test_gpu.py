@@ -41,7 +41,12 @@ def test_inductor_with_cuda_graphs_equals_eager(model, request_):
     for _ in range(3):  # warm-up, recording, replay
         found, replayed = greedy(fast, *request_)
     assert torch.equal(found, expected)
+    # Nothing skipped says nothing of what ran: past a limit torch falls back without a word.
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
+        greedy(fast, *request_)
+    launched = {event.key: event.count for event in profiler.key_averages()}
+    assert launched.get("cudaGraphLaunch", 0) >= 2 + 7, "vision, prefill and seven steps are not all CUDA graphs"
     torch.testing.assert_close(replayed, logits, atol=5e-2, rtol=0)
 
 

@@ -85,6 +85,7 @@ def test_every_lowering_exports_every_program(name: str) -> None:
             assert calls(program, flash.flash_cached.default) == LAYERS
     for program in (vision, prefill, filled, decode, text):
         assert calls(program, attention.ANCHOR) == 0
+        assert backends._single_rows(program) == (program is decode)  # whose kernels are worth a search on a GPU
 
 
 @pytest.mark.slow

@@ -243,6 +243,8 @@ def test_options_that_contradict_the_baseline(command: Command) -> None:
         (["--preset", "1/9", "--preset", "1/9"], "name each setting to measure once"),
         (["--backend", "gcc"], "backend='gcc' is unknown"),
         (["--repeats", "2"], "repeats=2: give an integer of at least 3"),
+        (["--cuda", "sm_75"], "cuda=sm_75: name architectures once, of sm_80, sm_90"),
+        (["--cuda", "sm_80", "--cuda", "sm_80"], "cuda=sm_80, sm_80: name architectures once"),
         (["--model", "somewhere", "--layers", "4"], "layers were given with model='somewhere'"),
     ],
 )
@@ -250,6 +252,27 @@ def test_an_update_refuses_bad_numbers(command: Command, arguments: list[str], m
     before = command.path.read_text()
     assert message in command.error("--update", *arguments)
     assert command.path.read_text() == before
+
+
+def test_facts_of_cuda_join_and_leave_a_baseline(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "nothing changed" in command("--update", "--cuda", "none")
+    monkeypatch.setattr(regress.cuda, "missing", lambda: "it takes triton")
+    before = command.path.read_text()
+    assert "facts of sm_90 cannot be counted here: it takes triton" in command.error("--update", "--cuda", "sm_90")
+    assert command.path.read_text() == before
+    program = {**regress.cuda.ALWAYS, **regress.cuda.ALWAYS_DECODE, "launches": 20}
+    monkeypatch.setattr(regress.cuda, "missing", lambda: None)
+    monkeypatch.setattr(regress.cuda, "measure", lambda settings, say: {PRESET: {"sm_90": {"decode": dict(program)}}})
+    assert "cuda.sm_90.decode.launches" in command("--update", "--cuda", "sm_90")
+    assert "all pass" in command()
+    program["launches"] += 1
+    assert "cuda.sm_90.decode.launches" in command(code=1)
+    monkeypatch.setattr(regress.cuda, "missing", lambda: "it takes triton")
+    output = command()
+    assert "cuda (9 facts) not compared: no code for CUDA was generated: it takes triton" in output and "all pass" in output
+    program["reads"] = 1
+    monkeypatch.setattr(regress.cuda, "missing", lambda: None)
+    assert "nothing was written" in command("--update", code=1)
 
 
 def test_timings_that_spread_too_far_are_not_stored(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,12 @@ FORMULAS: dict[str, tuple[Callable, list[tuple[int, ...]], int]] = {
     "causal, short": (lambda a, b: attention(a, b, is_causal=True), [(1, 1, 4, 8), (1, 1, 2, 8)], 2 * 2 * 7 * 8),
     "grouped": (lambda a, b: attention(a, b, enable_gqa=True), [(1, 4, 3, 8), (1, 2, 5, 8)], 2 * 2 * 4 * 3 * 5 * 8),
     "anchor": (lambda a, b: torch.ops.vitcop.attention(a, b, b, 1.0, True), [(1, 2, 3, 8)] * 2, 2 * 2 * 2 * 6 * 8),
+    "flash-attn": (lambda a, b: torch.ops.vitcop.flash_prefill(a, b, b, 1.0, True), [(1, 2, 3, 8)] * 2, 2 * 2 * 2 * 6 * 8),
+    "flash-attn, cached": (
+        lambda a, b: torch.ops.vitcop.flash_cached(a, b, b, 1.0, torch.zeros(2, 4, dtype=torch.int64)),
+        [(2, 3, 4, 8), (2, 3, 6, 8)],
+        2 * 2 * (2 * 3) * 4 * 6 * 8,
+    ),
     "elementwise": (lambda a, b: (a + b).softmax(-1), [(3, 5), (3, 5)], 0),
 }
 

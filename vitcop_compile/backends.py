@@ -117,7 +117,7 @@ def inductor(program: ExportedProgram) -> Program:
     _check_loaded(program, "inductor")
     module = lower_int8(lower_linear(program.module(check_guards=False)))
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
-    options = _cuda_options(decode=bool(program.graph_signature.user_inputs_to_mutate)) if on_cuda else None
+    options = _cuda_options(decode=_single_rows(program)) if on_cuda else None
     return torch.compile(module, fullgraph=True, dynamic=False, options=options)
 
 
@@ -170,6 +170,13 @@ def _check_loaded(program: ExportedProgram, name: str) -> None:
 
 # Quotas are rounded in fp32: a division that is off by an ulp could move a token. The option's name has changed.
 _EXACT_DIVISION = ("eager_numerics.division_rounding", "emulate_division_rounding")
+
+
+def _single_rows(program: ExportedProgram) -> bool:
+    """Whether all products are of one token a sample, as in a decode program."""
+    products = (node for node in program.graph.nodes if node.target is torch.ops.aten.linear.default)
+    rows = [node.args[0].meta["val"].shape[-2] for node in products]
+    return bool(rows) and max(rows) == 1
 
 
 def _cuda_options(decode: bool) -> dict[str, Any]:

@@ -40,13 +40,14 @@ def run(
     inspect: Inspect = lambda *_: {},
     console: Console | None = None,
     save: Callable[[dict[str, Any]], None] = lambda results: None,
+    failed: Callable[[Case, Exception], None] | None = None,
 ) -> dict[str, Any]:
     """Measures every case: {"environment": ..., "rows": [...], "left_out": [...]}, the rows as `rows.rows` describes them.
 
     Weights are random, drawn from `seed`, one model per shape. memory: also run each arm alone in a process of its own, for
     its peak memory. minutes: once they have passed no further case is begun, but listed as left out. console: where progress
     is shown, standard error by default. save: given the results so far after every case, so that a run that is cut short
-    loses one.
+    loses one. failed: told of a case that ends in an error, which is then listed as left out; by default it ends the run.
 
     Raises ConfigError or UnsupportedError for a case that cannot be measured, before anything is built.
     """
@@ -80,8 +81,16 @@ def run(
             if model is None:
                 with steps.step(f"building {shape.name}"):
                     model = shape.model(seed)
-            found[place] = _measure(model, case, rounds, steps, inspect)
-            _forget()
+            try:
+                found[place] = _measure(model, case, rounds, steps, inspect)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(case, error)
+                left_out.append(str(case))
+                continue
+            finally:
+                _forget()
             for row, entrant in zip(found[place] if memory else (), case.entrants()):
                 with steps.step(f"{case}: memory of {entrant.key}"):
                     row["peak_memory_bytes"], row["resident_memory_bytes"] = peak(case, entrant, seed) or (None, None)

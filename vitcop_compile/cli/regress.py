@@ -37,6 +37,10 @@ def regress_command(
     text_tokens: Annotated[int | None, typer.Option(help="Text tokens of a prompt, beside its image; default: 64.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Cache rows for new tokens; default: 64.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Interleaved rounds of one timing; default: 9.")] = None,
+    cuda: Annotated[
+        list[str] | None,
+        typer.Option(help="Architectures to generate CUDA code for and count, sm_80 or sm_90; needs no GPU; default: none."),
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(help="With --update: timings that the tolerance is derived from; default: 7.")
     ] = None,
@@ -51,6 +55,7 @@ def regress_command(
         "model": model, "presets": tuple(preset) if preset else None, "backend": backend, "hidden": hidden, "layers": layers,
         "vision_hidden": vision_hidden, "vision_layers": vision_layers, "batch": batch, "text_tokens": text_tokens,
         "new_tokens": new_tokens, "rounds": rounds,
+        "cuda": None if not cuda else () if cuda == ["none"] else tuple(cuda),
     }  # fmt: skip
     with _not_comparable(), without_future_warnings():
         if elsewhere not in _ELSEWHERE:

@@ -8,7 +8,7 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NotRequired
 
 import torch
 from pydantic import AfterValidator, Field, ValidationError, model_validator, with_config
@@ -23,6 +23,7 @@ from ..config import DEFAULT_PRESET, ViTCoPConfig
 from ..errors import ConfigError, UnsupportedError
 from ..optimized import OptimizedModel
 from ..pipeline import optimize
+from . import cuda
 from .compare import Measure, Timing, flatten
 
 FORMAT: Final = 1
@@ -42,8 +43,9 @@ class Settings:
 
     model: "toy", a random LLaVA of the four sizes; "given", a model or builder that the caller hands in; or a LLaVA-1.5 folder
     or model on the hub, loaded in float32. The sizes are None for all but "toy". batch: prompts per call; text_tokens and
-    new_tokens: of each prompt; rounds: interleaved rounds of one timing. Raises pydantic's ValidationError, a ValueError, for
-    values out of range and for a backend that is unknown or cannot work here.
+    new_tokens: of each prompt; rounds: interleaved rounds of one timing; cuda: architectures, of `cuda.ARCHITECTURES`, for
+    which code is generated, built and counted without a device. Raises pydantic's ValidationError, a ValueError, for values
+    out of range and for a backend that is unknown or cannot work here.
     """
 
     model: str = TOY
@@ -57,6 +59,7 @@ class Settings:
     text_tokens: Count = 64
     new_tokens: Count = 64
     rounds: Count = 9
+    cuda: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
@@ -68,6 +71,13 @@ class Settings:
         for preset in self.presets:
             ViTCoPConfig.preset(preset)
         backend_of(self.backend)
+        unknown = [name for name in self.cuda if name not in cuda.ARCHITECTURES]
+        if unknown or len(set(self.cuda)) != len(self.cuda):
+            raise ValueError(f"cuda={', '.join(self.cuda)}: name architectures once, of {', '.join(cuda.ARCHITECTURES)}")
+        if self.cuda and self.model == GIVEN:
+            raise ValueError(
+                "cuda: code for a fake device is generated in another process, which cannot build a model handed in"
+            )
         return self
 
     @property
@@ -95,6 +105,7 @@ class Environment(TypedDict):
     torch: str
     transformers: str
     device: str
+    triton: NotRequired[str]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -161,13 +172,18 @@ def _load(settings: Settings) -> PreTrainedModel:
 def here(device: torch.device) -> Environment:
     """The environment that facts and timings of a model on `device` depend on."""
     name = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    found = environment() | {"device": f"{device.type} {name}"}
+    found = environment() | {"device": f"{device.type} {name}", "triton": cuda.triton()}
     return {key: found[key] for key in Environment.__annotations__}  # type: ignore[return-value]
 
 
 def versions(environment: Environment) -> str:
     """Torch and transformers; builds of one torch version trace alike."""
     return f"torch {environment['torch'].split('+')[0]}, transformers {environment['transformers']}"
+
+
+def toolchain(environment: Environment) -> str:
+    """What code for CUDA depends on."""
+    return f"{versions(environment)}, triton {environment.get('triton', 'none')}"
 
 
 def machine(environment: Environment) -> str:

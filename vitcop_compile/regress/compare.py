@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from ..bench.stored import STRICT
 from ..errors import ConfigError
+from . import cuda
 
 # What is timed: ratios dense / pruned of these calls.
 Measure = Literal["prefill", "decode", "ttft"]
@@ -26,7 +27,7 @@ CEILING = 0.3
 # First measurement and repetitions, each with twice the rounds of the one before.
 ATTEMPTS = 3
 # What facts depend on beside the code, by the beginning of their names; the others on nothing.
-BOUND = {"nodes": "versions", "kernels": "versions and device", "reads.entry": "device"}
+BOUND = {"nodes": "versions", "kernels": "versions and device", "reads.entry": "device", "cuda": "toolchain"}
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,21 @@ def flatten(facts: Any, name: str = "") -> dict[str, int]:
 
 
 def compare_facts(
-    subject: str, baseline: Any, found: Any, *, versions: str | None = None, device: str | None = None
+    subject: str,
+    baseline: Any,
+    found: Any,
+    *,
+    versions: str | None = None,
+    device: str | None = None,
+    toolchain: str | None = None,
 ) -> tuple[list[Failure], list[str], int]:
     """(failures, notes, facts compared). versions, device: how the baseline's differ from those here, None where they agree;
-    what is bound to them is then listed in a note instead of compared."""
-    differs = {"versions": versions, "device": device, "versions and device": versions or device, None: None}
+    what is bound to them is then listed in a note instead of compared; toolchain: why facts of CUDA are not, in words."""
+    made = {"versions": versions, "device": device, "versions and device": versions or device}
+    differs: dict[str | None, str | None] = {
+        bound: f"baseline made with {other}" if other else None for bound, other in made.items()
+    }
+    differs["toolchain"] = toolchain
     before, now = flatten(baseline), flatten(found)
     failures, compared, skipped = [], 0, Counter[str]()
     for name in before | now:
@@ -119,21 +130,28 @@ def compare_facts(
         if before.get(name) != now.get(name):
             sides = (f"{side[name]:,}" if name in side else "none" for side in (before, now))
             failures.append(Failure(subject, name, *sides))
-    notes = [
-        f"{subject}: {group} ({number} facts) not compared: baseline made with {differs[BOUND[group]]}"
-        for group, number in skipped.items()
-    ]
+    notes = [f"{subject}: {group} ({number} facts) not compared: {differs[BOUND[group]]}" for group, number in skipped.items()]
     return failures, notes, compared
 
 
 def broken_promises(subject: str, facts: Any, backend: str) -> list[Failure]:
-    """What no baseline can allow: a graph break, a recompilation, a read inside a program, a program not compiled."""
+    """What no baseline can allow: a graph break, a recompilation, a read inside a program, a program not compiled; on CUDA,
+    what `cuda.ALWAYS` says."""
     found = flatten({name: facts[name] for name in ("stream", "reads")})
     promised = dict.fromkeys(("stream.graph_breaks", "stream.recompiles", "reads.program"), 0)
     if backend == "inductor":
         promised["stream.graphs"] = found["stream.programs"]
+    for program, counted in _by_program(facts.get("cuda", {})).items():
+        always = cuda.ALWAYS | (cuda.ALWAYS_DECODE if program.endswith(".decode") else {})
+        promised |= {f"cuda.{program}.{name}": right for name, right in always.items()}
+        found |= {f"cuda.{program}.{name}": counted[name] for name in always}
     wrong = {name: right for name, right in promised.items() if right != found[name]}
     return [Failure(subject, name, f"{right:,} (always)", f"{found[name]:,}") for name, right in wrong.items()]
+
+
+def _by_program(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Facts of CUDA by "architecture.program"."""
+    return {f"{name}.{program}": counted for name, of in facts.items() for program, counted in of.items()}
 
 
 def timing_of(name: str, ratios: list[float]) -> Timing:

@@ -8,14 +8,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..bench.bind import bind
 from ..bench.timing import Call, interleave, median_ratio
 from ..config import ViTCoPConfig
 from ..errors import ConfigError
 from ..optimized import OptimizedModel
 from ..schedule import ModelShape
+from . import cuda
 from . import facts as fact
-from .baseline import FORMAT, Baseline, Build, Record, Settings, Source, builder, here, load, machine, save, versions
+from .baseline import (
+    FORMAT,
+    Baseline,
+    Build,
+    Record,
+    Settings,
+    Source,
+    builder,
+    here,
+    load,
+    machine,
+    save,
+    toolchain,
+    versions,
+)
 from .compare import MEASURES, Failure, Report, Timing, broken_promises, compare_facts, judge, timing_of
 
 ELSEWHERE = ("refuse", "skip", "compare")
@@ -49,6 +66,7 @@ def check(
         raise ConfigError(f"elsewhere={elsewhere!r} is unknown: use one of {', '.join(ELSEWHERE)}")
     settings, report = stored.settings, Report()
     build, dense, timing = builder(source, settings), None, None
+    generated, why = _dry_run(stored, say)
     for preset, record in stored.subjects.items():
         told = _of(preset, say)
         told("capturing")
@@ -57,7 +75,8 @@ def check(
             _check_shape(pruned, stored, baseline)
             timing = _may_time(stored, pruned, counts_only, elsewhere, report)
         found, calls = fact.measure(pruned, settings.request, told)
-        _compare(preset, record, found, stored, pruned, report)
+        found |= {"cuda": generated[preset]} if generated else {}
+        _compare(preset, record, found, stored, pruned, report, why)
         if timing and record.timed:
             dense = dense or _dense(build, settings, say)
             compare_times(preset, record.timed, {"dense": dense, "pruned": calls}, settings.rounds, report, told)
@@ -86,11 +105,16 @@ def update(
         raise ConfigError(f"repeats={repeats!r}: give an integer of at least 3, so that a spread can be told")
     build, dense = builder(source, settings), None
     records, broken = {}, []
+    reason = cuda.missing() if settings.cuda else None
+    if reason is not None:
+        raise ConfigError(f"facts of {', '.join(settings.cuda)} cannot be counted here: {reason}; or pass --cuda none")
+    generated = cuda.measure(settings, say) if settings.cuda else {}
     for preset in settings.presets:
         told = _of(preset, say)
         told("capturing")
         pruned = build(ViTCoPConfig.preset(preset), settings.backend)
         found, calls = fact.measure(pruned, settings.request, told)
+        found |= {"cuda": generated[preset]} if generated else {}
         broken += broken_promises(preset, found, settings.backend)
         timed: dict[Any, Timing] = {}
         if not counts_only:
@@ -101,6 +125,20 @@ def update(
     if not broken:
         save(made, Path(baseline))
     return made, broken
+
+
+def _dry_run(stored: Baseline, say: Say) -> tuple[dict[str, Any], str | None]:
+    """Facts of CUDA by preset, none where they cannot be compared, and then why."""
+    if not stored.settings.cuda:
+        return {}, None
+    reason = cuda.missing()
+    if reason is not None:
+        return {}, f"no code for CUDA was generated: {reason}"
+    # The names alone: what device the baseline's other facts are of does not matter.
+    then, now = toolchain(stored.environment), toolchain(here(torch.device("cpu")))
+    if then != now:
+        return {}, f"baseline made with {then}, here is {now}"
+    return cuda.measure(stored.settings, say), None
 
 
 def _of(preset: str, say: Say) -> Say:
@@ -150,11 +188,13 @@ def ratio_of(arms: Arms, name: str, rounds: int) -> float:
     return median_ratio(times["dense"], times["pruned"])
 
 
-def _compare(preset: str, record: Record, found: Any, stored: Baseline, pruned: OptimizedModel, report: Report) -> None:
+def _compare(
+    preset: str, record: Record, found: Any, stored: Baseline, pruned: OptimizedModel, report: Report, why: str | None
+) -> None:
     before, now = stored.environment, here(pruned.device)
     other = versions(before) if versions(before) != versions(now) else None
     device = before["device"] if before["device"] != now["device"] else None
-    failures, notes, compared = compare_facts(preset, record.facts, found, versions=other, device=device)
+    failures, notes, compared = compare_facts(preset, record.facts, found, versions=other, device=device, toolchain=why)
     known = {failure.what for failure in failures}
     broken = [failure for failure in broken_promises(preset, found, stored.settings.backend) if failure.what not in known]
     report.failures += failures + broken

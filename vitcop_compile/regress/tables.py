@@ -55,7 +55,8 @@ def print_update(old: Baseline | None, new: Baseline, console: Console) -> None:
 
 
 def _values(baseline: Baseline) -> dict[tuple[str, str], str]:
-    settings = vars(baseline.settings) | {"presets": ", ".join(baseline.settings.presets)}
+    lists = {name: ", ".join(getattr(baseline.settings, name)) or None for name in ("presets", "cuda")}
+    settings = vars(baseline.settings) | lists
     settings = {name: value for name, value in settings.items() if value is not None}
     values = {("", name): str(value) for name, value in {**baseline.environment, **settings}.items()}
     for preset, record in baseline.subjects.items():
