@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from .bindings import Bindings
 from .errors import UnsupportedError
+from .kept import Keeper
 from .passes.attach_cache import cache_rows, write_rows
 from .passes.lower_linear import lower_linear
 from .passes.unroll_loops import unroll_loops
@@ -27,8 +30,8 @@ class Backend:
     `writing_rows` updates them after it. exact: whether the backend has float64, as `ops.density_peaks` wants it.
     copies_weights: whether programs hold copies of the weights, which do not follow them. graphs: whether programs run as
     CUDA graphs on CUDA, which belong to the thread that recorded them. kernels: whether decode programs on a CPU may hold
-    operators of `kernels`, which are C++. check: raises UnsupportedError where the backend
-    cannot work.
+    operators of `kernels`, which are C++. check: raises UnsupportedError where the backend cannot work. keeper: how programs
+    are kept between processes, None where they are not.
     """
 
     compile: Compile
@@ -38,6 +41,7 @@ class Backend:
     graphs: bool = False
     kernels: bool = False
     check: Callable[[], None] = lambda: None
+    keeper: Keeper | None = None
 
     def __call__(self, program: ExportedProgram) -> Program:
         return self.compile(program)
@@ -109,11 +113,27 @@ def eager(program: ExportedProgram) -> Program:
     return program.module(check_guards=False)
 
 
-@register("inductor", graphs=True, kernels=True)
+def _for_inductor(program: ExportedProgram) -> fx.GraphModule:
+    _check_loaded(program, "inductor")
+    return lower_linear(program.module(check_guards=False))
+
+
+def _compile_inductor(program: ExportedProgram, folder: Path, bindings: Bindings) -> Program:
+    from .inductor_backend import compile_kept
+
+    return compile_kept(_for_inductor(program), program, folder, bindings)
+
+
+def _load_inductor(folder: Path, bindings: Bindings, device: torch.device) -> Program:
+    from .inductor_backend import load
+
+    return load(folder, bindings, device)
+
+
+@register("inductor", graphs=True, kernels=True, keeper=Keeper(_compile_inductor, _load_inductor))
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
-    _check_loaded(program, "inductor")
-    module = lower_linear(program.module(check_guards=False))
+    module = _for_inductor(program)
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     options = _cuda_options(decode=bool(program.graph_signature.user_inputs_to_mutate)) if on_cuda else None
     return torch.compile(module, fullgraph=True, dynamic=False, options=options)
@@ -125,7 +145,20 @@ def _check_aotinductor() -> None:
     check()
 
 
-@register("aotinductor", kernels=True, check=_check_aotinductor)
+def _compile_aotinductor(program: ExportedProgram, folder: Path, bindings: Bindings) -> Program:
+    from .aoti_backend import compile_kept
+
+    _check_loaded(program, "aotinductor")
+    return compile_kept(unroll_loops(program), folder, bindings)
+
+
+def _load_aotinductor(folder: Path, bindings: Bindings, device: torch.device) -> Program:
+    from .aoti_backend import load_kept
+
+    return load_kept(folder, bindings, device)
+
+
+@register("aotinductor", kernels=True, check=_check_aotinductor, keeper=Keeper(_compile_aotinductor, _load_aotinductor))
 def aotinductor(program: ExportedProgram) -> Program:
     """The program compiled by AOTInductor before its first call, on the model's own weights; without CUDA graphs."""
     from .aoti_backend import compile_ahead

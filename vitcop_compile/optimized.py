@@ -16,6 +16,7 @@ from .backends import Program, backend_of, writing_rows
 from .cache import PrunedCache
 from .errors import InputError
 from .host import Host
+from .kept import Kept
 from .layout import Layout
 from .program_cache import ProgramCache, bytes_of
 from .programs import Programs
@@ -41,8 +42,15 @@ class CompiledOnDemand:
     the rows of the caches by group of layers and visual tokens as in `Schedule.key`.
     """
 
-    def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int], program_bytes: int):
-        self.programs = programs
+    def __init__(
+        self,
+        programs: Programs,
+        backend: str,
+        prompt_buckets: Sequence[int],
+        program_bytes: int,
+        kept: Kept | None = None,
+    ):
+        self.programs, self._kept = programs, kept
         self._cache = ProgramCache(program_bytes)
         self.backend = backend_of(backend)
         self._prompt_buckets = _check_buckets(prompt_buckets)
@@ -120,6 +128,7 @@ class CompiledOnDemand:
             ("prefill", batch, text, schedule.key, rows, filled),
             lambda: self.programs.export_prefill(batch, text, schedule.layout, rows, **options),
             lambda program: program if in_place else self._writing(program, filled),
+            schedule,
         )
 
     def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Callable[..., Any]:
@@ -139,14 +148,25 @@ class CompiledOnDemand:
         )
 
     def _get(
-        self, key: tuple, export: Callable[[], ExportedProgram], around: Callable[[Program], Program] = lambda program: program
+        self,
+        key: tuple,
+        export: Callable[[], ExportedProgram],
+        around: Callable[[Program], Program] = lambda program: program,
+        schedule: Schedule | None = None,
     ) -> Program:
+        """schedule: what the program follows, by default that of a prompt with one image."""
+
         def make() -> tuple[Program, int]:
-            program = export()
-            size = bytes_of(program, self.backend.copies_weights)
-            return self._owned(around(self.backend(program))), size
+            found = None if self._kept is None else self._kept.load(key, schedule or self.schedule)
+            compiled, size = found or self._compiled(key, export(), schedule or self.schedule)
+            return self._owned(around(compiled)), size
 
         return self._cache.get(key, make)
+
+    def _compiled(self, key: tuple, program: ExportedProgram, schedule: Schedule) -> tuple[Program, int]:
+        size = bytes_of(program, self.backend.copies_weights)
+        compiled = None if self._kept is None else self._kept.compile(key, schedule, program, size)
+        return self.backend(program) if compiled is None else compiled, size
 
     def _writing(self, program: Program, filled: bool) -> Program:
         return writing_rows(program, self.schedule.groups, filled=filled, told=self.schedule.told)
