@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .policies import policy_of
 from .schedule import Method, Schedule
@@ -28,7 +29,12 @@ from .schedule import Method, Schedule
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Fraction)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of every module, or what says how the weights came to be.
-_NO_MATTER = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "config", "generation_config"}
+_NO_MATTER = {
+    "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "config", "generation_config",
+    "_is_hf_initialized", "_is_full_backward_hook", "name_or_path", "warnings_issued",
+}  # fmt: skip
+# Of a config: where it comes from, and the type that weights have by themselves.
+_OF_LOADING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 _PACKAGES = ("torch", "transformers", "onnxruntime", "onnxscript", "onnx", "openvino", "triton")
 
 
@@ -113,6 +119,8 @@ def _attributes(module: nn.Module) -> list[Any]:
     for name, value in sorted(vars(module).items()):
         if name in _NO_MATTER or isinstance(value, (Tensor, nn.Module)) or (name.startswith("_") and name.endswith("_hooks")):
             continue
+        if name.startswith("_") and isinstance(module, PreTrainedModel):  # how it was loaded, and would be spread
+            continue
         if isinstance(value, type) or inspect.isroutine(value):
             found.append([name, _name(value), _code(value)])
         elif isinstance(value, _PLAIN) or (isinstance(value, (tuple, list, dict)) and value):
@@ -124,11 +132,16 @@ def _attributes(module: nn.Module) -> list[Any]:
 
 
 def _config(config: Any) -> Any:
-    """A transformers config as JSON, without where it was loaded from."""
+    """A transformers config as JSON."""
     if config is None:
         return None
-    held = {name: value for name, value in config.to_dict().items() if not name.startswith("_name")}
-    return json.dumps(held, sort_keys=True, default=repr)
+    return json.dumps(_settings(config.to_dict()), sort_keys=True, default=repr)
+
+
+def _settings(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {name: _settings(value) for name, value in config.items() if name not in _OF_LOADING}
 
 
 def _name(kind: Any) -> str:

@@ -44,6 +44,11 @@ class Kept:
         """Whether any program is kept: the model has been captured by this method before."""
         return self._store.knows(self.group)
 
+    def has(self, key: tuple, schedule: Schedule) -> bool:
+        """Whether the program of `key` is kept; it is not read."""
+        name = self._name(key, schedule)
+        return name is not None and self._store.has(self.group, name)
+
     def load(self, key: tuple, schedule: Schedule) -> tuple[Program, int] | None:
         """The program of `key` and the bytes that it holds; None where there is none, or none that loads."""
         name, start = self._name(key, schedule), time.perf_counter()

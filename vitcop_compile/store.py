@@ -92,6 +92,10 @@ class Store:
         except OSError:
             return False
 
+    def has(self, group: str, key: str) -> bool:
+        """Whether there is an entry; `get` may still find it broken."""
+        return (self._path(group, key) / _ENTRY).is_file()
+
     def get(self, group: str, key: str) -> Path | None:
         """The folder of an entry whose files are what was written; None without one. A broken one is discarded."""
         path = self._path(group, key)
