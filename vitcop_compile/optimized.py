@@ -265,14 +265,18 @@ class OptimizedModel(CompiledModel):
         images: int = 1,
         layouts: Sequence[Layout] | None = None,
         processes: int | None = None,
+        run: bool = True,
     ) -> None:
         """Exports, compiles and runs once every program that a request of `batch_size` prompts with so many `images` each
         needs.
 
         text_tokens: of each prompt, protected tokens of its images among them; layouts: of the images of each prompt in place
         of a number of images, see `layout_of`; processes: that compile at the same time where programs are kept (see `store`),
-        by default one a core. Raises InputError without weights.
+        by default one a core; run: whether they are called too, or only compiled and kept, for which weights need no values.
+        Raises InputError without weights, and if programs that are not run are not kept either.
         """
+        if not run and self._on_demand.kept is None:
+            raise InputError("run=False leaves nothing where programs are not kept: set VITCOP_CACHE, or run them")
         if self.device.type == "meta":
             raise InputError("the weights are on the meta device, which holds no values: load the model to warm it up")
         host = self.host

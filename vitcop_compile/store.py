@@ -170,23 +170,12 @@ class Store:
         return sum(size for _, size, _ in self._units())
 
     def pack(self, output: Path) -> None:
-        """Writes all entries to a tar file, which `unpack` reads, or `tar -x` into a folder for VITCOP_CACHE."""
+        """Writes all that is kept to a tar file; `tar -x` in a folder makes it one for VITCOP_CACHE."""
         with _written(output) as aside, tarfile.open(aside, "w") as tar:
             for path in sorted(self.root.rglob("*")):
                 within = path.relative_to(self.root)
                 if path.is_file() and not path.is_symlink() and within.parts[0] != _ASIDE:
                     tar.add(path, arcname=str(within), recursive=False)
-
-    def unpack(self, source: Path) -> None:
-        """Adds the entries of a tar file that `pack` wrote. Raises InputError for anything else."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            with tarfile.open(source) as tar:
-                if odd := [member.name for member in tar if not member.isfile()]:
-                    raise InputError(f"{source} has {odd[0]}, which is no plain file: pass a file that warmup --output wrote")
-                tar.extractall(self.root, filter="data")
-        except (OSError, tarfile.TarError) as error:
-            raise InputError(f"{source} cannot be unpacked into {self.root}: {error}") from None
 
     def _path(self, group: str, key: str) -> Path:
         return self.root / _PROGRAMS / group / key
