@@ -29,10 +29,18 @@ _ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "bool": 9}
 class OrtProgram:
     """One program as a callable: torch tensors in, a list of new torch tensors out, bound by address.
 
-    threads: torch's number by default; prepack: copy the weights into the kernels' layout, once in every program.
+    threads: torch's number by default; prepack: copy the weights into the kernels' layout, once in every program; weights:
+    CPU tensors by name, in place of those that the program has in another file.
     """
 
-    def __init__(self, path: Path, spec: ProgramSpec, threads: int | None = None, prepack: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        spec: ProgramSpec,
+        threads: int | None = None,
+        prepack: bool = False,
+        weights: dict[str, Tensor] | None = None,
+    ):
         try:
             import onnxruntime
         except ImportError as error:
@@ -46,6 +54,11 @@ class OrtProgram:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # Packed, every program holds all weights again; unpacked they stay in the one mapped file.
         options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
+        # onnxruntime reads them where they are, for as long as the session lives.
+        self._weights = {name: weight.detach().contiguous() for name, weight in (weights or {}).items()}
+        if self._weights:
+            values = [_value(weight) for weight in self._weights.values()]
+            options.add_external_initializers(list(self._weights), values)
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -69,6 +82,15 @@ class OrtProgram:
             binding.bind_output(spec.name, "cpu", 0, _ELEMENT[spec.dtype], tuple(output.shape), output.data_ptr())
         self._session.run_with_iobinding(binding)
         return outputs
+
+
+def _value(tensor: Tensor) -> Any:
+    """onnxruntime's view of a CPU tensor."""
+    import onnxruntime
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    array = tensor.view(torch.int16).numpy() if name == "bfloat16" else tensor.numpy()
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ELEMENT[name])
 
 
 def _check_signature(file: str, values: list[Any], stated: tuple[TensorSpec, ...]) -> None:

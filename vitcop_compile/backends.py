@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from .bindings import Bindings
@@ -182,7 +182,29 @@ def tensorrt(program: ExportedProgram) -> Program:
     return compile_whole(unroll_loops(program))
 
 
-@register("onnxruntime", in_place=False, copies_weights=True)
+def _compile_onnxruntime(program: ExportedProgram, folder: Path, bindings: Bindings) -> Program:
+    from .export.ort_backend import compile_kept
+
+    _check_loaded(program, "onnxruntime")
+    return compile_kept(program, folder, bindings)
+
+
+def _load_onnxruntime(folder: Path, bindings: Bindings, device: torch.device) -> Program:
+    from .export.ort_backend import load_kept
+
+    return load_kept(folder, bindings, device)
+
+
+def _values_onnxruntime(model: nn.Module) -> str:
+    from .export.ort_backend import small_values
+
+    return small_values(model)
+
+
+_ORT_KEEPER = Keeper(_compile_onnxruntime, _load_onnxruntime, _values_onnxruntime)
+
+
+@register("onnxruntime", in_place=False, copies_weights=True, keeper=_ORT_KEEPER)
 def onnxruntime(program: ExportedProgram) -> Program:
     """The program as an ONNX file in a temporary folder, run by onnxruntime on the CPU; weights are held twice."""
     from .export.ort_backend import load

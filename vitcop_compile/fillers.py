@@ -106,7 +106,7 @@ def _start(told: bytes, compilers: int) -> tuple[subprocess.Popen, Any]:
     said = tempfile.TemporaryFile()  # noqa: SIM115 (`fill` closes it)
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
     process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.fillers"],
+        [sys.executable, "-c", f"from {__name__} import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=said,
@@ -180,12 +180,9 @@ def main() -> None:
     share = pickle.loads(sys.stdin.buffer.read(size))
 
     def follow() -> None:
-        sys.stdin.buffer.read()
+        while os.read(sys.stdin.fileno(), 1):
+            pass
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
     _help(share)
-
-
-if __name__ == "__main__":
-    main()
