@@ -63,7 +63,6 @@ def fill(
     backend: str,
     asked: list[Asked],
     processes: int | None = None,
-    least_seconds: float = _LEAST_SECONDS,
 ) -> None:
     """Compiles those of `asked` that are neither held nor kept, in so many `processes`, by default one a core.
 
@@ -90,7 +89,7 @@ def fill(
             started.append(_start(told, max(1, cores() // (others + 1))))
         begun = time.monotonic()
         _work(provider, share)
-        _wait(started, max(least_seconds, _TIMES * (time.monotonic() - begun)))
+        _wait(started, max(_LEAST_SECONDS, _TIMES * (time.monotonic() - begun)))
     finally:
         for process, said in started:
             process.kill()
