@@ -150,16 +150,21 @@ def _name(kind: Any) -> str:
 
 def _code(kind: Any) -> str | None:
     """A hash of the file that a class or function comes from; None for this package's and torch's, which have versions."""
-    module = getattr(kind, "__module__", None) or ""
+    while isinstance(kind, functools.partial):
+        kind = kind.func
+    module = getattr(kind, "__module__", None) or "builtins"
     if module.split(".")[0] in ("torch", "builtins", __package__.split(".")[0]):
         return None
-    return _file(module)
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        name = getattr(kind, "__name__", type(kind).__name__)
+        raise NotKept(f"{name} was defined in {module}, which has no file to tell its versions apart")
+    return _digest(file)
 
 
 @functools.cache
-def _file(module: str) -> str | None:
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,9 +48,9 @@ class Kept:
         name = self._name(key, schedule)
         return name is not None and self._store.has(self.group, name)
 
-    def load(self, key: tuple, schedule: Schedule) -> tuple[Program, int] | None:
-        """The program of `key` and the bytes that it holds; None where there is none, or none that loads."""
-        name, start = self._name(key, schedule), time.perf_counter()
+    def load(self, key: tuple, schedule: Schedule) -> tuple[Program, int, str] | None:
+        """The program of `key`, the bytes that it holds, and a word for the log; None where there is none that loads."""
+        name = self._name(key, schedule)
         if name is None or (path := self._store.get(self.group, name)) is None:
             return None
         try:
@@ -60,8 +59,8 @@ class Kept:
         except Exception as error:  # whatever a compiler's own loader says of a file that is none of its own
             self._store.discard(self.group, name, f"{type(error).__name__}: {error}")
             return None
-        log.info("%s %s: found in %s, loaded in %.1f s", key[0], name[:8], path, time.perf_counter() - start)
-        return program, size
+        log.debug("%s: found in %s", key[0], path)
+        return program, size, "found and loaded"
 
     def compile(self, key: tuple, schedule: Schedule, program: ExportedProgram, size: int) -> Program | None:
         """`program` compiled, and kept; None where it cannot be, which the log says."""

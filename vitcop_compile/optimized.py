@@ -166,17 +166,19 @@ class CompiledOnDemand:
     ) -> Program:
         """schedule: what the program follows, by default that of a prompt with one image."""
 
-        def make() -> tuple[Program, int]:
+        def make() -> tuple[Program, int, str]:
             found = None if self.kept is None else self.kept.load(key, schedule or self.schedule)
-            compiled, size = found or self._compiled(key, export(), schedule or self.schedule)
-            return self._owned(around(compiled)), size
+            compiled, size, how = found or self._compiled(key, export(), schedule or self.schedule)
+            return self._owned(around(compiled)), size, how
 
         return self._cache.get(key, make)
 
-    def _compiled(self, key: tuple, program: ExportedProgram, schedule: Schedule) -> tuple[Program, int]:
+    def _compiled(self, key: tuple, program: ExportedProgram, schedule: Schedule) -> tuple[Program, int, str]:
         size = bytes_of(program, self.backend.copies_weights)
         compiled = None if self.kept is None else self.kept.compile(key, schedule, program, size)
-        return self.backend(program) if compiled is None else compiled, size
+        if compiled is None:
+            return self.backend(program), size, "exported"
+        return compiled, size, "exported and compiled"
 
     def _writing(self, program: Program, filled: bool) -> Program:
         return writing_rows(program, self.schedule.groups, filled=filled, told=self.schedule.told)
