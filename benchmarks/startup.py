@@ -2,7 +2,7 @@
 
 The first compiles every program, the second finds them in torch's caches. A third one optimizes LLaVA-1.5-7B's shape on the
 meta device, where there are no weights. With `--kept` two processes share an empty folder of kept programs
-(`vitcop_compile.store`) in their place, and do what a user's do: optimize, and answer with one token. Seconds are wall-clock but
+(`vitcop_compile.store`) in their place, and do what a user's do: optimize, and answer with a token. Seconds are wall-clock but
 for "optimize, CPU". Compiled C++ headers are shared with whatever ran before: torch keeps them outside of the cache folder.
 """
 

@@ -150,7 +150,7 @@ def test_what_has_no_text_is_not_kept():
     model.lm_head.register_buffer("scale", torch.ones(1).as_subclass(Wrapped))
     with pytest.raises(NotKept, match=r"lm_head.scale is a Wrapped, which is more than its values"):
         fingerprint.of_model(model)
-    custom = methods.CustomMethod(lambda site: site.score, tokens=4)
+    custom = methods.CustomMethod(score=lambda site: site.score, tokens=4)
     with pytest.raises(NotKept, match=r"function in the settings has no text"):
         fingerprint.of_method(custom)
     typed = types.FunctionType((lambda site: site).__code__, {"__name__": "typed_in"})

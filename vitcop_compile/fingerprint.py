@@ -50,7 +50,8 @@ def of_text(*parts: Any) -> str:
 def of_model(model: nn.Module) -> str:
     """The classes, plain attributes and code of all modules, and shapes, types, layouts and sharing of all weights."""
     rows: list[Any] = [_config(getattr(model, "config", None))]
-    kinds, first = set(), {}
+    kinds = set()
+    first: dict[int, str] = {}
     for path, module in model.named_modules():
         kinds.add(type(module))
         if "forward" in vars(module) or any(vars(module).get(name) for name in _HOOKS):

@@ -296,7 +296,7 @@ class OptimizedModel(CompiledModel):
                 left -= left > 0
                 row += [token] * (tokens // runs)
         ids = torch.tensor([row + [word] * left] * batch_size, device=self.device)
-        request = {"input_ids": ids, "pixel_values": given}
+        request: dict[str, Any] = {"input_ids": ids, "pixel_values": given}
         if self._on_demand.kept is not None:
             fill(
                 self._on_demand, self.model, self.pruning_config, self.backend, self._asked(request, max_new_tokens), processes

@@ -120,7 +120,7 @@ def _empty(model: str, dtype: torch.dtype) -> Any:
     """The model of a configuration, without values."""
     try:
         config = AutoConfig.from_pretrained(model)
-        kind = AutoModelForImageTextToText._model_mapping[type(config)]
+        kind: Any = AutoModelForImageTextToText._model_mapping[type(config)]
     except (OSError, ValueError, KeyError) as error:
         raise cannot_load(model, error) from None
     return empty(kind, config, dtype)
