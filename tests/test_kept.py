@@ -256,7 +256,7 @@ def test_a_process_that_fails_costs_nothing_but_time(folder, counted, monkeypatc
 @pytest.mark.slow
 def test_a_process_ends_with_its_parent():
     """Its input ends before it was told anything."""
-    code = "from vitcop_compile.fillers import main; main()"
+    code = "from vitcop_compile.filling import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     process.stdin.close()
     assert process.wait(120) != 0

@@ -194,6 +194,27 @@ def test_a_bound_that_is_none_is_refused(monkeypatch, tmp_path, value):
         store.current()
 
 
+def test_a_folder_is_made_for_its_user_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITCOP_CACHE", str(tmp_path / "deep" / "own"))
+    before = os.umask(0)
+    try:
+        put(store.current(), "a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "deep" / "own").stat().st_mode & 0o777 == 0o700
+    assert store.current().get("group", "a") is not None
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch, caplog):
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("VITCOP_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    assert store.current() is None and "name a folder in VITCOP_CACHE" in caplog.text
+
+
 def test_a_folder_that_others_may_write_to_is_not_used(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("VITCOP_CACHE", str(tmp_path / "own"))
     (tmp_path / "own").mkdir()

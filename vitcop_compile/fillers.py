@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from .kept import Kept
 from .schedule import Method
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ _LEAST_SECONDS, _TIMES = 60.0, 4.0
 
 
 class Share(NamedTuple):
-    """What a process is told. group: what its model must be kept by; queue: a folder in which programs are claimed."""
+    """What a process (`filling`) is told. group: what its model must be kept by; queue: a folder in which programs are claimed."""
 
     kind: type[nn.Module]
     config: Any
@@ -88,7 +86,7 @@ def fill(
         for _ in range(others):
             started.append(_start(told, max(1, cores() // (others + 1))))
         begun = time.monotonic()
-        _work(provider, share)
+        work(provider, share)
         _wait(started, max(_LEAST_SECONDS, _TIMES * (time.monotonic() - begun)))
     finally:
         for process, said in started:
@@ -105,7 +103,7 @@ def _start(told: bytes, compilers: int) -> tuple[subprocess.Popen, Any]:
     said = tempfile.TemporaryFile()  # noqa: SIM115 (`fill` closes it)
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(compilers)}
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import main; main()"],
+        [sys.executable, "-c", f"from {__package__}.filling import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=said,
@@ -135,7 +133,7 @@ def _wait(started: list[tuple[subprocess.Popen, Any]], seconds: float) -> None:
             )
 
 
-def _work(provider: CompiledOnDemand, share: Share) -> None:
+def work(provider: CompiledOnDemand, share: Share) -> None:
     """Makes programs that nobody has claimed, one after the other."""
     for number, (name, arguments) in enumerate(share.asked):
         try:
@@ -147,23 +145,6 @@ def _work(provider: CompiledOnDemand, share: Share) -> None:
         getattr(provider, name)(*arguments)
 
 
-def _help(share: Share) -> None:
-    """What a process does."""
-    from .pipeline import optimize
-
-    torch.set_num_threads(share.threads)
-    fast = optimize(
-        empty(share.kind, share.config, share.dtype),  # type: ignore[arg-type]
-        share.method,
-        backend=share.backend,
-        attn_implementation=share.attn_implementation,
-    )
-    kept: Kept | None = fast.on_demand.kept
-    if kept is None or kept.group != share.group:
-        raise SystemExit("the model is not what its class makes of its configuration")
-    _work(fast.on_demand, share)
-
-
 def empty(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> nn.Module:
     """A model without values: its tensors are memory that nobody has touched."""
     with torch.device("meta"):
@@ -171,17 +152,3 @@ def empty(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> nn.Module:
     model = model.to_empty(device="cpu")
     model.tie_weights()
     return model.eval()
-
-
-def main() -> None:
-    """Reads a `Share` from standard input, whose end is that of the parent."""
-    size = int.from_bytes(sys.stdin.buffer.read(8), "big")
-    share = pickle.loads(sys.stdin.buffer.read(size))
-
-    def follow() -> None:
-        while os.read(sys.stdin.fileno(), 1):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    _help(share)

@@ -90,7 +90,7 @@ def of_surroundings(device: torch.device) -> str:
     settings = config.save_config_portable()
     return of_text(
         [_version(name) for name in _PACKAGES],
-        [sys.version, platform.platform(), torch.version.git_version, _own_code()],
+        [platform.python_version(), platform.system(), platform.libc_ver(), torch.version.git_version, _own_code()],
         [_processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
         [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
         [torch.backends.mkldnn.is_available(), torch.backends.mkldnn.enabled, torch.backends.mkl.is_available()],

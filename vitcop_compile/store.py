@@ -40,7 +40,11 @@ def current() -> Store | None:
     named = os.environ.get(FOLDER)
     if _suspended or (named is not None and named.strip().lower() in _OFF):
         return None
-    root = Path(named).expanduser() if named else _default()
+    try:
+        root = Path(named).expanduser() if named else _default()
+    except RuntimeError as error:
+        log.warning("%s; nothing is kept: name a folder in %s", error, FOLDER)
+        return None
     try:
         limit = int(os.environ.get(BYTES, LIMIT))
     except ValueError:
@@ -61,7 +65,8 @@ def folder(name: str) -> Path | None:
         return None
     path = store.root / name
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        store.make()
+        path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         log.info("%s cannot be made (%s): %s keeps nothing", path, error.strerror, name)
         return None
@@ -84,6 +89,10 @@ class Store:
 
     def __init__(self, root: Path, limit: int):
         self.root, self.limit = root, limit
+
+    def make(self) -> None:
+        """Makes the folder, for its user alone whatever others the user lets in elsewhere."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def knows(self, group: str) -> bool:
         """Whether there is any entry of `group`."""
@@ -136,7 +145,8 @@ class Store:
         """A new folder on the file system of the store, which `put` takes; elsewhere where the store cannot be written."""
         aside = self.root / _ASIDE
         try:
-            aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.make()
+            aside.mkdir(mode=0o700, exist_ok=True)
             path = aside / uuid.uuid4().hex
             path.mkdir(mode=0o700)
         except OSError:
