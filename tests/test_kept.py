@@ -215,17 +215,17 @@ def test_a_signature_is_checked_after_it_was_read(tmp_path):
 # Processes that compile at the same time
 
 
-def test_a_rehearsal_asks_for_what_a_request_asks_for(folder, counted, monkeypatch):
+@pytest.mark.parametrize(("images", "batch"), [(1, 1), models.slow(0, 2), models.slow(2, 2)])
+def test_a_rehearsal_asks_for_what_a_request_asks_for(folder, counted, monkeypatch, images, batch):
     asked = []
     monkeypatch.setattr("vitcop_compile.optimized.fill", lambda provider, *rest: asked.append((provider, rest[3])))
-    for images in (0, 1, 2):
-        fast = optimize(models.shared(3), THIRD, backend="counted")
-        fast.warmup(batch_size=2, text_tokens=20, images=images)
-        provider, found = asked.pop()
-        assert len(found) == len(fast.compiled) and all(provider.has(*ask) for ask in found)
-        provider.release()
-        assert all(provider.has(*ask) for ask in found)  # kept
-        assert not provider.has("vision", (7,))
+    fast = optimize(models.shared(3), THIRD, backend="counted")
+    fast.warmup(batch_size=batch, text_tokens=20, images=images)
+    provider, found = asked.pop()
+    assert len(found) == len(fast.compiled) and all(provider.has(*ask) for ask in found)
+    provider.release()
+    assert all(provider.has(*ask) for ask in found)  # kept
+    assert not provider.has("vision", (7,))
 
 
 SCRIPTS = {"dies": "raise SystemExit('no memory')", "hangs": "import time; time.sleep(600)"}

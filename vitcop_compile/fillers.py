@@ -34,7 +34,7 @@ _LEAST_SECONDS, _TIMES = 60.0, 4.0
 
 
 class Share(NamedTuple):
-    """What a process (`filling`) is told. group: what its model must be kept by; queue: a folder in which programs are claimed."""
+    """What a process (`filling`) is told. group: what its model must be kept by; queue: a folder of claims."""
 
     kind: type[nn.Module]
     config: Any
