@@ -20,7 +20,7 @@ from models import optimize
 from torch import nn
 
 import vitcop_compile
-from vitcop_compile import InputError, ViTCoPConfig, backends, fillers, fingerprint, kept, methods
+from vitcop_compile import InputError, ViTCoPConfig, backends, fillers, fingerprint, inductor_backend, kept, methods
 from vitcop_compile.bindings import Bindings, Signature
 from vitcop_compile.fingerprint import NotKept
 from vitcop_compile.kept import Keeper
@@ -186,6 +186,22 @@ def test_the_machine_threads_and_versions_are_part_of_it(monkeypatch):
     with config.patch({"compile_threads": 3}):
         assert fingerprint.of_surroundings(CPU) == one
     assert len({one, *found}) == 6
+
+
+def test_a_program_says_that_it_calls_our_kernels(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(inductor_backend.kernels, "load", lambda: loaded.append(1))
+
+    def module(namespace: str) -> Any:
+        node = types.SimpleNamespace(op="call_function", target=types.SimpleNamespace(namespace=namespace))
+        return types.SimpleNamespace(graph=types.SimpleNamespace(nodes=[node]))
+
+    inductor_backend.note_kernels(module("aten"), tmp_path)
+    inductor_backend.load_kernels(tmp_path)
+    assert not loaded
+    inductor_backend.note_kernels(module("vitcop_cpu"), tmp_path)
+    inductor_backend.load_kernels(tmp_path)
+    assert loaded == [1]
 
 
 # What a program binds

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from .bindings import Bindings, Signature
 from .errors import UnsupportedError
+from .inductor_backend import load_kernels, note_kernels
 from .passes.lower_linear import lower_linear
 
 _PACKAGE = "program.pt2"
@@ -56,6 +57,7 @@ def compile_kept(program: ExportedProgram, folder: Path, bindings: Bindings) -> 
     held = _named(program.module(check_guards=False))
     bindings.write(folder, {name: _attribute(held, name) for name in sorted(_targets(held))})  # says so before minutes of work
     module = _package(program, folder / _PACKAGE, {})
+    note_kernels(module, folder)
     loaded = _load(folder / _PACKAGE, inputs[0].device)
     constants = _constants(module, loaded.get_constant_fqns())
     bindings.write(folder, constants)
@@ -66,6 +68,7 @@ def compile_kept(program: ExportedProgram, folder: Path, bindings: Bindings) -> 
 
 def load_kept(folder: Path, bindings: Bindings, device: torch.device) -> AheadProgram:
     """The program that `compile_kept` left in `folder`, on the weights of the model in `bindings`."""
+    load_kernels(folder)
     loaded = _load(folder / _PACKAGE, device)
     return AheadProgram(loaded, bindings.read(folder, device), Signature.read(folder, device))
 

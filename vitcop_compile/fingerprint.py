@@ -172,7 +172,12 @@ def _digest(file: str) -> str:
 def _own_code() -> str:
     """Of all modules of this package, whatever folders they lie in."""
     package = sys.modules[__package__.split(".")[0]]
-    files = {file.resolve() for root in (*package.__path__, *_subpackages()) for file in Path(root).rglob("*.py")}
+    files = {
+        file.resolve()
+        for root in (*package.__path__, *_subpackages())
+        for file in Path(root).rglob("*")
+        if file.suffix in (".py", ".cpp")
+    }
     digests = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     return of_text(digests)
 

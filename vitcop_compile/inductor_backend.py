@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from . import kernels
 from .bindings import Bindings, Signature
 from .fingerprint import NotKept
 
-_ARTIFACT, _LIBRARIES = "program.bin", "libraries"
+_ARTIFACT, _LIBRARIES, _KERNELS = "program.bin", "libraries", "kernels"
 
 
 def compile_kept(
@@ -37,6 +38,7 @@ def compile_kept(
     if "aot" not in inspect.signature(standalone_compile).parameters:
         raise NotKept(f"inductor of torch {torch.__version__} makes no artifacts of one file")
     examples: tuple[Tensor, ...] = (program.example_inputs or ((), {}))[0]
+    note_kernels(module, folder)
     lifted, weights = lift(module)
     bindings.write(folder, weights)
     signature = Signature.of(examples)
@@ -55,12 +57,26 @@ def load(folder: Path, bindings: Bindings, device: torch.device) -> Callable[...
     """The program that `compile_kept` left in `folder`, on the weights of the model in `bindings`."""
     from torch._inductor import CompiledArtifact, config
 
+    load_kernels(folder)
     values = list(bindings.read(folder, device).values())
     # That this processor runs what was compiled for it is part of the key: it is not tried again.
     known = {} if config.cpp.vec_isa_ok is not None else {"cpp.vec_isa_ok": True}
     with _scratch(folder / _LIBRARIES), config.patch(known), _without_headers():
         artifact = CompiledArtifact.load(path=str(folder / _ARTIFACT), format="binary")
     return _calling(artifact, values, Signature.read(folder, device))
+
+
+def note_kernels(module: fx.GraphModule, folder: Path) -> None:
+    """Says in `folder` whether the graph calls operators of `kernels`, which a later process must load first."""
+    called = {getattr(node.target, "namespace", "") for node in module.graph.nodes if node.op == "call_function"}
+    if "vitcop_cpu" in called:
+        (folder / _KERNELS).write_text("")
+
+
+def load_kernels(folder: Path) -> None:
+    """Loads them where `note_kernels` said so."""
+    if (folder / _KERNELS).exists():
+        kernels.load()
 
 
 def _calling(artifact: Any, weights: list[Tensor], signature: Signature) -> Callable[..., tuple[Tensor, ...]]:
