@@ -1,8 +1,9 @@
 """Start-up cost: `python benchmarks/startup.py [--output FILE]` runs two fresh processes on one empty compile cache.
 
 The first compiles every program, the second finds them in torch's caches. A third one optimizes LLaVA-1.5-7B's shape on the
-meta device, where there are no weights. Seconds are wall-clock but for "optimize, CPU". Compiled C++ headers are shared with
-whatever ran before: torch keeps them outside of the cache folder.
+meta device, where there are no weights. With `--kept` two processes share an empty folder of kept programs
+(`vitcop_compile.store`) in their place, and do what a user's do: optimize, and answer with a token. Seconds are wall-clock but
+for "optimize, CPU". Compiled C++ headers are shared with whatever ran before: torch keeps them outside of the cache folder.
 """
 
 from __future__ import annotations
@@ -42,14 +43,16 @@ start = time.perf_counter()
 import torch, vitcop_compile
 imported = time.perf_counter() - start
 import startup
-print(json.dumps({"import_s": imported} | startup.steps(**json.loads(sys.argv[1]))))"""
+asked = json.loads(sys.argv[1])
+print(json.dumps({"import_s": imported} | getattr(startup, asked.pop("what"))(**asked)))"""
 
 
-def process(cache: str, **asked: Any) -> dict[str, Any]:
-    """What `steps` reports of `asked` in a fresh process, with its compile cache in the folder `cache`."""
+def process(cache: str, what: str = "steps", **asked: Any) -> dict[str, Any]:
+    """What `steps`, or another function, reports of `asked` in a fresh process, with its caches in the folder `cache`."""
     folders = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": folders.rstrip(os.pathsep)}
-    command = [sys.executable, "-c", _PROCESS, json.dumps(asked)]
+    environment["VITCOP_CACHE"] = os.path.join(cache, "vitcop_compile") if what == "served" else "off"
+    command = [sys.executable, "-c", _PROCESS, json.dumps(asked | {"what": what})]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the measured process ended with {done.returncode}:\n{done.stderr[-4000:]}")
@@ -93,6 +96,23 @@ def steps(shape: dict[str, Any], meta: bool, backend: str, preset: str, text_tok
     return result
 
 
+def served(shape: dict[str, Any], backend: str, preset: str, text_tokens: int) -> dict[str, Any]:
+    """Seconds to the first token of a user's process, and how often it exported."""
+    built, model = timed(lambda: MODELS["llava"](Shape(**shape), 0))
+    exports, plain = [0], torch.export.export
+
+    def export(*given: Any, **named: Any) -> Any:
+        exports[0] += 1
+        return plain(*given, **named)
+
+    torch.export.export = export
+    captured, fast = timed(lambda: optimize(model, ViTCoPConfig.preset(preset), backend=backend))
+    request = Served(fast, bench.Request(1, text_tokens))
+    first, _ = timed(lambda: request.forward(fast))
+    again, _ = timed(lambda: request.forward(fast))
+    return {"build_s": built, "optimize_s": captured, "first_token_s": first, "again_s": again, "exports": exports[0]}
+
+
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds that `call` takes, and what it returns."""
     start = time.perf_counter()
@@ -128,6 +148,28 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return printed(names, lines, "start-up, seconds")
 
 
+def measure_kept(shape: Shape, backend: str, preset: str, console: Console, text_tokens: int = 64) -> list[dict[str, Any]]:
+    """A row for each of two processes that share a folder of kept programs, empty at first."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="vitcop-") as cache:
+        for name in ("first", "second"):
+            asked = {"shape": dataclasses.asdict(shape), "backend": backend, "preset": preset, "text_tokens": text_tokens}
+            with console.status(f"{name} process"):
+                rows.append({"process": name} | process(cache, "served", **asked))
+    return rows
+
+
+def kept_table(rows: list[dict[str, Any]]) -> Table:
+    """Seconds up to the first token, a line per process. The model's weights are made up in "build", not loaded."""
+    steps = ("import_s", "build_s", "optimize_s", "first_token_s", "again_s")
+    lines = []
+    for row in rows:
+        total = sum(row[name] for name in ("import_s", "optimize_s", "first_token_s"))
+        lines.append([row["process"], *(f"{row[name]:.1f}" for name in steps), f"{total:.1f}", str(row["exports"])])
+    names = ("process", "import", "build", "optimize", "first token", "next", "import + optimize + first token", "exports")
+    return printed(names, lines, "start-up with kept programs, seconds")
+
+
 def _sum(program: dict[str, Any], *endings: str) -> str:
     found = [value for name, value in program.items() if name.endswith(endings)]
     return str(sum(found)) if found else "-"
@@ -136,6 +178,10 @@ def _sum(program: dict[str, Any], *endings: str) -> str:
 def main(
     backend: Annotated[str, typer.Option(help="What the programs compile with.")] = "inductor",
     preset: Annotated[str, typer.Option(help="A published setting.")] = "1/9",
+    kept: Annotated[bool, typer.Option("--kept", help="Two processes with kept programs alone.")] = False,
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = Shape.layers,
+    hidden: Annotated[int, typer.Option(help="Width of the decoder.")] = Shape.hidden,
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = Shape.dtype,
     output: Annotated[Path | None, typer.Option(help="Where to write the JSON.")] = None,
 ) -> None:
     """Measure the start-up of two processes with one compile cache, and of planning a 7B model."""
@@ -144,11 +190,12 @@ def main(
         ViTCoPConfig.preset(preset)
         if output is not None:
             bench.check_target(output)
-        conditions = bench.environment() | {"model": dataclasses.asdict(Shape()), "backend": backend, "preset": preset}
-        rows = measure(Shape(), backend, preset, Console(stderr=True))
+        shape = Shape(hidden=hidden, layers=layers, dtype=dtype)
+        conditions = bench.environment() | {"model": dataclasses.asdict(shape), "backend": backend, "preset": preset}
+        rows = (measure_kept if kept else measure)(shape, backend, preset, Console(stderr=True))
         if output is not None:
             bench.write({"environment": conditions, "rows": rows}, output)
-        Console(width=140).print(table(rows))
+        Console(width=140).print((kept_table if kept else table)(rows))
 
 
 if __name__ == "__main__":

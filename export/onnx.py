@@ -25,12 +25,12 @@ from .manifest import OPSETS, QuantisedTensor, TensorSpec
 
 WEIGHTS = "weights.bin"
 # Smaller constants stay in the graph file: in the file of weights each would take up to a page (see _ALIGNMENT).
-_INLINE_BYTES = 1024
+INLINE_BYTES = 1024
 # Tensors start at multiples of a page, so that they can be mapped into memory.
 _ALIGNMENT = 4096
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
 # Operations on constants are computed at export only up to this many elements, so that the graph file stays small.
-_FOLD_ELEMENTS = 1024
+FOLD_ELEMENTS = 1024
 # Control flow, sequences, and results whose size depends on data: static budgets need none, and not every engine accepts them.
 FORBIDDEN = ("NonZero", "Loop", "If", "Scan", "Unique", "Compress", "SequenceConstruct")
 
@@ -92,7 +92,7 @@ def write_onnx(
         node.doc_string = None
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < _INLINE_BYTES:
+        if tensor is None or tensor.nbytes < INLINE_BYTES:
             continue
         offset, length = store.add(_bytes(tensor))
         value.const_value = onnx_ir.ExternalTensor(
@@ -121,7 +121,7 @@ def _simplify(model: Any, int8: bool) -> dict[str, QuantisedTensor]:
     common = _require("onnx_ir.passes.common")
     optimizer.inline(model)
     names, quantised = names_of_linears(model), keep_int8(model)
-    optimizer.fold_constants(model, input_size_limit=_FOLD_ELEMENTS, output_size_limit=_FOLD_ELEMENTS)
+    optimizer.fold_constants(model, input_size_limit=FOLD_ELEMENTS, output_size_limit=FOLD_ELEMENTS)
     fusions.fuse(model)
     for step in (
         common.RemoveUnusedNodesPass(),
@@ -166,6 +166,18 @@ def op_counts(path: Path) -> Counter[str]:
     """How often each operator occurs in an ONNX file."""
     onnx_ir = _require("onnx_ir")
     return Counter(node.op_type for node in onnx_ir.load(path).graph.all_nodes())
+
+
+def external_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights that an ONNX file has in another, by name, read-only."""
+    onnx_ir = _require("onnx_ir")
+    held = onnx_ir.load(path).graph.initializers.values()
+    return {value.name: _tensor(value.const_value) for value in held if isinstance(value.const_value, onnx_ir.ExternalTensor)}
+
+
+def _tensor(tensor: Any) -> torch.Tensor:
+    dtype = getattr(torch, _DTYPES[tensor.dtype.name])
+    return torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype).reshape(tuple(tensor.shape))
 
 
 def _specs(values: Any, symbol: str | None) -> tuple[TensorSpec, ...]:

@@ -30,10 +30,19 @@ class OrtProgram:
     """One program as a callable: torch tensors in, a list of new torch tensors out, bound by address.
 
     threads: torch's number by default; prepack: copy the weights into the kernels' layout, once in every program; exact: of
-    int8 weights, make floats when the program loads, in place of kernels that round what they multiply to int8, too.
+    int8 weights, make floats when the program loads, in place of kernels that round what they multiply to int8, too; weights:
+    CPU tensors by name, in place of those that the program has in another file.
     """
 
-    def __init__(self, path: Path, spec: ProgramSpec, threads: int | None = None, prepack: bool = False, exact: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        spec: ProgramSpec,
+        threads: int | None = None,
+        prepack: bool = False,
+        exact: bool = False,
+        weights: dict[str, Tensor] | None = None,
+    ):
         try:
             import onnxruntime
         except ImportError as error:
@@ -50,6 +59,11 @@ class OrtProgram:
         # One block for each output channel, not the 32 rows by default: half the time of a product.
         options.add_session_config_entry("session.qdq_matmulnbits_block_size", "-1")
         options.add_session_config_entry("session.disable_quant_qdq", "1" if exact else "0")
+        # onnxruntime reads them where they are, for as long as the session lives.
+        self._weights = {name: weight.detach().contiguous() for name, weight in (weights or {}).items()}
+        if self._weights:
+            values = [_value(weight) for weight in self._weights.values()]
+            options.add_external_initializers(list(self._weights), values)
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -73,6 +87,15 @@ class OrtProgram:
             binding.bind_output(spec.name, "cpu", 0, _ELEMENT[spec.dtype], tuple(output.shape), output.data_ptr())
         self._session.run_with_iobinding(binding)
         return outputs
+
+
+def _value(tensor: Tensor) -> Any:
+    """onnxruntime's view of a CPU tensor."""
+    import onnxruntime
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    array = tensor.view(torch.int16).numpy() if name == "bfloat16" else tensor.numpy()
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ELEMENT[name])
 
 
 def _check_signature(file: str, values: list[Any], stated: tuple[TensorSpec, ...]) -> None:

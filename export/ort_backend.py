@@ -1,29 +1,83 @@
-"""The backend "onnxruntime" of `optimize`: a program through ONNX, without a folder to keep."""
+"""The backend "onnxruntime" of `optimize`: a program through ONNX, in a folder that is temporary or kept."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import itertools
+import json
 import tempfile
 import weakref
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from .manifest import ProgramSpec
-from .onnx import WEIGHTS, WeightStore, write_onnx
+from ..bindings import Bindings
+from .manifest import ProgramSpec, TensorSpec
+from .onnx import FOLD_ELEMENTS, INLINE_BYTES, WEIGHTS, WeightStore, external_weights, write_onnx
 from .ort import OrtProgram
 
 _OPSET = 18
+_MODEL, _SPEC, _MADE = "model.onnx", "program.json", "made.safetensors"
 
 
 def load(program: ExportedProgram) -> OrtProgram:
     """`program` as a callable over torch CPU tensors. The files live as long as the callable."""
     folder = tempfile.TemporaryDirectory(prefix="vitcop-")
     root = Path(folder.name)
-    inputs = [f"in_{i}" for i in range(len(program.graph_signature.user_inputs))]
-    outputs = [f"out_{i}" for i in range(len(program.graph_signature.user_outputs))]
-    taken, given = write_onnx(program, root / "model.onnx", WeightStore(root / WEIGHTS), inputs, outputs, _OPSET)
-    loaded = OrtProgram(
-        root / "model.onnx", ProgramSpec("program", "model.onnx", None, taken, given), prepack=True, exact=True
-    )
+    loaded = OrtProgram(root / _MODEL, _write(program, root), prepack=True, exact=True)
     weakref.finalize(loaded, folder.cleanup)
     return loaded
+
+
+def compile_kept(program: ExportedProgram, folder: Path, bindings: Bindings) -> OrtProgram:
+    """As `load`; in `folder` what `load_kept` needs: the graph without its weights. Raises NotKept for weights that are none
+    of the model's."""
+    held = {**program.state_dict, **program.constants}
+    bindings.write(folder, {name: value for name, value in held.items() if _large(value)})
+    spec = _write(program, folder)
+    stored = external_weights(folder / _MODEL)
+    weights = {name: held[name] for name in stored if name in held}
+    bindings.write(folder, weights)
+    # What the exporter made of the graph's own numbers, and of weights that `small_values` tells apart.
+    made = {name: value.clone() for name, value in stored.items() if name not in held}
+    save_file(made, folder / _MADE)
+    weights |= made
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    sides = {"inputs": spec.inputs, "outputs": spec.outputs}
+    (folder / _SPEC).write_text(json.dumps({side: [dataclasses.astuple(value) for value in sides[side]] for side in sides}))
+    return OrtProgram(folder / _MODEL, spec, prepack=True, exact=True, weights=weights)
+
+
+def load_kept(folder: Path, bindings: Bindings, device: torch.device) -> OrtProgram:
+    """The program that `compile_kept` left in `folder`, on the weights of the model in `bindings`."""
+    held = json.loads((folder / _SPEC).read_text())
+    taken, given = (
+        tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in held[side]) for side in ("inputs", "outputs")
+    )
+    weights = bindings.read(folder, device) | load_file(folder / _MADE)
+    spec = ProgramSpec("program", _MODEL, None, taken, given)
+    return OrtProgram(folder / _MODEL, spec, prepack=True, exact=True, weights=weights)
+
+
+def small_values(model: nn.Module) -> str:
+    """A hash of the weights that the exporter may have put, or folded, into the graph."""
+    digest = hashlib.sha256()
+    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not _large(value):
+            digest.update(name.encode() + value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _large(value: object) -> bool:
+    return isinstance(value, Tensor) and value.numel() > FOLD_ELEMENTS and value.nbytes >= INLINE_BYTES
+
+
+def _write(program: ExportedProgram, folder: Path) -> ProgramSpec:
+    inputs = [f"in_{i}" for i in range(len(program.graph_signature.user_inputs))]
+    outputs = [f"out_{i}" for i in range(len(program.graph_signature.user_outputs))]
+    taken, given = write_onnx(program, folder / _MODEL, WeightStore(folder / WEIGHTS), inputs, outputs, _OPSET)
+    return ProgramSpec("program", _MODEL, None, taken, given)

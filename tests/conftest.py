@@ -13,6 +13,9 @@ if "VITCOP_TEST_FOLDERS" not in os.environ:
     os.environ["VITCOP_TEST_FOLDERS"] = tempfile.mkdtemp(prefix="vitcop-test-")
     atexit.register(shutil.rmtree, os.environ["VITCOP_TEST_FOLDERS"], ignore_errors=True)
 
+# Tests compile what they say, and find nothing of earlier runs.
+os.environ["VITCOP_CACHE"] = "off"
+
 import functools
 import gc
 

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .errors import InputError, UnsupportedError
+from .bindings import Bindings, Signature
+from .errors import UnsupportedError
+from .inductor_backend import load_kernels, note_kernels
 from .passes.lower_int8 import lower_int8
 from .passes.lower_linear import lower_linear
 
+_PACKAGE = "program.pt2"
 # Weights stay out of the package, down to the smallest: all programs of a model read the model's own.
 _OPTIONS: dict[str, Any] = {
     "aot_inductor.package": True,
@@ -41,44 +44,69 @@ def compile_ahead(program: ExportedProgram, options: dict[str, Any]) -> AheadPro
 
     Raises UnsupportedError if the package asks for a constant that the program does not have.
     """
-    from torch._inductor import aot_compile, aoti_load_package
+    inputs: tuple[Tensor, ...] = (program.example_inputs or ((), {}))[0]
+    with tempfile.TemporaryDirectory(prefix="vitcop-") as folder:
+        module = _package(program, Path(folder) / _PACKAGE, options)
+        loaded = _load(Path(folder) / _PACKAGE, inputs[0].device)
+    return AheadProgram(loaded, _constants(module, loaded.get_constant_fqns()), Signature.of(inputs))
+
+
+def compile_kept(program: ExportedProgram, folder: Path, bindings: Bindings) -> AheadProgram:
+    """As `compile_ahead` on a CPU; in `folder` what `load_kept` needs. Raises NotKept for constants that are none of the
+    model's."""
+    inputs: tuple[Tensor, ...] = (program.example_inputs or ((), {}))[0]
+    held = _named(program.module(check_guards=False))
+    bindings.write(folder, {name: _attribute(held, name) for name in sorted(_targets(held))})  # says so before minutes of work
+    module = _package(program, folder / _PACKAGE, {})
+    note_kernels(module, folder)
+    loaded = _load(folder / _PACKAGE, inputs[0].device)
+    constants = _constants(module, loaded.get_constant_fqns())
+    bindings.write(folder, constants)
+    signature = Signature.of(inputs)
+    signature.write(folder)
+    return AheadProgram(loaded, constants, signature)
+
+
+def load_kept(folder: Path, bindings: Bindings, device: torch.device) -> AheadProgram:
+    """The program that `compile_kept` left in `folder`, on the weights of the model in `bindings`."""
+    load_kernels(folder)
+    loaded = _load(folder / _PACKAGE, device)
+    return AheadProgram(loaded, bindings.read(folder, device), Signature.read(folder, device))
+
+
+def _package(program: ExportedProgram, path: Path, options: dict[str, Any]) -> fx.GraphModule:
+    """Compiles into a package at `path`; the module that was compiled holds its constants."""
+    from torch._inductor import aot_compile
     from torch._inductor.package import package_aoti
 
     inputs: tuple[Tensor, ...] = (program.example_inputs or ((), {}))[0]
     module = _named(lower_int8(lower_linear(program.module(check_guards=False), ahead=True)))
-    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="vitcop-") as folder:
+    with torch.no_grad():
         files = aot_compile(module, tuple(inputs), options=_OPTIONS | options)
-        path = package_aoti(str(Path(folder) / "program.pt2"), files)  # type: ignore[arg-type]
-        device = inputs[0].device
-        loaded = aoti_load_package(path, device_index=device.index if device.index is not None else -1)
-    return AheadProgram(loaded, _constants(module, loaded.get_constant_fqns()), inputs)
+        package_aoti(str(path), files)  # type: ignore[arg-type]
+    return module
+
+
+def _load(path: Path, device: torch.device) -> Any:
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(path), device_index=device.index if device.index is not None else -1)
 
 
 class AheadProgram:
     """One program as a callable: torch tensors in, a tuple of tensors out.
 
-    constants: the tensors it reads, by name, which are neither copied nor let go; examples: one tensor per input, of the
-    shape, type and device that it takes.
+    constants: the tensors it reads, by name, which are neither copied nor let go; signature: what its inputs are.
     """
 
-    def __init__(self, loaded: Any, constants: dict[str, Tensor], examples: tuple[Tensor, ...]):
-        self._constants = constants
-        self._signature = [(tensor.shape, tensor.dtype, tensor.device) for tensor in examples]
+    def __init__(self, loaded: Any, constants: dict[str, Tensor], signature: Signature):
+        self._constants, self._signature = constants, signature
         if constants:
             loaded.load_constants(constants, check_full_update=True, user_managed=True)
         self._loader = loaded.loader
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        # A compiled program reads and writes memory by address: what does not fit must not reach it.
-        if len(inputs) != len(self._signature):
-            raise InputError(f"the program takes {len(self._signature)} inputs, got {len(inputs)}")
-        for i, (tensor, (shape, dtype, device)) in enumerate(zip(inputs, self._signature, strict=True)):
-            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-                layout = "" if tensor.is_contiguous() else ", not contiguous"
-                raise InputError(
-                    f"input {i} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{layout}; the program takes {dtype} "
-                    f"{tuple(shape)} on {device}, contiguous"
-                )
+        self._signature.check(inputs)
         return tuple(self._loader.boxed_run(list(inputs)))
 
 
@@ -86,13 +114,22 @@ def _named(module: fx.GraphModule) -> fx.GraphModule:
     """Makes constants that are neither parameters nor buffers into buffers: AOTInductor forgets the names of others."""
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    for name in sorted({node.target for node in module.graph.find_nodes(op="get_attr")} - known):
+    for name in sorted(_targets(module) - known):
         path, _, last = name.rpartition(".")
         owner = module.get_submodule(path)
         value = getattr(owner, last)
         delattr(owner, last)
         owner.register_buffer(last, value, persistent=False)
     return module
+
+
+def _targets(module: fx.GraphModule) -> set[str]:
+    return {node.target for node in module.graph.find_nodes(op="get_attr")}
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
 
 
 def _constants(module: fx.GraphModule, names: list[str]) -> dict[str, Tensor]:

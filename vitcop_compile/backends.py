@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from .bindings import Bindings
 from .errors import UnsupportedError
+from .kept import Keeper
 from .passes.attach_cache import cache_rows, write_rows
 from .passes.lower_int8 import lower_int8
 from .passes.lower_linear import lower_linear
@@ -29,7 +32,8 @@ class Backend:
     copies_weights: whether programs hold copies of the weights, which do not follow them. graphs: whether programs run as
     CUDA graphs on CUDA, which belong to the thread that recorded them. kernels: whether decode programs on a CPU may hold
     operators of `kernels`, which are C++. quantised: the weights of torchao that it takes, "all" that the device has kernels
-    for, "int8" alone, as ONNX has them, or "none". check: raises UnsupportedError where the backend cannot work.
+    for, "int8" alone, as ONNX has them, or "none". check: raises UnsupportedError where the backend cannot work. keeper: how
+    programs are kept between processes, None where they are not.
     """
 
     compile: Compile
@@ -40,6 +44,7 @@ class Backend:
     kernels: bool = False
     quantised: str = "all"
     check: Callable[[], None] = lambda: None
+    keeper: Keeper | None = None
 
     def __call__(self, program: ExportedProgram) -> Program:
         return self.compile(program)
@@ -111,11 +116,27 @@ def eager(program: ExportedProgram) -> Program:
     return program.module(check_guards=False)
 
 
-@register("inductor", graphs=True, kernels=True)
+def _for_inductor(program: ExportedProgram) -> fx.GraphModule:
+    _check_loaded(program, "inductor")
+    return lower_int8(lower_linear(program.module(check_guards=False)))
+
+
+def _compile_inductor(program: ExportedProgram, folder: Path, bindings: Bindings) -> Program:
+    from .inductor_backend import compile_kept
+
+    return compile_kept(_for_inductor(program), program, folder, bindings)
+
+
+def _load_inductor(folder: Path, bindings: Bindings, device: torch.device) -> Program:
+    from .inductor_backend import load
+
+    return load(folder, bindings, device)
+
+
+@register("inductor", graphs=True, kernels=True, keeper=Keeper(_compile_inductor, _load_inductor))
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
-    _check_loaded(program, "inductor")
-    module = lower_int8(lower_linear(program.module(check_guards=False)))
+    module = _for_inductor(program)
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
     options = _cuda_options(decode=_single_rows(program)) if on_cuda else None
     return torch.compile(module, fullgraph=True, dynamic=False, options=options)
@@ -127,7 +148,20 @@ def _check_aotinductor() -> None:
     check()
 
 
-@register("aotinductor", kernels=True, check=_check_aotinductor)
+def _compile_aotinductor(program: ExportedProgram, folder: Path, bindings: Bindings) -> Program:
+    from .aoti_backend import compile_kept
+
+    _check_loaded(program, "aotinductor")
+    return compile_kept(unroll_loops(program), folder, bindings)
+
+
+def _load_aotinductor(folder: Path, bindings: Bindings, device: torch.device) -> Program:
+    from .aoti_backend import load_kept
+
+    return load_kept(folder, bindings, device)
+
+
+@register("aotinductor", kernels=True, check=_check_aotinductor, keeper=Keeper(_compile_aotinductor, _load_aotinductor))
 def aotinductor(program: ExportedProgram) -> Program:
     """The program compiled by AOTInductor before its first call, on the model's own weights; without CUDA graphs."""
     from .aoti_backend import compile_ahead
@@ -151,7 +185,29 @@ def tensorrt(program: ExportedProgram) -> Program:
     return compile_whole(unroll_loops(program))
 
 
-@register("onnxruntime", in_place=False, copies_weights=True, quantised="int8")
+def _compile_onnxruntime(program: ExportedProgram, folder: Path, bindings: Bindings) -> Program:
+    from .export.ort_backend import compile_kept
+
+    _check_loaded(program, "onnxruntime")
+    return compile_kept(program, folder, bindings)
+
+
+def _load_onnxruntime(folder: Path, bindings: Bindings, device: torch.device) -> Program:
+    from .export.ort_backend import load_kept
+
+    return load_kept(folder, bindings, device)
+
+
+def _values_onnxruntime(model: nn.Module) -> str:
+    from .export.ort_backend import small_values
+
+    return small_values(model)
+
+
+_ORT_KEEPER = Keeper(_compile_onnxruntime, _load_onnxruntime, _values_onnxruntime)
+
+
+@register("onnxruntime", in_place=False, copies_weights=True, quantised="int8", keeper=_ORT_KEEPER)
 def onnxruntime(program: ExportedProgram) -> Program:
     """The program as an ONNX file in a temporary folder, run by onnxruntime on the CPU; weights are held twice."""
     from .export.ort_backend import load

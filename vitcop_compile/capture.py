@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,36 @@ class Capture:
     encoder: fx.GraphModule | None
     decoder: fx.GraphModule
     frames: fx.GraphModule | None = None
+
+
+class LaterCapture:
+    """A capture that is traced when it is first asked for: programs that were kept need none."""
+
+    def __init__(self, trace: Callable[[], Capture]):
+        self._trace = trace
+        self._made: Capture | None = None
+
+    @property
+    def made(self) -> Capture:
+        """The capture itself."""
+        with tracing():  # as whoever asks from within an export holds already
+            self._made = self._made or self._trace()
+            return self._made
+
+    @property
+    def encoder(self) -> fx.GraphModule | None:
+        """As of `Capture`."""
+        return self.made.encoder
+
+    @property
+    def decoder(self) -> fx.GraphModule:
+        """As of `Capture`."""
+        return self.made.decoder
+
+    @property
+    def frames(self) -> fx.GraphModule | None:
+        """As of `Capture`."""
+        return self.made.frames
 
 
 def capture(family: Family, model: PreTrainedModel) -> Capture:

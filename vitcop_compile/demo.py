@@ -140,8 +140,9 @@ def _run(
     with steps.step("loading the model" if options.model or options.trained else "building the model"):
         subject = _subject(options, image)
     with steps.step("capturing and rewriting the graphs, dense and pruned"):
-        settings = {"dense": ViTCoPConfig.dense(), "pruned": config}
-        arms = [Arm(name, optimize(subject.model, value, backend=options.backend)) for name, value in settings.items()]
+        pruned = optimize(subject.model, config, backend=options.backend)
+        dense = optimize(subject.model, ViTCoPConfig.dense(), backend=options.backend, like=pruned)
+        arms = [Arm("dense", dense), Arm("pruned", pruned)]
     console.print(table(config.schedule(arms[1].model.schedule.shape), subject.text_tokens))
     _compile(arms[1], subject, options.max_new_tokens, steps)
     if elsewhere is not None:

@@ -15,11 +15,14 @@ from . import kernels
 from .backends import Program, backend_of, writing_rows
 from .cache import PrunedCache
 from .errors import InputError
+from .fillers import fill
 from .host import Host
+from .kept import Kept
 from .layout import Layout
 from .program_cache import ProgramCache, bytes_of
 from .programs import Programs
 from .provider import Ask, Plan, bucket
+from .rehearsal import Rehearsal
 from .runtime import CompiledModel
 from .schedule import Method, Schedule, Stage
 from .weights import Weights
@@ -41,8 +44,15 @@ class CompiledOnDemand:
     the rows of the caches by group of layers and visual tokens as in `Schedule.key`.
     """
 
-    def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int], program_bytes: int):
-        self.programs = programs
+    def __init__(
+        self,
+        programs: Programs,
+        backend: str,
+        prompt_buckets: Sequence[int],
+        program_bytes: int,
+        kept: Kept | None = None,
+    ):
+        self.programs, self.kept = programs, kept
         self._cache = ProgramCache(program_bytes)
         self.backend = backend_of(backend)
         self._prompt_buckets = _check_buckets(prompt_buckets)
@@ -56,6 +66,14 @@ class CompiledOnDemand:
     def compiled(self) -> dict[tuple, Program]:
         """The programs made so far by key."""
         return self._cache.programs
+
+    def has(self, name: str, arguments: tuple) -> bool:
+        """Whether the program that the method `name` returns is held, or kept."""
+        key, schedule = (name, *arguments), self.schedule
+        if name == "prefill":
+            batch, text, schedule, rows, filled = arguments
+            key = (name, batch, text, schedule.key, rows, filled)
+        return key in self.compiled or (self.kept is not None and self.kept.has(key, schedule))
 
     def release(self) -> None:
         """Lets all programs go; the next request makes its own."""
@@ -120,6 +138,7 @@ class CompiledOnDemand:
             ("prefill", batch, text, schedule.key, rows, filled),
             lambda: self.programs.export_prefill(batch, text, schedule.layout, rows, **options),
             lambda program: program if in_place else self._writing(program, filled),
+            schedule,
         )
 
     def extend(self, batch: int, tokens: int, rows: tuple[int, ...]) -> Callable[..., Any]:
@@ -139,14 +158,27 @@ class CompiledOnDemand:
         )
 
     def _get(
-        self, key: tuple, export: Callable[[], ExportedProgram], around: Callable[[Program], Program] = lambda program: program
+        self,
+        key: tuple,
+        export: Callable[[], ExportedProgram],
+        around: Callable[[Program], Program] = lambda program: program,
+        schedule: Schedule | None = None,
     ) -> Program:
-        def make() -> tuple[Program, int]:
-            program = export()
-            size = bytes_of(program, self.backend.copies_weights)
-            return self._owned(around(self.backend(program))), size
+        """schedule: what the program follows, by default that of a prompt with one image."""
+
+        def make() -> tuple[Program, int, str]:
+            found = None if self.kept is None else self.kept.load(key, schedule or self.schedule)
+            compiled, size, how = found or self._compiled(key, export(), schedule or self.schedule)
+            return self._owned(around(compiled)), size, how
 
         return self._cache.get(key, make)
+
+    def _compiled(self, key: tuple, program: ExportedProgram, schedule: Schedule) -> tuple[Program, int, str]:
+        size = bytes_of(program, self.backend.copies_weights)
+        compiled = None if self.kept is None else self.kept.compile(key, schedule, program, size)
+        if compiled is None:
+            return self.backend(program), size, "exported"
+        return compiled, size, "exported and compiled"
 
     def _writing(self, program: Program, filled: bool) -> Program:
         return writing_rows(program, self.schedule.groups, filled=filled, told=self.schedule.told)
@@ -234,13 +266,19 @@ class OptimizedModel(CompiledModel):
         max_new_tokens: int = 64,
         images: int = 1,
         layouts: Sequence[Layout] | None = None,
+        processes: int | None = None,
+        run: bool = True,
     ) -> None:
         """Exports, compiles and runs once every program that a request of `batch_size` prompts with so many `images` each
         needs.
 
         text_tokens: of each prompt, protected tokens of its images among them; layouts: of the images of each prompt in place
-        of a number of images, see `layout_of`. Raises InputError without weights.
+        of a number of images, see `layout_of`; processes: that compile at the same time where programs are kept (see `store`),
+        by default one a core; run: whether they are called too, or only compiled and kept, for which weights need no values.
+        Raises InputError without weights, and if programs that are not run are not kept either.
         """
+        if not run and self._on_demand.kept is None:
+            raise InputError("run=False leaves nothing where programs are not kept: set VITCOP_CACHE, or run them")
         if self.device.type == "meta":
             raise InputError("the weights are on the meta device, which holds no values: load the model to warm it up")
         host = self.host
@@ -258,11 +296,25 @@ class OptimizedModel(CompiledModel):
                 left -= left > 0
                 row += [token] * (tokens // runs)
         ids = torch.tensor([row + [word] * left] * batch_size, device=self.device)
+        request: dict[str, Any] = {"input_ids": ids, "pixel_values": given}
+        if self._on_demand.kept is not None:
+            fill(
+                self._on_demand, self.model, self.pruning_config, self.backend, self._asked(request, max_new_tokens), processes
+            )
         # CUDA graphs are recorded in the second call, and replayed from the third one on.
         for _ in range(3 if self.device.type == "cuda" else 1):
             cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)
-            self.forward(input_ids=ids, pixel_values=given, past_key_values=cache)
+            self.forward(**request, past_key_values=cache)
             self.forward(input_ids=ids[:, :1], past_key_values=cache)
+
+    def _asked(self, request: dict[str, Any], max_new_tokens: int) -> list[tuple[str, tuple]]:
+        """The programs that a request and a token after it ask for; nothing is compiled."""
+        rehearsal = Rehearsal(self._on_demand, self.programs)
+        model = CompiledModel(rehearsal, self.model.config, self.model.generation_config)
+        cache = PrunedCache(max_length=request["input_ids"].shape[1] + max_new_tokens)
+        model.forward(**request, past_key_values=cache)
+        model.forward(input_ids=request["input_ids"][:, :1], past_key_values=cache)
+        return rehearsal.asked
 
 
 def _check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:

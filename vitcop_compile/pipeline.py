@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from .attention import check_lowering
 from .backends import backend_of
-from .capture import Capture, capture
+from .capture import Capture, LaterCapture, capture
 from .config import DEFAULT_PRESET, ViTCoPConfig
 from .errors import ConfigError, UnsupportedError
 from .families import family_of
 from .host import with_clips
+from .kept import kept
 from .optimized import PROGRAM_BYTES, PROMPT_BUCKETS, CompiledOnDemand, OptimizedModel
 from .programs import Programs
 from .quantised import check_portable, check_quantised
@@ -63,12 +64,20 @@ def optimize(
             f"attn_implementation={attn_implementation!r} adds nothing to logits, and a calibrated method adds log sizes: use "
             "'sdpa'"
         )
-    captured = capture(family, model) if like is None else _captured(like, model)
+    clips = getattr(config, "clips", None)
+    held = None if dump is not None else kept(model, config, backend, backend_of(backend).keeper, attn_implementation, clips)
+    captured: Capture | LaterCapture
+    if like is not None:
+        captured = _captured(like, model)
+    elif held is not None and held.known:
+        captured = LaterCapture(lambda: capture(family, model))
+    else:
+        captured = capture(family, model)
     programs = Programs(family, captured, config, attn_implementation, None if dump is None else Path(dump))
-    return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets, program_bytes), config, backend)
+    return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets, program_bytes, held), config, backend)
 
 
-def _captured(like: OptimizedModel, model: PreTrainedModel) -> Capture:
+def _captured(like: OptimizedModel, model: PreTrainedModel) -> Capture | LaterCapture:
     if like.model is not model:
         raise ConfigError("like was made of another model: pass one that optimize returned for this model, or none")
     like.check_weights()

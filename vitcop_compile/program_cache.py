@@ -41,8 +41,9 @@ class ProgramCache:
         self._used: dict[tuple, int] = {}
         self._clock = itertools.count()
 
-    def get(self, key: tuple, make: Callable[[], tuple[Program, int]]) -> Program:
-        """The program of `key`. make() -> (program, bytes); one thread makes at a time, the others wait."""
+    def get(self, key: tuple, make: Callable[[], tuple]) -> Program:
+        """The program of `key`. make() -> (program, bytes), and in a word how, by default "exported"; one thread makes at a
+        time, the others wait."""
         program = self.programs.get(key)
         if program is None:
             with tracing():
@@ -57,10 +58,10 @@ class ProgramCache:
         self.programs.clear()
         self._bytes.clear()
 
-    def _made(self, key: tuple, make: Callable[[], tuple[Program, int]]) -> Program:
+    def _made(self, key: tuple, make: Callable[[], tuple]) -> Program:
         why, start = reason(key, list(self.programs)), time.perf_counter()
-        made, size = make()
-        exported = time.perf_counter() - start
+        made, size, *how = make()
+        taken, verb = time.perf_counter() - start, how[0] if how else "exported"
 
         def first(*inputs: Any) -> Any:
             """Compiles, in most backends; from then on the program itself is called."""
@@ -70,7 +71,7 @@ class ProgramCache:
                 if self.programs.get(key) is first:
                     self.programs[key] = made
                     seconds = time.perf_counter() - begun
-                    log.info("%s: %s; exported in %.1f s, first call %.1f s", name(key), why, exported, seconds)
+                    log.info("%s: %s; %s in %.1f s, first call %.1f s", name(key), why, verb, taken, seconds)
             return outputs
 
         self.programs[key], self._bytes[key] = first, size

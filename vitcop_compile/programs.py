@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from .attention import evaluating
-from .capture import Capture, capture_encoder
+from .capture import Capture, LaterCapture, capture_encoder
 from .errors import RewriteError
 from .families import Family
 from .isolation import tracing
@@ -36,7 +36,7 @@ class Programs:
     """
 
     family: Family
-    captured: Capture
+    captured: Capture | LaterCapture
     method: Method
     attn_implementation: str = "sdpa"
     dump: Path | None = None

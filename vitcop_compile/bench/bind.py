@@ -146,7 +146,7 @@ def compiled_by(optimized: OptimizedModel, compile: Callable[[ExportedProgram], 
     `compile` is given what the backend would be; its programs run in the thread that calls them.
     """
     provider = copy.copy(optimized.on_demand)
-    provider._cache = ProgramCache(provider._cache.limit)
+    provider._cache, provider.kept = ProgramCache(provider._cache.limit), None
     provider.backend = dataclasses.replace(BACKENDS[optimized.backend], compile=compile, graphs=False)
     other = copy.copy(optimized)
     other._provider = other._on_demand = provider

@@ -7,6 +7,7 @@ import functools
 import torch
 from transformers import PreTrainedModel
 
+from .. import store
 from ..backends import BACKENDS
 from ..optimized import OptimizedModel
 from ..pipeline import optimize
@@ -21,7 +22,7 @@ from .timing import Call
 def ours(backend: str, model: PreTrainedModel, config: Method, request: Request) -> Arm:
     """`optimize(model, config, backend=backend)`, prompts not padded to a bucket; stages as `bind` has them, the selection
     alone compiled when it is first called. Raises as `optimize` does."""
-    with torch.no_grad():
+    with torch.no_grad(), store.off():  # what is measured is compiled here and now
         optimized = optimize(model, config, backend=backend, prompt_buckets=(request.text_tokens,))
 
     layout = tuple(segment for image in layouts(optimized.host, request) for segment in image)

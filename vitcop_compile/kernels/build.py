@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import store
 from ..errors import UnsupportedError
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -37,10 +38,11 @@ def load() -> None:
 
 
 def folder() -> Path:
-    """Where the library is kept, and what was measured of it."""
+    """Where the library is kept, and what was measured of it: with the programs that call it, or where none are kept, with
+    inductor's cache."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return Path(cache_dir()) / "vitcop"
+    return store.folder("kernels") or Path(cache_dir()) / "vitcop"
 
 
 def machine() -> str:
