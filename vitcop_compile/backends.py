@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .passes.attach_cache import cache_rows, write_rows
 from .passes.lower_linear import lower_linear
 from .passes.unroll_loops import unroll_loops
@@ -27,7 +27,7 @@ class Backend:
     `writing_rows` updates them after it. exact: whether the backend has float64, as `ops.density_peaks` wants it.
     copies_weights: whether programs hold copies of the weights, which do not follow them. graphs: whether programs run as
     CUDA graphs on CUDA, which belong to the thread that recorded them. check: raises UnsupportedError where the backend
-    cannot work.
+    cannot work. at: how it compiles for a precision, of a model of some dtype; None where the model's dtype is the precision.
     """
 
     compile: Compile
@@ -36,6 +36,7 @@ class Backend:
     copies_weights: bool = False
     graphs: bool = False
     check: Callable[[], None] = lambda: None
+    at: Callable[[str, torch.dtype], Compile] | None = None
 
     def __call__(self, program: ExportedProgram) -> Program:
         return self.compile(program)
@@ -54,12 +55,24 @@ def register(name: str, **properties: Any) -> Callable[[Compile], Compile]:
     return add
 
 
-def backend_of(name: str) -> Backend:
-    """The backend `name`. Raises UnsupportedError, listing the known ones, or naming what this one lacks here."""
+def backend_of(name: str, precision: str | None = None, dtype: torch.dtype = torch.float32) -> Backend:
+    """The backend `name`, computing a model of `dtype` in `precision`, by default in that dtype.
+
+    Raises UnsupportedError, listing the known ones, or naming what this one lacks here, ConfigError for a precision where it
+    has no choice of them.
+    """
     if name not in BACKENDS:
         raise UnsupportedError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
-    BACKENDS[name].check()
-    return BACKENDS[name]
+    backend = BACKENDS[name]
+    backend.check()
+    if precision is None:
+        return backend
+    if backend.at is None:
+        raise ConfigError(
+            f"precision={precision!r}: backend={name!r} computes in the dtype of the model; load that in another (dtype=), or use "
+            f"{' or '.join(f'backend={other!r}' for other, known in BACKENDS.items() if known.at)}"
+        )
+    return replace(backend, compile=backend.at(precision, dtype))
 
 
 def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool, told: tuple[int, ...] = ()) -> Program:
@@ -154,6 +167,32 @@ def onnxruntime(program: ExportedProgram) -> Program:
 
     _check_loaded(program, "onnxruntime")
     return load(program)
+
+
+def _check_openvino() -> None:
+    from .export.openvino import package
+
+    package()
+
+
+def _openvino_at(precision: str, dtype: torch.dtype) -> Compile:
+    from .export.openvino import precision_of
+
+    chosen = precision_of(dtype, precision)
+    return lambda program: _openvino(program, chosen)
+
+
+@register("openvino", in_place=False, exact=False, copies_weights=True, check=_check_openvino, at=_openvino_at)
+def openvino(program: ExportedProgram) -> Program:
+    """The program as an ONNX file in a temporary folder, run by OpenVINO on the CPU; weights are held twice."""
+    return _openvino(program, None)
+
+
+def _openvino(program: ExportedProgram, precision: str | None) -> Program:
+    from .export.openvino_backend import load
+
+    _check_loaded(program, "openvino")
+    return load(program, precision)
 
 
 def _check_loaded(program: ExportedProgram, name: str) -> None:

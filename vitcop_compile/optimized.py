@@ -40,16 +40,23 @@ class CompiledOnDemand:
     the rows of the caches by group of layers and visual tokens as in `Schedule.key`.
     """
 
-    def __init__(self, programs: Programs, backend: str, prompt_buckets: Sequence[int], program_bytes: int):
+    def __init__(
+        self,
+        programs: Programs,
+        backend: str,
+        prompt_buckets: Sequence[int],
+        program_bytes: int,
+        precision: str | None = None,
+    ):
         self.programs = programs
         self._cache = ProgramCache(program_bytes)
-        self.backend = backend_of(backend)
         self._prompt_buckets = _check_buckets(prompt_buckets)
         self._worker: Worker | None = None
         family, parameter = programs.family, next(programs.family.head.parameters())
         self.host = family.host
         self.position_dims = family.shape.position_dims
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.backend = backend_of(backend, precision, self.dtype)
 
     @property
     def compiled(self) -> dict[tuple, Program]:
