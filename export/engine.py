@@ -277,8 +277,8 @@ class EngineModel(CompiledModel):
         manifest = Manifest.read(root)
         if runtime is not None and manifest.product != "onnx":
             raise FolderError(
-                f"the folder holds engines of {manifest.product}, which no other product runs: leave out runtime={runtime!r}, or "
-                "export(format='onnx')"
+                f"the folder holds engines of {manifest.product}, which no other product runs: leave out "
+                f"runtime={runtime!r}, or export(format='onnx')"
             )
         manifest.verify(root, digests=verify)
         try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 from .manifest import NAME, FolderError, Manifest, ProgramSpec, TensorSpec, file_digest
+from .openvino_exact import keep_exact
 from .ort import TORCH, check_inputs, resolve
 
 PRECISIONS = ("f32", "f16", "bf16")
@@ -43,11 +44,15 @@ def package() -> Any:
 def precision_of(dtype: torch.dtype, precision: str | None, device: str = "CPU") -> str:
     """What `device` is to compute in: `precision`, or what a model of `dtype` is in.
 
-    Raises UnsupportedError for an unknown precision or device, and for a precision that the device does not have.
+    Raises UnsupportedError for an unknown precision or device, for a precision that the device does not have, and for one half
+    where the model is in the other.
     """
-    chosen = _OF_DTYPE[dtype] if precision is None else precision
+    own = _OF_DTYPE[dtype]
+    chosen = own if precision is None else precision
     if chosen not in PRECISIONS:
         raise UnsupportedError(f"precision={precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+    if "f32" not in (chosen, own) and chosen != own:
+        raise UnsupportedError(f"precision={precision!r}: the weights are {dtype}: use precision={own!r} or 'f32'")
     core = package().Core()
     found = core.available_devices
     if device.partition(".")[0] not in {name.partition(".")[0] for name in found}:
@@ -62,15 +67,22 @@ def precision_of(dtype: torch.dtype, precision: str | None, device: str = "CPU")
 
 
 def opener(
-    root: Path, manifest: Manifest, device: str | None, precision: str | None, threads: int | None, cache_dir: str | Path | None
+    root: Path,
+    manifest: Manifest,
+    device: str | None,
+    precision: str | None,
+    threads: int | None,
+    cache_dir: str | Path | None,
 ) -> Callable[[Path, ProgramSpec], OpenVinoProgram]:
-    """What loads the programs of an ONNX folder. Raises as `precision_of` does, ConfigError for a cache inside of the folder."""
+    """What loads the programs of an ONNX folder. Raises as `precision_of` does, ConfigError for a cache inside the folder."""
     where = "CPU" if device is None else device
     chosen = precision_of(getattr(torch, manifest.dtype), precision, where)
     cache = None
     if cache_dir is not None:
         if Path(cache_dir).resolve().is_relative_to(root.resolve()):
-            raise ConfigError(f"cache_dir={str(cache_dir)!r} is inside the folder, which stays as it was exported: name another")
+            raise ConfigError(
+                f"cache_dir={str(cache_dir)!r} is inside the folder, which stays as it was exported: name another"
+            )
         # OpenVINO knows a model by its path and changes of its file, which say nothing of another file with the weights.
         cache = Path(cache_dir) / file_digest(root / NAME)[:32]
     return partial(OpenVinoProgram, precision=chosen, device=where, threads=threads, cache=cache)
@@ -105,7 +117,9 @@ class OpenVinoProgram:
         if cache is not None:
             options["CACHE_DIR"] = str(cache)
         try:
-            self._compiled = self._ov.Core().compile_model(str(path), device, options)
+            core = self._ov.Core()
+            model = str(path) if precision == "f32" else keep_exact(self._ov, core, core.read_model(path))
+            self._compiled = core.compile_model(model, device, options)
         except Exception as error:
             raise FolderError(f"{path.name} cannot be loaded by openvino {self._ov.__version__}: {error}") from None
         self._spec = spec
@@ -196,6 +210,6 @@ def _check_signature(file: str, values: list[Any], stated: tuple[TensorSpec, ...
         wanted = (_ELEMENT[spec.dtype], tuple(dim if isinstance(dim, int) else "rows" for dim in spec.shape))
         if spec.name not in value.names or found != wanted:
             raise FolderError(
-                f"{file} has {sorted(value.names)} {found}, vitcop.json says {spec.name} {wanted}: the file belongs to another "
-                "folder"
+                f"{file} has {sorted(value.names)} {found}, vitcop.json says {spec.name} {wanted}: the file belongs to "
+                "another folder"
             )

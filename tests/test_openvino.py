@@ -18,6 +18,7 @@ import reference_llava as reference
 import test_folder
 import torch
 from folders import CONFIG, LAYERS, NEW, SETTINGS, TEXT, folder, generate, optimized
+from golden import largest_error
 from models import pad, pixels, prompt, text
 from test_export_turns import converse
 from test_folder import FILES, manifest_of, reseal, write
@@ -25,8 +26,11 @@ from test_isolation import together
 from torch import Tensor
 from vitcop_compile.export import EngineModel, FolderError, Manifest
 from vitcop_compile.export.openvino import OpenVinoProgram, precision_of
+from vitcop_compile.export.openvino_backend import load
 
 from vitcop_compile import ConfigError, InputError, UnsupportedError
+from vitcop_compile.bench.arms import Request
+from vitcop_compile.bench.selection import SelectionOnly, selection_inputs
 
 good, copy = test_folder.good, test_folder.copy
 NEAR = 1e-3
@@ -170,6 +174,63 @@ def test_threads(engine: Callable) -> None:
         torch.testing.assert_close(logits, others, atol=1e-5, rtol=0)
 
 
+# Precision
+
+
+def lowers(precision: str) -> pytest.MarkDecorator:
+    """Skips where the CPU does not compute in it."""
+    has = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return pytest.mark.skipif({"bf16": "BF16", "f16": "FP16"}[precision] not in has, reason=f"this CPU has no {precision}")
+
+
+LOWER = [pytest.param(name, marks=lowers(name)) for name in ("bf16", "f16")]
+
+
+@functools.cache
+def selection() -> tuple[Any, Any]:
+    """What the passes insert for both stages, exported alone, and a maker of inputs: random, of 64 patches."""
+    schedule, request = optimized().schedule, Request(text_tokens=12)
+    inputs = functools.partial(selection_inputs, schedule, request, torch.float32, torch.device("cpu"))
+    given = inputs()
+    module = SelectionOnly(schedule, tuple(given), exact=False).eval()
+    return torch.export.export(module, tuple(given.values()), strict=False), lambda: tuple(inputs().values())
+
+
+@pytest.mark.parametrize("precision", LOWER)
+def test_selection_stays_in_float32(precision: str) -> None:
+    """Rows are rounded, none is another; and a control: of rounded inputs some are."""
+    program, inputs = selection()
+    exact, lower = load(program, "f32"), load(program, precision)
+    near, far = [], []
+    for _ in range(8):
+        given = inputs()
+        rounded = [one.bfloat16().float() if one.is_floating_point() else one for one in given]
+        for results, found in ((lower(*given), near), (exact(*rounded), far)):
+            found.append(max((a - b).abs().max().item() for a, b in zip(results, exact(*given), strict=True)))
+    # Rows are of unit variance: others are further apart by far.
+    assert max(near) < 0.1 and max(far) > 1
+
+
+@pytest.mark.parametrize("precision", LOWER)
+def test_a_lower_precision_comes_near(precision: str) -> None:
+    """The folder is in float32. Every product with weights is computed in the precision that was asked for."""
+    fast = opened(folder("dynamic"), precision=precision)
+    given = {"input_ids": prompt(seed=2), "pixel_values": pixels(seed=2)}
+    expected, found = optimized()(**given), fast(**given)
+    assert found.logits.dtype == torch.float32
+    assert torch.equal(found.past_key_values.selection.kept, expected.past_key_values.selection.kept)
+    error = largest_error(found.logits, expected.logits) / expected.logits.std()
+    assert 1e-6 < error < {"bf16": 0.2, "f16": 0.02}[precision]
+    for kind in ("prefill", "decode"):
+        assert precisions(of(fast, kind), "FullyConnected") == {precision}
+
+
+def precisions(program: OpenVinoProgram, kind: str) -> set[str]:
+    """What the operators of a kind are computed in."""
+    nodes = [node.get_rt_info() for node in program._compiled.get_runtime_model().get_ordered_ops()]
+    return {str(info["runtimePrecision"].astype(str)) for info in nodes if info["layerType"].astype(str) == kind}
+
+
 # Files
 
 
@@ -195,7 +256,7 @@ def test_a_cache_is_kept_outside_the_folder_and_found_again(copy: Path, tmp_path
 def test_swapped_files(pair: tuple[str, str], copy: Path) -> None:
     first, second = ((copy / name).read_bytes() for name in pair)
     (copy / pair[0]).write_bytes(second)
-    with pytest.raises(FolderError, match="the file is truncated or replaced|the file was changed or swapped"):
+    with pytest.raises(FolderError, match=r"the file is truncated or replaced|the file was changed or swapped"):
         opened(copy)
     (copy / pair[1]).write_bytes(first)
     for name in pair:
@@ -290,8 +351,10 @@ def test_a_precision_that_the_device_lacks_is_refused() -> None:
         assert precision_of(torch.float32, None) == precision_of(torch.bfloat16, "f32") == "f32"
         with pytest.raises(UnsupportedError, match="precision='f16': CPU does not compute in FP16 here: use precision='f32'"):
             precision_of(torch.float32, "f16")
-        with pytest.raises(UnsupportedError, match="a model in bfloat16: CPU does not compute in BF16 here: use precision='f32'"):
+        with pytest.raises(UnsupportedError, match="a model in bfloat16: CPU does not compute in BF16 here"):
             precision_of(torch.bfloat16, None)
+    with pytest.raises(UnsupportedError, match=r"precision='f16': the weights are torch.bfloat16: use precision='bf16' or"):
+        precision_of(torch.bfloat16, "f16")
 
 
 def test_programs_check_their_inputs(engine: Callable) -> None:

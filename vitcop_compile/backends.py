@@ -69,8 +69,8 @@ def backend_of(name: str, precision: str | None = None, dtype: torch.dtype = tor
         return backend
     if backend.at is None:
         raise ConfigError(
-            f"precision={precision!r}: backend={name!r} computes in the dtype of the model; load that in another (dtype=), or use "
-            f"{' or '.join(f'backend={other!r}' for other, known in BACKENDS.items() if known.at)}"
+            f"precision={precision!r}: backend={name!r} computes in the dtype of the model; load that in another (dtype=), "
+            f"or use {' or '.join(f'backend={other!r}' for other, known in BACKENDS.items() if known.at)}"
         )
     return replace(backend, compile=backend.at(precision, dtype))
 

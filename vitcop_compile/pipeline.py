@@ -64,7 +64,8 @@ def optimize(
         )
     captured = capture(family, model) if like is None else _captured(like, model)
     programs = Programs(family, captured, config, attn_implementation, None if dump is None else Path(dump))
-    return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets, program_bytes, precision), config, backend)
+    on_demand = CompiledOnDemand(programs, backend, prompt_buckets, program_bytes, precision)
+    return OptimizedModel(model, on_demand, config, backend)
 
 
 def _captured(like: OptimizedModel, model: PreTrainedModel) -> Capture:
