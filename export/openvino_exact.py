@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ def keep_exact(ov: Any, core: Any, model: Any) -> Any:
     _leave_rotations_apart(ov, model, decisions)
     angles = [node for node in model.get_ordered_ops() if node.get_type_name() in ("Sin", "Cos")]
     for number, node in enumerate(_leading_to([*decisions, *angles])):
-        folded = _without_transposes(ov, node) if node.get_type_name() == "MatMul" else node
-        folded.set_friendly_name(f"{_MARK} {number} {node.get_friendly_name()}")
+        lasting = _LASTING.get(node.get_type_name(), lambda ov, node: [node])(ov, node)
+        for part in lasting:
+            part.set_friendly_name(f"{_MARK} {number} {part.get_friendly_name()}")
     return _marked(ov, core, model)
 
 
@@ -111,8 +112,8 @@ def _leave_rotations_apart(ov: Any, model: Any, decisions: list[Any]) -> None:
             break
 
 
-def _without_transposes(ov: Any, node: Any) -> Any:
-    """A product that transposes by itself what is transposed before it: OpenVINO makes one of both, and forgets the mark."""
+def _product(ov: Any, node: Any) -> list[Any]:
+    """One that transposes by itself what is transposed before it."""
     taken = node.get_attributes()
     values, turned = [node.input_value(0), node.input_value(1)], [taken["transpose_a"], taken["transpose_b"]]
     for side in (0, 1):
@@ -124,10 +125,30 @@ def _without_transposes(ov: Any, node: Any) -> Any:
         if axes == [*range(len(axes) - 2), len(axes) - 1, len(axes) - 2]:
             values[side], turned[side] = before.input_value(0), not turned[side]
     if values == [node.input_value(0), node.input_value(1)]:
-        return node
+        return [node]
     other = ov.opset13.matmul(*values, *turned)
     _replace(node, other)
-    return other
+    return [other]
+
+
+def _difference(ov: Any, node: Any) -> list[Any]:
+    """Rows less their mean as one product, I - 1/n times the rows: a sum would be rounded before a product, marked or not."""
+    mean = node.input_value(1).get_node()
+    rows = node.input_value(0)
+    if mean.get_type_name() != "ReduceMean" or mean.input_value(0) != rows:
+        return [node]
+    axes = mean.input_value(1).get_node()
+    shape = rows.get_partial_shape()
+    if axes.get_type_name() != "Constant" or shape.is_dynamic or axes.get_vector().tolist() not in ([-2], [len(shape) - 2]):
+        return [node]
+    count = shape[-2].get_length()
+    other = ov.opset13.matmul(ov.opset13.constant(np.eye(count, dtype=np.float32) - 1 / np.float32(count)), rows, False, False)
+    _replace(node, other)
+    return [other]
+
+
+# What OpenVINO would write otherwise, and forget the mark, written so.
+_LASTING: dict[str, Callable[[Any, Any], list[Any]]] = {"MatMul": _product, "Subtract": _difference}
 
 
 def _replace(node: Any, other: Any) -> None:

