@@ -272,7 +272,7 @@ class EngineModel(CompiledModel):
         root = Path(folder)
         if not root.is_dir():
             raise FolderError(f"{root} is not a folder: pass what export() wrote")
-        own = {"device": device, "precision": precision, "cache_dir": cache_dir}
+        own: dict[str, Any] = {"device": device, "precision": precision, "cache_dir": cache_dir}
         check_runtime(runtime, {"prepack": prepack}, own)
         manifest = Manifest.read(root)
         if runtime is not None and manifest.product != "onnx":
