@@ -27,7 +27,8 @@ def keep_exact(ov: Any, core: Any, model: Any) -> Any:
     """`model`, an ov.Model which is used up, with float32 marked for what is rounded to no decision.
 
     Decisions are comparisons and top-k of floats, and what becomes an integer. What they are made of is marked, back to layers
-    with weights, whose results are rounded to the chosen precision anyhow, and so are the angles of rotary embeddings.
+    with weights, whose results are rounded to the chosen precision anyhow, and so are the angles of rotary embeddings. Sums
+    before a product are rounded all the same, but for rows less their mean, which become a product.
     """
     decisions = [node for node in model.get_ordered_ops() if _decides(node)]
     _leave_rotations_apart(ov, model, decisions)
