@@ -28,6 +28,7 @@ from vitcop_compile.export import EngineModel, FolderError, Manifest
 from vitcop_compile.export.openvino import OpenVinoProgram, precision_of
 from vitcop_compile.export.openvino_backend import load
 
+import vitcop_compile
 from vitcop_compile import ConfigError, InputError, UnsupportedError
 from vitcop_compile.bench.arms import Request
 from vitcop_compile.bench.selection import SelectionOnly, selection_inputs
@@ -362,6 +363,9 @@ def test_a_precision_that_the_device_lacks_is_refused() -> None:
             precision_of(torch.float32, "f16")
         with pytest.raises(UnsupportedError, match="a model in bfloat16: CPU does not compute in BF16 here"):
             precision_of(torch.bfloat16, None)
+        work = mock.patch("vitcop_compile.pipeline.capture", side_effect=AssertionError("work began"))
+        with work, pytest.raises(UnsupportedError, match="a model in bfloat16: CPU does not compute in BF16 here"):
+            vitcop_compile.optimize(models.llava(LAYERS).bfloat16(), CONFIG, backend="openvino")
     with pytest.raises(UnsupportedError, match=r"precision='f16': the weights are torch.bfloat16: use precision='bf16' or"):
         precision_of(torch.bfloat16, "f16")
 

@@ -27,7 +27,8 @@ class Backend:
     `writing_rows` updates them after it. exact: whether the backend has float64, as `ops.density_peaks` wants it.
     copies_weights: whether programs hold copies of the weights, which do not follow them. graphs: whether programs run as
     CUDA graphs on CUDA, which belong to the thread that recorded them. check: raises UnsupportedError where the backend
-    cannot work. at: how it compiles for a precision, of a model of some dtype; None where the model's dtype is the precision.
+    cannot work. at: how it compiles for a precision, None for the default, of a model of some dtype; itself None where there is
+    no choice.
     """
 
     compile: Compile
@@ -36,7 +37,7 @@ class Backend:
     copies_weights: bool = False
     graphs: bool = False
     check: Callable[[], None] = lambda: None
-    at: Callable[[str, torch.dtype], Compile] | None = None
+    at: Callable[[str | None, torch.dtype], Compile] | None = None
 
     def __call__(self, program: ExportedProgram) -> Program:
         return self.compile(program)
@@ -55,8 +56,8 @@ def register(name: str, **properties: Any) -> Callable[[Compile], Compile]:
     return add
 
 
-def backend_of(name: str, precision: str | None = None, dtype: torch.dtype = torch.float32) -> Backend:
-    """The backend `name`, computing a model of `dtype` in `precision`, by default in that dtype.
+def backend_of(name: str, precision: str | None = None, dtype: torch.dtype | None = None) -> Backend:
+    """The backend `name`, computing a model of `dtype` in `precision`, by default in what each program is in.
 
     Raises UnsupportedError, listing the known ones, or naming what this one lacks here, ConfigError for a precision where it
     has no choice of them.
@@ -65,13 +66,13 @@ def backend_of(name: str, precision: str | None = None, dtype: torch.dtype = tor
         raise UnsupportedError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
     backend.check()
-    if precision is None:
-        return backend
-    if backend.at is None:
+    if backend.at is None and precision is not None:
         raise ConfigError(
             f"precision={precision!r}: backend={name!r} computes in the dtype of the model; load that in another (dtype=), "
             f"or use {' or '.join(f'backend={other!r}' for other, known in BACKENDS.items() if known.at)}"
         )
+    if backend.at is None or dtype is None:
+        return backend
     return replace(backend, compile=backend.at(precision, dtype))
 
 
@@ -175,7 +176,7 @@ def _check_openvino() -> None:
     package()
 
 
-def _openvino_at(precision: str, dtype: torch.dtype) -> Compile:
+def _openvino_at(precision: str | None, dtype: torch.dtype) -> Compile:
     from .export.openvino import precision_of
 
     chosen = precision_of(dtype, precision)
