@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from ..backends import writing_rows
-from ..errors import InputError
+from ..errors import ConfigError, InputError, UnsupportedError
 from ..families import FAMILIES
 from ..host import Host, with_clips
 from ..layout import Layout
@@ -26,6 +26,8 @@ from .manifest import NAME, FolderError, Manifest, ProgramSpec
 from .ort import OrtProgram
 
 Runner = Callable[..., Sequence[Tensor]]
+# What runs ONNX files; engines run in what they were built for.
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 # Inputs whose axis of sequences is not the first, and those that have none: what a tower says of all its tiles.
@@ -249,22 +251,38 @@ class EngineModel(CompiledModel):
         *,
         verify: bool = True,
         threads: int | None = None,
-        prepack: bool = False,
-        exact: bool = False,
+        prepack: bool | None = None,
+        exact: bool | None = None,
+        runtime: str | None = None,
+        device: str | None = None,
+        precision: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> EngineModel:
-        """Opens an engine folder; the runtime is the one the folder was built for.
+        """Opens an engine folder.
 
-        verify: read every file once and compare SHA-256, not the sizes alone; threads: of onnxruntime, torch's number by
-        default; prepack: onnxruntime's packed weights, faster, at the cost of a copy of the weights in every program, which
-        int8 weights always have; exact: multiply int8 weights as floats, which every program then holds, and not by kernels
-        that round the other factor to int8, too: slower, and what the graphs say to the last digits. No
-        pickle is read and no path outside the folder is followed. Raises FolderError for a folder that is not exactly as
-        exported, UnsupportedError where its runtime or device is missing.
+        verify: read every file once and compare SHA-256, not the sizes alone; runtime: of RUNTIMES, what runs ONNX files,
+        onnxruntime by default; engines run in what they were built for; threads: of that runtime on a CPU, torch's number by
+        default. onnxruntime's are prepack: packed weights, faster, at the cost of a copy of the weights in every program, off
+        by default, but for int8 weights, which always are; exact: multiply int8 weights as floats, which every program then
+        holds, and not by kernels that round the other factor to int8, too: slower, and what the graphs say to the last digits.
+        OpenVINO's are device, by its own name, "CPU" by default; precision, "f32", "bf16" or "f16", what it computes in, by
+        default the folder's dtype; cache_dir: where it keeps what it compiled, outside the folder, and to be trusted as code
+        is. No pickle is read and no path outside the folder is followed.
+
+        Raises FolderError for a folder that is not exactly as exported, UnsupportedError where its runtime, device or
+        precision is missing, ConfigError for an option that the runtime does not have.
         """
         root = Path(folder)
         if not root.is_dir():
             raise FolderError(f"{root} is not a folder: pass what export() wrote")
+        own: dict[str, Any] = {"device": device, "precision": precision, "cache_dir": cache_dir}
+        check_runtime(runtime, {"prepack": prepack, "exact": exact}, own)
         manifest = Manifest.read(root)
+        if runtime is not None and manifest.product != "onnx":
+            raise FolderError(
+                f"the folder holds engines of {manifest.product}, which no other product runs: leave out "
+                f"runtime={runtime!r}, or export(format='onnx')"
+            )
         manifest.verify(root, digests=verify)
         try:
             config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
@@ -274,16 +292,29 @@ class EngineModel(CompiledModel):
         host = _host(manifest, config)
         programs = check_programs(manifest, host)
         load: Callable[[Path, ProgramSpec], Runner]
-        if manifest.product == "onnx":
-            device = torch.device("cpu")
+        where = torch.device("cpu")
+        if runtime == "openvino":
+            from .openvino import opener
+
+            load = opener(root, manifest, threads=threads, **own)
+        elif manifest.product == "onnx":
             # Kernels for int8 weights want them packed: of others they take fifty times as long.
             packed = bool(manifest.quantised) and not exact
-            load = partial(OrtProgram, threads=threads, prepack=prepack or packed, exact=exact)
+            load = partial(OrtProgram, threads=threads, prepack=bool(prepack) or packed, exact=bool(exact))
         else:
             from .tensorrt_runtime import loader
 
-            device, load = loader(manifest)
-        return cls(EngineFolder(root, manifest, host, programs, load, device), config, generation)
+            where, load = loader(manifest)
+        return cls(EngineFolder(root, manifest, host, programs, load, where), config, generation)
+
+
+def check_runtime(runtime: str | None, onnxruntimes: dict[str, Any], openvinos: dict[str, Any]) -> None:
+    """Raises UnsupportedError for an unknown runtime, ConfigError for an option, None where it is not given, of another."""
+    if runtime is not None and runtime not in RUNTIMES:
+        raise UnsupportedError(f"runtime={runtime!r} is unknown: use one of {', '.join(RUNTIMES)}")
+    others, owner = (onnxruntimes, "onnxruntime") if runtime == "openvino" else (openvinos, "openvino")
+    if given := [f"{name}={value!r}" for name, value in others.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: an option of runtime={owner!r}, choose that or leave it out")
 
 
 def _host(manifest: Manifest, config: Any) -> Host:

@@ -24,6 +24,8 @@ from ..passes.unroll_loops import unroll_loops
 from .manifest import OPSETS, QuantisedTensor, TensorSpec
 
 WEIGHTS = "weights.bin"
+# The first that has a convolution in bfloat16.
+BFLOAT16_OPSET = 22
 # Smaller constants stay in the graph file: in the file of weights each would take up to a page (see _ALIGNMENT).
 INLINE_BYTES = 1024
 # Tensors start at multiples of a page, so that they can be mapped into memory.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from .manifest import FolderError, ProgramSpec, TensorSpec
 
-_TORCH = {
+TORCH = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -82,7 +82,7 @@ class OrtProgram:
             binding.bind_input(spec.name, "cpu", 0, _ELEMENT[spec.dtype], tuple(tensor.shape), tensor.data_ptr())
         outputs = []
         for spec in self._spec.outputs:
-            output = torch.empty(resolve(spec.shape, rows), dtype=_TORCH[spec.dtype])
+            output = torch.empty(resolve(spec.shape, rows), dtype=TORCH[spec.dtype])
             outputs.append(output)
             binding.bind_output(spec.name, "cpu", 0, _ELEMENT[spec.dtype], tuple(output.shape), output.data_ptr())
         self._session.run_with_iobinding(binding)
@@ -118,7 +118,7 @@ def check_inputs(spec: ProgramSpec, inputs: tuple[Tensor, ...]) -> int | None:
         raise InputError(f"{spec.kind} takes {len(spec.inputs)} inputs, got {len(inputs)}")
     rows: int | None = spec.rows[1] if spec.rows else None
     for expected, tensor in zip(spec.inputs, inputs, strict=True):
-        if tensor.dtype != _TORCH[expected.dtype]:
+        if tensor.dtype != TORCH[expected.dtype]:
             raise InputError(f"{spec.kind}: input {expected.name} is {tensor.dtype}, the engine takes {expected.dtype}")
         if expected.name == "ids" and tensor.dim() == 2 and spec.rows is not None:
             rows = tensor.shape[1]

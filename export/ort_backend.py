@@ -8,7 +8,9 @@ import itertools
 import json
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,18 +19,24 @@ from torch.export import ExportedProgram
 
 from ..bindings import Bindings
 from .manifest import ProgramSpec, TensorSpec
-from .onnx import FOLD_ELEMENTS, INLINE_BYTES, WEIGHTS, WeightStore, external_weights, write_onnx
+from .onnx import BFLOAT16_OPSET, FOLD_ELEMENTS, INLINE_BYTES, WEIGHTS, WeightStore, external_weights, write_onnx
 from .ort import OrtProgram
 
 _OPSET = 18
 _MODEL, _SPEC, _MADE = "model.onnx", "program.json", "made.safetensors"
+_Loaded = TypeVar("_Loaded")
 
 
 def load(program: ExportedProgram) -> OrtProgram:
-    """`program` as a callable over torch CPU tensors. The files live as long as the callable."""
+    """`program` as a callable over torch CPU tensors."""
+    return written(program, lambda path, spec: OrtProgram(path, spec, prepack=True, exact=True))
+
+
+def written(program: ExportedProgram, load: Callable[[Path, ProgramSpec], _Loaded]) -> _Loaded:
+    """What `load` makes of `program` as an ONNX file. The file lives as long as that."""
     folder = tempfile.TemporaryDirectory(prefix="vitcop-")
     root = Path(folder.name)
-    loaded = OrtProgram(root / _MODEL, _write(program, root), prepack=True, exact=True)
+    loaded = load(root / _MODEL, _write(program, root))
     weakref.finalize(loaded, folder.cleanup)
     return loaded
 
@@ -79,5 +87,7 @@ def _large(value: object) -> bool:
 def _write(program: ExportedProgram, folder: Path) -> ProgramSpec:
     inputs = [f"in_{i}" for i in range(len(program.graph_signature.user_inputs))]
     outputs = [f"out_{i}" for i in range(len(program.graph_signature.user_outputs))]
-    taken, given = write_onnx(program, folder / _MODEL, WeightStore(folder / WEIGHTS), inputs, outputs, _OPSET)
+    wide = any(tensor.dtype == torch.bfloat16 for tensor in program.state_dict.values())
+    opset = BFLOAT16_OPSET if wide else _OPSET
+    taken, given = write_onnx(program, folder / _MODEL, WeightStore(folder / WEIGHTS), inputs, outputs, opset)
     return ProgramSpec("program", _MODEL, None, taken, given)

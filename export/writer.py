@@ -22,7 +22,7 @@ from ..quantised import check_portable
 from ..schedule import Schedule
 from .contract import LEAST_TEXT, Wanted, are_of, check_programs, text_spans, wanted_programs
 from .manifest import NAME, Manifest, file_digest
-from .onnx import OPSETS, WEIGHTS, WeightStore, require_packages, write_onnx
+from .onnx import BFLOAT16_OPSET, OPSETS, WEIGHTS, WeightStore, require_packages, write_onnx
 from .staging import staged
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ _REMEDIES = {
     "onnx": "export the model before it is quantized, with weights='int8'",
     "tensorrt": "export the model before it is quantized, or with format='onnx'",
 }
-_BFLOAT16_OPSET = 22
 _HALF_SCALES_OPSET = 19
 
 
@@ -76,9 +75,9 @@ def export(
     prompts = check_layouts(host, layouts, name)
     schedules = [model.schedule_of(tuple(itertools.chain(*images))) for images in prompts]
     batches, buckets = check_options(schedules, format, batch_size, max_text_len, max_new_tokens, prompt_buckets, opset)
-    if model.dtype == torch.bfloat16 and opset < _BFLOAT16_OPSET:
+    if model.dtype == torch.bfloat16 and opset < BFLOAT16_OPSET:
         raise UnsupportedError(
-            f"opset={opset} has no bfloat16 convolution: choose opset {_BFLOAT16_OPSET} or later, or float16"
+            f"opset={opset} has no bfloat16 convolution: choose opset {BFLOAT16_OPSET} or later, or float16"
         )
     check_weights_option(weights, format, model.dtype, opset)
     check_portable(model.model, f"format={format!r}", _REMEDIES[format], int8=format == "onnx")

@@ -16,6 +16,7 @@ COLUMNS = (
     "pruned by hand",
     "inductor",
     "onnxruntime",
+    "openvino",
     "folder",
     "RTX build",
 )
@@ -35,8 +36,8 @@ pytest --collect-only -q -o addopts= --support-table=docs/support.md
 
 and compared with them by `pytest tests/test_support.py`. A cell counts the tests behind it, which the list below names; an
 empty one has none, whether or not it works. Where nothing is pruned, tests compare with the stock model; in the column "pruned
-by hand" with stock layers that are; in the columns of other backends with either, or with eager; "onnxruntime" is the backend
-of that name, or a folder that it runs.
+by hand" with stock layers that are; in the columns of other backends with either, or with eager; "onnxruntime" and
+"openvino" are the backend of that name, or a folder that it runs.
 
 """
 

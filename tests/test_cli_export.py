@@ -81,6 +81,18 @@ def test_export_and_run_of_a_method(name: str, checkpoint: Path, photo: Path, tm
     assert result.stdout.strip() == answer.strip() != ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runtime", "tflite"], "runtime='tflite' is unknown: use one of onnxruntime, openvino"),
+        (["--precision", "bf16"], "precision='bf16': an option of runtime='openvino', choose that or leave it out"),
+        (["--runtime", "openvino", "--device", "FPGA"], "device='FPGA' is not one that OpenVINO finds here"),
+    ],
+)
+def test_run_refuses_a_runtime(arguments: list[str], message: str, copy: Path) -> None:
+    assert message in error_of("run", copy, "--prompt", "Hi", *arguments)
+
+
 def test_run_without_processor_files_prints_ids(copy: Path, photo: Path) -> None:
     """The tiny model of the other tests has a vocabulary of 96: fitting bytes do for a prompt, others are refused."""
     assert "outside the vocabulary of 96" in error_of("run", copy, "--prompt", "~", "--image", photo, "--max-new-tokens", 2)
@@ -100,6 +112,9 @@ def test_run_prints_ids(exported: Path, tmp_path: Path, photo: Path) -> None:
     expected = fast.generate(**inputs, max_new_tokens=3, do_sample=False)[0, -3:].tolist()
     result = invoke("run", folder, "--prompt", "Hi", "--image", photo, "--max-new-tokens", 3)
     assert [int(word) for word in result.stdout.split()] == expected
+    chosen = ("--runtime", "openvino", "--device", "CPU", "--precision", "f32", "--cache-dir", tmp_path / "cache")
+    result = invoke("run", folder, "--prompt", "Hi", "--image", photo, "--max-new-tokens", 3, *chosen)
+    assert [int(word) for word in result.stdout.split()] == expected and any((tmp_path / "cache").iterdir())
     result = invoke("run", folder, "--prompt", "Hi", "--no-verify")
     assert result.exit_code == 0 and len(result.stdout.split()) == 5
 

@@ -1,4 +1,4 @@
-"""The golden cases from pixels to tokens, through ONNX folders."""
+"""The golden cases from pixels to tokens, through ONNX folders, in all that runs them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from folders import generate, without_collection
 from golden import largest_error
 from vitcop_compile.export import EngineModel, Manifest, export
 from vitcop_compile.export import onnx as onnx_export
+from vitcop_compile.export.engine import RUNTIMES
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,11 @@ def test_golden(case: dict, opset: int, golden_model: Any, tmp_path: Path) -> No
     numbers = {"max_text_len": length, "max_new_tokens": len(case["tokens"]), "prompt_buckets": [length]}
     with without_collection():
         export(fast, tmp_path / "f", opset=opset, **numbers)
-    engine = EngineModel.from_pretrained(tmp_path / "f", threads=1)
-    tokens, logits = generate(engine, ids, data["pixel_values_int8"].float() / 64, len(case["tokens"]) - 1)
-    assert tokens[0].tolist() == case["tokens"][1:]
-    assert largest_error(logits[0], data["sdpa/scores"]) < 1e-3
+    for runtime in RUNTIMES:
+        engine = EngineModel.from_pretrained(tmp_path / "f", threads=1, runtime=runtime)
+        tokens, logits = generate(engine, ids, data["pixel_values_int8"].float() / 64, len(case["tokens"]) - 1)
+        assert tokens[0].tolist() == case["tokens"][1:]
+        assert largest_error(logits[0], data["sdpa/scores"]) < 1e-3
     manifest = Manifest.read(tmp_path / "f")
     new = manifest.max_new_tokens
     assert [rows - new for rows in manifest.kv_rows] == case["kv_len_prefill"]

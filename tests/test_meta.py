@@ -98,7 +98,7 @@ def test_programs_are_those_of_the_loaded_model(both, export):
     assert len(operators(planned)) > 100 and operators(planned) == operators(loaded)
 
 
-@pytest.mark.parametrize("backend", ["inductor", "aotinductor", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["inductor", "aotinductor", "onnxruntime", "openvino"])
 def test_programs_without_weights_are_not_compiled(both, backend):
     program = both[1].programs.export_vision(1)
     with pytest.raises(UnsupportedError, match=rf"backend='{backend}' .* on meta.*load the model, or use backend='eager'"):

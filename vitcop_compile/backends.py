@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from .bindings import Bindings
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .kept import Keeper
 from .passes.attach_cache import cache_rows, write_rows
 from .passes.lower_int8 import lower_int8
@@ -33,7 +33,8 @@ class Backend:
     CUDA graphs on CUDA, which belong to the thread that recorded them. kernels: whether decode programs on a CPU may hold
     operators of `kernels`, which are C++. quantised: the weights of torchao that it takes, "all" that the device has kernels
     for, "int8" alone, as ONNX has them, or "none". check: raises UnsupportedError where the backend cannot work. keeper: how
-    programs are kept between processes, None where they are not.
+    programs are kept between processes, None where they are not. at: how it compiles for a precision, None for the default,
+    of a model of some dtype; itself None where there is no choice.
     """
 
     compile: Compile
@@ -45,6 +46,7 @@ class Backend:
     quantised: str = "all"
     check: Callable[[], None] = lambda: None
     keeper: Keeper | None = None
+    at: Callable[[str | None, torch.dtype], Compile] | None = None
 
     def __call__(self, program: ExportedProgram) -> Program:
         return self.compile(program)
@@ -63,12 +65,24 @@ def register(name: str, **properties: Any) -> Callable[[Compile], Compile]:
     return add
 
 
-def backend_of(name: str) -> Backend:
-    """The backend `name`. Raises UnsupportedError, listing the known ones, or naming what this one lacks here."""
+def backend_of(name: str, precision: str | None = None, dtype: torch.dtype | None = None) -> Backend:
+    """The backend `name`, computing a model of `dtype` in `precision`, by default in what each program is in.
+
+    Raises UnsupportedError, listing the known ones, or naming what this one lacks here, ConfigError for a precision where it
+    has no choice of them.
+    """
     if name not in BACKENDS:
         raise UnsupportedError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
-    BACKENDS[name].check()
-    return BACKENDS[name]
+    backend = BACKENDS[name]
+    backend.check()
+    if backend.at is None and precision is not None:
+        raise ConfigError(
+            f"precision={precision!r}: backend={name!r} computes in the dtype of the model; load that in another (dtype=), "
+            f"or use {' or '.join(f'backend={other!r}' for other, known in BACKENDS.items() if known.at)}"
+        )
+    if backend.at is None or dtype is None:
+        return backend
+    return replace(backend, compile=backend.at(precision, dtype))
 
 
 def writing_rows(program: Program, groups: tuple[int, ...], *, filled: bool, told: tuple[int, ...] = ()) -> Program:
@@ -214,6 +228,34 @@ def onnxruntime(program: ExportedProgram) -> Program:
 
     _check_loaded(program, "onnxruntime")
     return load(program)
+
+
+def _check_openvino() -> None:
+    from .export.openvino import package
+
+    package()
+
+
+def _openvino_at(precision: str | None, dtype: torch.dtype) -> Compile:
+    from .export.openvino import precision_of
+
+    chosen = precision_of(dtype, precision)
+    return lambda program: _openvino(program, chosen)
+
+
+@register(
+    "openvino", in_place=False, exact=False, copies_weights=True, quantised="int8", check=_check_openvino, at=_openvino_at
+)
+def openvino(program: ExportedProgram) -> Program:
+    """The program as an ONNX file in a temporary folder, run by OpenVINO on the CPU; weights are held twice."""
+    return _openvino(program, None)
+
+
+def _openvino(program: ExportedProgram, precision: str | None) -> Program:
+    from .export.openvino_backend import load
+
+    _check_loaded(program, "openvino")
+    return load(program, precision)
 
 
 def _check_loaded(program: ExportedProgram, name: str) -> None:

@@ -51,16 +51,17 @@ class CompiledOnDemand:
         prompt_buckets: Sequence[int],
         program_bytes: int,
         kept: Kept | None = None,
+        precision: str | None = None,
     ):
         self.programs, self.kept = programs, kept
         self._cache = ProgramCache(program_bytes)
-        self.backend = backend_of(backend)
         self._prompt_buckets = _check_buckets(prompt_buckets)
         self._worker: Worker | None = None
         family, parameter = programs.family, programs.family.example
         self.host = family.host
         self.position_dims = family.shape.position_dims
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.backend = backend_of(backend, precision, self.dtype)
 
     @property
     def compiled(self) -> dict[tuple, Program]:

@@ -28,6 +28,7 @@ def optimize(
     config: Method | None = None,
     *,
     backend: str = "inductor",
+    precision: str | None = None,
     attn_implementation: str = "sdpa",
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
     program_bytes: int = PROGRAM_BYTES,
@@ -37,7 +38,8 @@ def optimize(
     """Compiles visual-token pruning into `model`, a stock transformers LVLM with its weights loaded, or wholly on "meta".
 
     config: what to prune, a `ViTCoPConfig` or another of `methods`, `DEFAULT_PRESET` by default; backend: a name in
-    `backends.BACKENDS`; attn_implementation: "sdpa" or "flash_attention_2", the kernels that attention lowers to;
+    `backends.BACKENDS`; precision: "f32", "bf16" or "f16", what a backend computes in that has a choice ("openvino"), by
+    default the dtype of the model; attn_implementation: "sdpa" or "flash_attention_2", the kernels that attention lowers to;
     prompt_buckets: ascending numbers of text tokens that prompts are padded to. The model is not changed and shares its
     weights with the result. Programs compile on first use, or through `warmup`. program_bytes: what programs may hold
     together; beyond that the one used longest ago is let go. dump: a folder that gets every graph after every pass, as text;
@@ -45,8 +47,9 @@ def optimize(
     graphs as they were captured are used again: methods can be compared without tracing the model for each. A model on the
     meta device is for planning: it has a schedule and its programs can be exported.
 
-    Raises UnsupportedError for a model, quantised weights, a backend or attention that is not supported, ConfigError for a
-    configuration that the model's shape cannot meet; both before anything is traced.
+    Raises UnsupportedError for a model, quantised weights, a backend, precision or attention that is not supported, and
+    ConfigError for a configuration that the model's shape cannot meet, and for a precision where the backend has no choice;
+    both before anything is traced.
     """
     config = config or ViTCoPConfig.preset(DEFAULT_PRESET)
     check_ready(config)
@@ -55,7 +58,7 @@ def optimize(
     if getattr(config, "clips", None) == "pooled":
         family = replace(family, host=with_clips(family.host))
     _check_weights(model)
-    if (taken := backend_of(backend).quantised) != "all":
+    if (taken := backend_of(backend, precision, model.dtype).quantised) != "all":
         check_portable(model, f"backend={backend!r}", "use backend='inductor'", int8=taken == "int8")
     check_lowering(attn_implementation, model.device, model.dtype)
     schedule = resolve(config, family.shape, family.host.layout)
@@ -74,7 +77,8 @@ def optimize(
     else:
         captured = capture(family, model)
     programs = Programs(family, captured, config, attn_implementation, None if dump is None else Path(dump))
-    return OptimizedModel(model, CompiledOnDemand(programs, backend, prompt_buckets, program_bytes, held), config, backend)
+    on_demand = CompiledOnDemand(programs, backend, prompt_buckets, program_bytes, held, precision)
+    return OptimizedModel(model, on_demand, config, backend)
 
 
 def _captured(like: OptimizedModel, model: PreTrainedModel) -> Capture | LaterCapture:

@@ -28,6 +28,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "onnxruntime": version("onnxruntime") if importlib.util.find_spec("onnxruntime") else None,
+        "openvino": version("openvino") if importlib.util.find_spec("openvino") else None,
         "platform": platform.platform(),
         "processor": named[1] if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -97,7 +97,7 @@ def printed(names: Iterable[str], rows: Iterable[Sequence[str | Text]], title: s
 def caption(results: Results) -> str:
     """Hardware, versions, precision, rounds and commit in one line."""
     given = results["environment"]
-    versions = [f"{name} {given[name]}" for name in ("torch", "onnxruntime") if given[name]]
+    versions = [f"{name} {given[name]}" for name in ("torch", "onnxruntime", "openvino") if given.get(name)]
     commit = [f"commit {given['commit'][:10]}" + "-dirty" * given["commit"].endswith("-dirty")] if given["commit"] else []
     words = [hardware(given), *versions, given["dtype"], f"medians of {given['rounds']} interleaved rounds in ms", *commit]
     return ", ".join(words)

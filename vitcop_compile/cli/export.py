@@ -19,6 +19,7 @@ from .. import picture, toy
 from ..config import DEFAULT_PRESET, NAMED_PRESETS, ViTCoPConfig
 from ..errors import ConfigError, InputError
 from ..export import EngineModel, FolderError, export
+from ..export.engine import RUNTIMES
 from ..export.manifest import DTYPES
 from ..export.staging import check_target
 from ..export.writer import FORMATS, check_layouts, check_options, check_weights_option
@@ -129,13 +130,24 @@ def run_command(
     image: Annotated[Path | None, typer.Option(help="A photograph; none for a question about nothing but text.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate; default: as many as the folder can.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the SHA-256 of every file first.")] = True,
+    runtime: Annotated[
+        str | None, typer.Option(help=f"What runs ONNX files: one of {', '.join(RUNTIMES)}; default: {RUNTIMES[0]}.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="OpenVINO's: CPU, GPU, NPU, ...; default: CPU.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="What OpenVINO computes in: f32, bf16 or f16; default: the folder's dtype.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where OpenVINO keeps what it compiled, for the next start; default: nowhere.")
+    ] = None,
 ) -> None:
     """Ask a folder of engines, and print the answer as it comes."""
     with errors_as_lines():
         if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"--max-new-tokens {max_new_tokens} is below 1: ask for 1 or more")
         photo = None if image is None else picture.load_image(image)
-        engine = EngineModel.from_pretrained(folder, verify=verify)
+        chosen: dict[str, Any] = {"runtime": runtime, "device": device, "precision": precision, "cache_dir": cache_dir}
+        engine = EngineModel.from_pretrained(folder, verify=verify, **chosen)
         inputs, streamer = _request(engine, folder, prompt, photo)
         names = ("input_ids", "attention_mask", *engine.engines.host.inputs)
         asked: dict[str, Any] = {name: inputs[name].to(engine.device) for name in names if name in inputs}
