@@ -27,8 +27,8 @@ class Backend:
     `writing_rows` updates them after it. exact: whether the backend has float64, as `ops.density_peaks` wants it.
     copies_weights: whether programs hold copies of the weights, which do not follow them. graphs: whether programs run as
     CUDA graphs on CUDA, which belong to the thread that recorded them. check: raises UnsupportedError where the backend
-    cannot work. at: how it compiles for a precision, None for the default, of a model of some dtype; itself None where there is
-    no choice.
+    cannot work. at: how it compiles for a precision, None for the default, of a model of some dtype; itself None where
+    there is no choice.
     """
 
     compile: Compile
