@@ -188,8 +188,8 @@ LOWER = [pytest.param(name, marks=lowers(name)) for name in ("bf16", "f16")]
 
 
 @functools.cache
-def selection() -> tuple[Any, Any]:
-    """What the passes insert for all stages, exported alone, and a maker of inputs.
+def selection() -> tuple[Any, Any, Any]:
+    """What the passes insert for all stages, exported alone, as it is and compiled in float32, and a maker of inputs.
 
     Keys of the encoder are numbers of bfloat16, as its layers give them, those of the decoder differ by less; all are so far
     from 0 that their differences, norms and products are lost where they are rounded.
@@ -203,14 +203,15 @@ def selection() -> tuple[Any, Any]:
 
     given = inputs()
     module = SelectionOnly(schedule, tuple(given), exact=False).eval()
-    return torch.export.export(module, tuple(given.values()), strict=False), lambda: tuple(inputs().values())
+    program = torch.export.export(module, tuple(given.values()), strict=False)
+    return program, load(program, "f32"), lambda: tuple(inputs().values())
 
 
 @pytest.mark.parametrize("precision", LOWER)
 def test_selection_stays_in_float32(precision: str) -> None:
     """Rows are rounded, none is another; and a control: of rounded inputs some are."""
-    program, inputs = selection()
-    exact, lower = load(program, "f32"), load(program, precision)
+    program, exact, inputs = selection()
+    lower = load(program, precision)
     near, far = [], []
     for _ in range(4):
         given = inputs()
