@@ -1,7 +1,8 @@
-"""Whole answers beside other runtimes: `python benchmarks/peers.py --genai-python genai/bin/python` measures transformers, OpenVINO
-GenAI with and without its own pruning, and this package, on one model and in one run; `--tables` prints what was measured.
+"""Whole answers beside other runtimes: `python benchmarks/peers.py --genai-python genai/bin/python` measures transformers,
+OpenVINO GenAI with and without its own pruning, and this package, on one model and in one run; `--tables` prints what was
+measured.
 
-Every arm is served by a process of its own, which sleeps while another is measured; arms of one model share one. OpenVINO GenAI
+Arms are served by processes that sleep while another is measured; those of one model in one dtype share one. OpenVINO GenAI
 lives in an environment of its own, since its converter wants another transformers:
 
     python -m venv genai
@@ -14,31 +15,26 @@ Results: benchmarks/results/peers.json, written after every round.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
-import random
 import shutil
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from peers_protocol import Worker, WorkerError
+from peers_run import Group, agree, measure, rows, started
 from rich.console import Console
 
 from vitcop_compile import ViTCoPConfig, bench
-from vitcop_compile.backends import BACKENDS, backend_of
+from vitcop_compile.backends import backend_of
 from vitcop_compile.bench.cases import DENSE, Case, Shape
-from vitcop_compile.bench.timing import ratios, summary
 from vitcop_compile.cli.shared import WIDE_TABLE_WIDTH, errors_as_lines, without_future_warnings
-from vitcop_compile.errors import ConfigError, InputError, UnsupportedError
+from vitcop_compile.errors import ConfigError, UnsupportedError
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "peers.json"
@@ -49,41 +45,23 @@ PIP = (
 )
 FULL = Shape(family="qwen2_5_vl", image_size=448, name="1024x12, encoder 1024x8")
 TINY = Shape(
-    hidden=64, layers=4, vision_hidden=64, vision_layers=3, vocab=300, image_size=112, head=32, family="qwen2_5_vl", name="tiny"
+    hidden=64,
+    layers=4,
+    vision_hidden=64,
+    vision_layers=3,
+    vocab=300,
+    image_size=112,
+    head=32,
+    family="qwen2_5_vl",
+    name="tiny",
 )
 PRESET = "1/9"
 PRUNING_RATIO = 89  # GenAI takes whole percents: an eighth of an image less than a ninth stays
 PEER_ARMS = ("transformers", "transformers, compiled", "OpenVINO GenAI", "onnxruntime")
 COLUMNS = ("arm", "precision", "preset", "visual_tokens", "ttft_ms", "ttft_to_best_peer", "tpot_ms", "tpot_to_best_peer",
            "answer_ms", "peak memory")  # fmt: skip
-QUANTITIES = ("ttft", "tpot")
-# Seconds. Building loads; the first answer compiles, up to some ten programs.
-_CONVERT, _BUILD, _FIRST, _ANSWER = 900.0, 300.0, 900.0, 120.0
-# Idle threads of OpenMP spin for milliseconds before they sleep.
-_SETTLE = 0.2
-_WARMUP = 2
-
-
-@dataclass(frozen=True)
-class Group:
-    """Arms in one process, which share a model. command: of its process; build: fields of its first command; arms: rows of the
-    table by name, with what the worker makes of each under "make"; available: raises UnsupportedError where it cannot run."""
-
-    name: str
-    command: tuple[str, ...]
-    build: dict[str, Any]
-    arms: dict[str, dict[str, Any]]
-    available: Callable[[], Any] = lambda: None
-
-
-@dataclass
-class Arm:
-    """An arm that runs: its worker, its row, and what it answered, a dictionary per measured round."""
-
-    worker: Worker
-    row: dict[str, Any]
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    disturbed: list[float] = field(default_factory=list)
+# Seconds.
+_CONVERT = 900.0
 
 
 def groups(shape: Shape, genai: str | None) -> list[Group]:
@@ -119,11 +97,19 @@ def groups(shape: Shape, genai: str | None) -> list[Group]:
 
 
 def _row(arm: str, precision: str, preset: str, shape: Shape) -> dict[str, Any]:
-    pruned = preset if preset == PRESET else None
-    config = ViTCoPConfig.dense() if pruned is None else ViTCoPConfig.preset(pruned)
-    schedule = config.schedule(shape.model_shape(), Case(shape).layout())
-    is_peer = arm in PEER_ARMS and pruned is None
-    return {"arm": arm, "precision": precision, "preset": preset, "peer": is_peer, "visual_tokens": schedule.mean_visual_tokens()}
+    pruned = preset == PRESET
+    is_peer = arm in PEER_ARMS and not pruned
+    tokens = _visual_tokens(shape)[pruned]
+    return {"arm": arm, "precision": precision, "preset": preset, "peer": is_peer, "visual_tokens": tokens}
+
+
+@functools.cache
+def _visual_tokens(shape: Shape) -> tuple[float, float]:
+    """Of the picture, dense and pruned, mean over the decoder's layers."""
+    numbers, layout = shape.model_shape(), Case(shape).layout()
+    both = ViTCoPConfig.dense(), ViTCoPConfig.preset(PRESET)
+    dense, pruned = (config.schedule(numbers, layout).mean_visual_tokens() for config in both)
+    return dense, pruned
 
 
 def chosen(found: list[Group], only: list[str]) -> list[Group]:
@@ -146,7 +132,10 @@ def check_genai(python: str | None, without: bool) -> str | None:
     remedy = f"make an environment of its own: {PIP}; or leave it out: --without-genai"
     if python is None:
         raise ConfigError(f"--genai-python is missing: {remedy}")
-    wanted = "import importlib.util as u, sys; sys.exit(' '.join(n for n in ('openvino_genai', 'optimum', 'torch') if not u.find_spec(n)))"
+    wanted = (
+        "import importlib.util as u, sys; wanted = 'openvino_genai', 'optimum', 'torch'; "
+        "sys.exit(', '.join(name for name in wanted if not u.find_spec(name)) or 0)"
+    )
     try:
         done = subprocess.run([python, "-c", wanted], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as reason:
@@ -197,128 +186,9 @@ def _aside(path: Path, make: Callable[[Path], None]) -> None:
     aside.rename(path)
 
 
-@contextlib.contextmanager
-def started(
-    found: list[Group], given: Mapping[str, Any], folders: tuple[Path, Path], failed: dict[str, str], facts: dict[str, Any]
-) -> Iterator[dict[str, Arm]]:
-    """The arms of all groups, built; `failed` gets those that cannot be, with the reason, `facts` what workers say of
-    themselves."""
-    arms: dict[str, Arm] = {}
-    workers: list[Worker] = []
-    try:
-        for group in found:
-            try:
-                group.available()
-                workers.append(worker := Worker(group.name, group.command, given["threads"]))
-                folder = folders["peers_genai.py" in group.command[-1]]
-                make = {name: row["make"] for name, row in group.arms.items()}
-                facts[group.name] = worker.ask("build", _BUILD, folder=str(folder), arms=make, **given, **group.build)
-            except (UnsupportedError, WorkerError) as reason:
-                failed.update(dict.fromkeys(group.arms, str(reason)))
-                continue
-            for name, row in group.arms.items():
-                arms[name] = Arm(worker, {key: value for key, value in row.items() if key != "make"})
-        yield arms
-    finally:
-        for worker in workers:
-            worker.stop()
-
-
-def asked(arms: dict[str, Arm], name: str, failed: dict[str, str], seconds: float, seed: int, **more: Any) -> Any:
-    """One answer of the arm `name`; None if it fails, for which it, and all whose worker is gone, move to `failed`."""
-    arm = arms[name]
-    try:
-        return arm.worker.ask("answer", seconds, arm=name, seed=seed, **more)
-    except WorkerError as reason:
-        gone = [name] if reason.alive else [other for other, held in arms.items() if held.worker is arm.worker]
-        for other in gone:
-            failed[other] = str(reason)
-            del arms[other]
-        return None
-
-
-def measure(
-    arms: dict[str, Arm], rounds: int, seconds: float, failed: dict[str, str], note: Callable[[str], Any], save: Callable[[], Any]
-) -> None:
-    """Fills `answers` of every arm, round by round, in an order drawn anew and turned around in the next round. Every answer is
-    about another picture and prompt, the same for all arms. After `seconds` no further round is begun.
-
-    Raises UnsupportedError if no arm is left.
-    """
-    draw, begun, order = random.Random(0), time.monotonic(), list(arms)
-    for turn in range(-_WARMUP, rounds):
-        if turn > 0 and time.monotonic() - begun > seconds:
-            break
-        if turn % 2:
-            order.reverse()
-        else:
-            draw.shuffle(order)
-        for name in [name for name in order if name in arms]:
-            if name not in arms:  # gone with its worker meanwhile
-                continue
-            note(f"{'warming up' if turn < 0 else f'round {turn + 1} of {rounds}'}: {name}")
-            arm, others = arms[name], {id(other.worker): other.worker for other in arms.values()}
-            time.sleep(_SETTLE)
-            before = {key: worker.cpu_seconds() for key, worker in others.items() if worker is not arm.worker}
-            first = turn == -_WARMUP
-            answer = asked(arms, name, failed, _FIRST if first else _ANSWER, turn + _WARMUP, ids=first)
-            if answer is None:
-                continue
-            if first:
-                arm.row["first_tokens"] = answer["ids"]
-            if turn >= 0:
-                arm.answers.append({key: value for key, value in answer.items() if key != "ids"})
-                used = sum(others[key].cpu_seconds() - spent for key, spent in before.items())
-                arm.disturbed.append(1e3 * used / answer["answer_ms"])
-        if not arms:
-            raise UnsupportedError("no arm is left: " + "; ".join(failed.values()))
-        if turn >= 0:
-            save()
-
-
-def rows(arms: Mapping[str, Arm]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row per arm, medians over the rounds, and the name of the fastest peer by quantity. A ratio is the median of the ratios
-    of the rounds: how many times as long the fastest peer takes."""
-    count = min((len(arm.answers) for arm in arms.values()), default=0)
-    times = {
-        what: {name: [answer[f"{what}_ms"] for answer in arm.answers[:count]] for name, arm in arms.items()}
-        for what in (*QUANTITIES, "answer")
-    }
-    peers = [name for name, arm in arms.items() if arm.row["peer"]]
-    best = {what: min(peers, key=lambda name: statistics.median(times[what][name])) for what in QUANTITIES if peers and count}
-    found = []
-    for name, arm in arms.items() if count else ():
-        row = arm.row | {"name": name, "tokens": arm.answers[0]["tokens"], "ratio_to": {}}
-        row["visual_tokens"] = arm.answers[0].get("visual_tokens", row["visual_tokens"])
-        for what, values in times.items():
-            row[f"{what}_ms"], row[f"{what}_quartiles_ms"] = summary(values[name]).values()
-        for what in QUANTITIES:
-            ratio = summary(ratios(times[what][best[what]], times[what][name])) if best else None
-            row[f"{what}_to_best_peer"] = ratio
-        for part in ("preprocessing_ms", "before_language_model_ms"):
-            values = [answer[part] for answer in arm.answers[:count] if part in answer]
-            row[part] = statistics.median(values) if values else None
-        peaks = [answer["peak_bytes"] for answer in arm.answers if answer["peak_bytes"] is not None]
-        row["peak_memory_bytes"] = max(peaks, default=None)
-        # Of one core: above a few percent another arm did not sleep.
-        row["others_busy"] = max(arm.disturbed[:count])
-        found.append(row)
-    return found, best
-
-
-def agree(found: list[dict[str, Any]], reference: str = "inductor float32 dense") -> None:
-    """Adds to every row how many of the tokens of its first answer, from the first on, are those of the reference: a fact that
-    says they run one model. Random weights part soon once rounding differs."""
-    tokens = {row["name"]: row["first_tokens"] for row in found}
-    for row in found:
-        pairs = zip(row["first_tokens"], tokens.get(reference, ()))
-        same = next((place for place, (a, b) in enumerate(pairs) if a != b), min(map(len, (row["first_tokens"], tokens.get(reference, ())))))
-        row["tokens_as_float32"] = same if reference in tokens else None
-
-
 def run(
-    shape: Shape, genai: str | None, only: list[str], rounds: int, minutes: float, threads: int, text: int, tokens: int, folder: Path,
-    console: Console, save: Callable[[dict[str, Any]], None] = lambda results: None, seed: int = 0,
+    shape: Shape, genai: str | None, only: list[str], rounds: int, minutes: float, threads: int, text: int, tokens: int,
+    folder: Path, console: Console, save: Callable[[dict[str, Any]], None] = lambda results: None, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """{"environment", "rows", "failed"}: what `rows` says, given to `save` after every round, and the reason of each arm that
     could not be measured."""
@@ -360,16 +230,19 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         said = {**genai["versions"], **genai["flags"]}
         lines.append("OpenVINO GenAI: " + ", ".join(f"{name} {value}" for name, value in said.items()) + ".")
     busy = max((row["others_busy"] for row in results["rows"]), default=0.0)
-    lines.append(f"Load before {given['load_before']:.1f}, after {given['load_after']:.1f}; other arms used {100 * busy:.0f} % of a core at most.")
+    load = f"{given['load_before']:.1f} before, {given['load_after']:.1f} after"
+    lines.append(f"Load {load}; arms that should sleep used {100 * busy:.0f} % of a core at most.")
     return lines + [f"Not measured: {lost['arm']}: {lost['reason']}" for lost in results["failed"]]
 
 
 def main(
     genai_python: Annotated[str | None, typer.Option(help="The interpreter of OpenVINO GenAI's environment.")] = None,
     without_genai: Annotated[bool, typer.Option("--without-genai", help="Leave OpenVINO GenAI out.")] = False,
-    arms: Annotated[list[str] | None, typer.Option("--arm", help="Measure this arm; repeat for several. Default: all.")] = None,
+    arms: Annotated[
+        list[str] | None, typer.Option("--arm", help="Measure this arm; repeat for several. Default: all.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
-    minutes: Annotated[float, typer.Option(help="When to begin no further round.")] = 12.0,
+    minutes: Annotated[float, typer.Option(help="After so many of measuring no further round is begun.")] = 8.0,
     threads: Annotated[int, typer.Option(min=1, help="Of every arm.")] = 2,
     folder: Annotated[Path, typer.Option(help="Where model and conversion are kept.")] = Path(".cache/peers"),
     output: Annotated[Path, typer.Option(help="The JSON file.")] = RESULTS,

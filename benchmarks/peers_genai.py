@@ -1,5 +1,6 @@
-"""OpenVINO GenAI's side of benchmarks/peers.py, in an environment of its own: `python peers_genai.py convert MODEL FOLDER` writes
-what GenAI loads, `python peers_genai.py` serves it. Imports nothing of this package: the environment has other versions.
+"""OpenVINO GenAI's side of benchmarks/peers.py, in an environment of its own: `python peers_genai.py convert MODEL FOLDER`
+writes what GenAI loads, `python peers_genai.py` serves it. Nothing of this package is imported: the environment has other
+versions of what it needs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ def convert(model: str, folder: str) -> None:
     `optimum-cli export openvino --task image-text-to-text --weight-format fp16` does."""
     from optimum.commands.optimum_cli import main
 
-    sys.argv = ["optimum-cli", "export", "openvino", "--model", model, "--task", "image-text-to-text", "--weight-format", "fp16"]
+    sys.argv = [
+        "optimum-cli",
+        "export",
+        "openvino",
+        "--model",
+        model,
+        "--task",
+        "image-text-to-text",
+        "--weight-format",
+        "fp16",
+    ]
     sys.argv.append(folder)
     main()
 
@@ -40,7 +51,7 @@ class Pipeline:
         import openvino_genai
 
         self._given = {"side": side, "text": text, "tokens": tokens, "arms": arms}
-        # What transfers nothing to the device and adds no compiler flag: the defaults, but for the number of threads.
+        # As a user would: its defaults, but for the number of threads.
         self._pipe = openvino_genai.VLMPipeline(folder, "CPU", INFERENCE_NUM_THREADS=threads)
         core = openvino.Core()
         flags = {

@@ -1,5 +1,5 @@
-"""This environment's side of benchmarks/peers.py: stock transformers and this package's backends, as `python peers_own.py` serves
-them, and the model's folder that every arm reads."""
+"""This environment's side of benchmarks/peers.py: stock transformers and this package's backends, as `python peers_own.py`
+serves them, and the model's folder that every arm reads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_model(shape: Shape, seed: int, folder: Path) -> None:
     side = shape.image_size**2
     image = Qwen2VLImageProcessorPil(size={"shortest_edge": side, "longest_edge": side}).to_dict()
     files = {
-        # min_pixels and max_pixels are what OpenVINO GenAI reads; the class's name without its suffix, what its converter knows.
+        # OpenVINO GenAI reads min_pixels and max_pixels; its converter knows the class by its older name.
         "preprocessor_config.json": image
         | {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": side, "max_pixels": side},
         "chat_template.json": {"chat_template": "{% for message in messages %}{{ message.content }}{% endfor %}"},

@@ -1,5 +1,5 @@
-"""Arms in processes of their own, which answer one command at a time over pipes; both ends. The standard library alone: a worker
-may run in an environment that has neither torch nor this package.
+"""Arms in processes of their own, which answer one command at a time over pipes; both ends. The standard library alone: a
+worker may run in an environment that has neither torch nor this package.
 
 A command is a line of JSON {"do": name, ...}, an answer {"ok": ...} or {"error": "..."}. A worker ends with its input.
 """
@@ -40,7 +40,7 @@ class Worker:
 
     def __init__(self, name: str, command: Sequence[str], threads: int = 1):
         self.name = name
-        self._log = tempfile.TemporaryFile("w+", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (as long as the process)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
         try:
