@@ -22,19 +22,11 @@ def convert(model: str, folder: str) -> None:
     `optimum-cli export openvino --task image-text-to-text --weight-format fp16` does."""
     from optimum.commands.optimum_cli import main
 
-    sys.argv = [
-        "optimum-cli",
-        "export",
-        "openvino",
-        "--model",
-        model,
-        "--task",
-        "image-text-to-text",
-        "--weight-format",
-        "fp16",
-    ]
-    sys.argv.append(folder)
+    asked = ["export", "openvino", "--model", model, "--task", "image-text-to-text", "--weight-format", "fp16", folder]
+    sys.argv = ["optimum-cli", *asked]
     main()
+    if not (Path(folder) / "openvino_vision_embeddings_merger_model.xml").exists():
+        sys.exit("the conversion left no vision encoder")
 
 
 class Pipeline:
@@ -55,7 +47,7 @@ class Pipeline:
         self._pipe = openvino_genai.VLMPipeline(folder, "CPU", INFERENCE_NUM_THREADS=threads)
         core = openvino.Core()
         flags = {
-            name: str(core.get_property("CPU", name))
+            name: _words(core.get_property("CPU", name))
             for name in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "OPTIMIZATION_CAPABILITIES")
         }
         return {"versions": {name: _version(name) for name in PACKAGES}, "flags": flags | {"INFERENCE_NUM_THREADS": threads}}
@@ -105,6 +97,13 @@ class Pipeline:
         }
 
 
+def _words(value: Any) -> str:
+    """A property: types by their names, lists without brackets."""
+    if isinstance(value, list):
+        return " ".join(value)
+    return value.get_type_name() if hasattr(value, "get_type_name") else str(value)
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -115,8 +114,6 @@ def _version(name: str) -> str | None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["convert"]:
         convert(*sys.argv[2:])
-        if not (Path(sys.argv[3]) / "openvino_vision_embeddings_merger_model.xml").exists():
-            sys.exit("the conversion left no vision encoder")
     else:
         pipeline = Pipeline()
         serve({"build": pipeline.build, "answer": pipeline.answer})
