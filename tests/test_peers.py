@@ -234,13 +234,13 @@ def test_a_prompt_is_as_long_as_asked_and_another_for_another_seed():
 @pytest.mark.slow
 def test_arms_of_this_environment_at_toy_size(tmp_path):
     saved = []
-    only = ["transformers", "onnxruntime float32 dense", "onnxruntime float32 1/9"]
+    only = ["transformers", "onnxruntime float32 1/9"]
     asked = {"rounds": 1, "minutes": 1e9, "threads": 1, "text": 16, "tokens": 8, "folder": tmp_path}
     found = peers.run(
         peers.TINY, None, only, console=Console(quiet=True), save=lambda r: saved.append(len(r["rows"])), **asked
     )
     json.dumps(found)
-    assert found["failed"] == [] and saved == [3, 3]
+    assert found["failed"] == [] and saved == [2, 2]
     assert [row["name"] for row in found["rows"]] == only
     for row in found["rows"]:
         assert row["tokens"] == 8 == len(row["first_tokens"])
