@@ -26,7 +26,7 @@ FAKE = """
 
     def build(**given):
         print("a library that prints")
-        return {{"versions": given["arms"]}}
+        return {{"versions": {{}}, "precision": "bfloat16"}}
 
     def answer(arm, seed, ids=False):
         if "fails" in arm:
@@ -80,6 +80,7 @@ def test_arms_that_answer_are_measured_and_those_that_fail_or_die_are_named(fake
     # Whatever shares the process is gone with it.
     assert failed["dies"] == failed["with it"] == "lost: ended with 3 at 'answer': a last word"
     assert all(len(arm.answers) == 2 and len(arm.disturbed) == 2 for arm in arms.values())
+    assert arms["fast"].row["precision"] == "bfloat16"  # what the worker says of itself
     # Answers of a round are about one picture, another in every round: two rounds of warm-up come first.
     assert [answer["ttft_ms"] for answer in arms["fast"].answers] == [102.0, 103.0]
 
