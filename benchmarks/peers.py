@@ -245,12 +245,15 @@ def main(
     minutes: Annotated[float, typer.Option(help="After so many of measuring no further round is begun.")] = 8.0,
     threads: Annotated[int, typer.Option(min=1, help="Of every arm.")] = 2,
     folder: Annotated[Path, typer.Option(help="Where model and conversion are kept.")] = Path(".cache/peers"),
-    output: Annotated[Path, typer.Option(help="The JSON file.")] = RESULTS,
+    output: Annotated[
+        Path | None, typer.Option(help="The JSON file; default: peers.json, or peers_tiny.json, of results.")
+    ] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy size, short answers: shows that it works.")] = False,
     tables: Annotated[bool, typer.Option("--tables", help="Measure nothing, print what the JSON file holds.")] = False,
 ) -> None:
     """Measure whole answers beside other runtimes, or print them."""
     with errors_as_lines(), without_future_warnings():
+        output = output or (RESULTS.with_stem("peers_tiny") if tiny else RESULTS)
         if tables:
             results = bench.read(output, COLUMNS[:-1])
             print(bench.markdown(results, COLUMNS) + "\n" + "\n".join(notes(results)))

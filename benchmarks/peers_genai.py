@@ -14,6 +14,7 @@ from typing import Any
 from peers_protocol import peak_around, question, serve
 
 PACKAGES = ("openvino", "openvino-genai", "optimum-intel", "transformers", "torch", "nncf")
+_PRECISIONS = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # two tokens and the placeholders
 
 
@@ -50,7 +51,9 @@ class Pipeline:
             name: _words(core.get_property("CPU", name))
             for name in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "OPTIMIZATION_CAPABILITIES")
         }
-        return {"versions": {name: _version(name) for name in PACKAGES}, "flags": flags | {"INFERENCE_NUM_THREADS": threads}}
+        versions = {name: _version(name) for name in PACKAGES}
+        computed = _PRECISIONS.get(flags["INFERENCE_PRECISION_HINT"], flags["INFERENCE_PRECISION_HINT"])
+        return {"versions": versions, "precision": computed, "flags": flags | {"INFERENCE_NUM_THREADS": threads}}
 
     def answer(self, arm: str, seed: int, ids: bool = False) -> dict[str, Any]:
         """One answer about picture and prompt number `seed`, as GenAI's own metrics have it. ids: also the tokens, from a

@@ -67,7 +67,8 @@ def started(
                 failed.update(dict.fromkeys(group.arms, str(reason)))
                 continue
             for name, row in group.arms.items():
-                arms[name] = Arm(worker, {key: value for key, value in row.items() if key != "make"})
+                known = {key: facts[group.name].get(key, value) for key, value in row.items() if key != "make"}
+                arms[name] = Arm(worker, known)
         yield arms
     finally:
         for worker in workers:

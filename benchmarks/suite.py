@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import by_the_book  # noqa: F401  registers the arm
-import kernels
+import kernel_times
 import parts
 import typer
 from rich.console import Console
@@ -119,8 +119,8 @@ TABLES = {
     "matmul_rate": Table(("kernel", "rows", "ms", "gflops", "to_dense"), 15, [],
                          measure=functools.partial(parts.matmul_rate, Shape())),
     "products": Table(("dtype", "rows", "kernel", "chosen", "ms", "to_torch", "to_float32"), 21, [],
-                      measure=functools.partial(kernels.products, Shape())),
-    "attention": Table(("dtype", "caches", "kernel", "ms", "to_read"), 21, [], measure=kernels.attention),
+                      measure=functools.partial(kernel_times.products, Shape())),
+    "attention": Table(("dtype", "caches", "kernel", "ms", "to_read"), 21, [], measure=kernel_times.attention),
     TINY: Table(None, 1, tiny()),
 }  # fmt: skip
 

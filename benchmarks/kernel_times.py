@@ -1,4 +1,7 @@
-"""Tables of kernels alone: products by type, kernel and number of rows, and attention of one query. Plain rows."""
+"""Tables of kernels alone: products by type, kernel and number of rows, and attention of one query. Plain rows.
+
+Not named "kernels": transformers looks for a package of that name, and the scripts of this folder would find this file.
+"""
 
 from __future__ import annotations
 
