@@ -208,12 +208,19 @@ def test_a_missing_compiler_is_said():
         build._compiler()
 
 
-def test_the_library_is_built_once(monkeypatch):
+def test_a_library_that_is_kept_is_loaded_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
-    key = build._key([build._compiler(), *build._FLAGS, build._native(), build._INTERFACE])
-    assert (build.folder() / f"cpu-{key}.so").exists()
+    monkeypatch.setattr(build, "_compiler", lambda: pytest.fail("looked for a compiler"))
+    monkeypatch.setattr(torch.ops, "load_library", (loaded := []).append)
+    monkeypatch.setattr(build, "_describe", lambda: None)
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    flags = (*build._FLAGS, build._native(), build._INTERFACE)
+    key = build._key(flags)
+    (tmp_path / f"cpu-{key}.so").write_bytes(b"")
+    build.load.__wrapped__()
+    assert loaded == [str(tmp_path / f"cpu-{key}.so")]
     monkeypatch.setattr(build, "machine", lambda: "another")
-    assert build._key([build._compiler(), *build._FLAGS, build._native(), build._INTERFACE]) != key
+    assert build._key(flags) != key
 
 
 def test_a_rule_is_measured_once_and_kept(aside, monkeypatch):

@@ -132,7 +132,9 @@ def eager(program: ExportedProgram) -> Program:
 
 def _for_inductor(program: ExportedProgram) -> fx.GraphModule:
     _check_loaded(program, "inductor")
-    return lower_int8(lower_linear(program.module(check_guards=False)))
+    module = lower_int8(lower_linear(program.module(check_guards=False)))
+    # Without torch.export's hooks, which go through all inputs in Python before every call.
+    return fx.GraphModule(module, module.graph)
 
 
 def _compile_inductor(program: ExportedProgram, folder: Path, bindings: Bindings) -> Program:
@@ -150,10 +152,12 @@ def _load_inductor(folder: Path, bindings: Bindings, device: torch.device) -> Pr
 @register("inductor", graphs=True, kernels=True, keeper=Keeper(_compile_inductor, _load_inductor))
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
+    from .inductor_backend import UNCHECKED
+
     module = _for_inductor(program)
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
-    options = _cuda_options(decode=_single_rows(program)) if on_cuda else None
-    return torch.compile(module, fullgraph=True, dynamic=False, options=options)
+    options = _cuda_options(decode=_single_rows(program)) if on_cuda else {}
+    return torch.compile(module, fullgraph=True, dynamic=False, options=options | UNCHECKED)
 
 
 def _check_aotinductor() -> None:

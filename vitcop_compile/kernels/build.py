@@ -25,14 +25,14 @@ _INTERFACE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 @functools.cache
 def load() -> None:
-    """Registers the operators of `vitcop_cpu`, building their library where the folder of inductor's cache has none yet.
+    """Registers the operators of `vitcop_cpu`, building their library where none is kept yet.
 
     Raises UnsupportedError where no compiler builds it, with what that says.
     """
-    command = [_compiler(), *_FLAGS, _native(), _INTERFACE]
-    target = folder() / f"cpu-{_key(command)}.so"
+    flags = (*_FLAGS, _native(), _INTERFACE)
+    target = folder() / f"cpu-{_key(flags)}.so"
     if not target.exists():
-        _build(command, target)
+        _build([_compiler(), *flags], target)
     torch.ops.load_library(str(target))
     _describe()
 
@@ -74,9 +74,9 @@ def _native() -> str:
     return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 
 
-def _key(command: list[str]) -> str:
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-    parts = (SOURCE.read_text(), repr(command), version, torch.__version__, machine())
+def _key(flags: tuple[str, ...]) -> str:
+    """Whatever the compiler: a library that is kept is loaded where none is installed."""
+    parts = (SOURCE.read_text(), repr(flags), torch.__version__, machine())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
