@@ -104,6 +104,16 @@ def test_other_models_methods_and_backends_are_other_groups(folder, counted):
     assert len({group(model), *others, group(model, THIRD, "counted", "flash_attention_2")}) == 5
 
 
+def test_a_stock_call_beforehand_changes_nothing(folder):
+    """transformers hangs hooks of its own into a model that is called."""
+    model = models.llava(3)
+    before = fingerprint.of_model(model)
+    with torch.no_grad():
+        model(input_ids=models.prompt(3, 4, seed=1), pixel_values=models.pixels(seed=1))
+    assert any(module._forward_hooks for module in model.modules())
+    assert fingerprint.of_model(model) == before
+
+
 def test_nothing_is_kept_where_the_store_is_off_or_the_model_has_hooks(folder, counted, monkeypatch, caplog):
     model = models.llava(3)
     model.register_forward_pre_hook(lambda *_: None)

@@ -54,7 +54,7 @@ def of_model(model: nn.Module) -> str:
     first: dict[int, str] = {}
     for path, module in model.named_modules():
         kinds.add(type(module))
-        if "forward" in vars(module) or any(vars(module).get(name) for name in _HOOKS):
+        if "forward" in vars(module) or any(_foreign(hook) for name in _HOOKS for hook in vars(module).get(name, {}).values()):
             raise NotKept(f"module {path or 'of the model'} has a hook, or a forward of its own")
         rows.append([path, _name(type(module)), _attributes(module)])
         for name, value in (*module._parameters.items(), *module._buffers.items()):
@@ -65,6 +65,11 @@ def of_model(model: nn.Module) -> str:
             place = first.setdefault(id(value), f"{path}.{name}")
             rows.append([path, name, str(value.dtype), list(value.shape), list(value.stride()), str(value.device), place])
     return of_text(rows, sorted(filter(None, (_code(kind) for kind in kinds))))
+
+
+def _foreign(hook: Any) -> bool:
+    """Whether a hook is other than those by which transformers notes hidden states, from a model's first call on."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def of_method(method: Method) -> str:
