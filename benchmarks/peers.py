@@ -224,7 +224,8 @@ def run(
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What stands below the table: versions and flags of the other runtime, the fastest peers, and arms that failed."""
     given = results["environment"]
-    lines = [f"The fastest peer: {', '.join(f'{what.upper()} {name}' for what, name in given['best_peer'].items())}."]
+    fastest = ", ".join(f"{what.upper()} {name}" for what, name in given["best_peer"].items())
+    lines = [f"The fastest peer: {fastest}."] if fastest else []
     genai = given["workers"].get("OpenVINO GenAI")
     if genai:
         said = {**genai["versions"], **genai["flags"]}
