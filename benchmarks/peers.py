@@ -242,7 +242,7 @@ def main(
     arms: Annotated[
         list[str] | None, typer.Option("--arm", help="Measure this arm; repeat for several. Default: all.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
     minutes: Annotated[float, typer.Option(help="After so many of measuring no further round is begun.")] = 8.0,
     threads: Annotated[int, typer.Option(min=1, help="Of every arm.")] = 2,
     folder: Annotated[Path, typer.Option(help="Where model and conversion are kept.")] = Path(".cache/peers"),
