@@ -224,7 +224,8 @@ def run(
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What stands below the table: versions and flags of the other runtime, the fastest peers, and arms that failed."""
     given = results["environment"]
-    lines = [f"The fastest peer: {', '.join(f'{what.upper()} {name}' for what, name in given['best_peer'].items())}."]
+    fastest = ", ".join(f"{what.upper()} {name}" for what, name in given["best_peer"].items())
+    lines = [f"The fastest peer: {fastest}."] if fastest else []
     genai = given["workers"].get("OpenVINO GenAI")
     if genai:
         said = {**genai["versions"], **genai["flags"]}
@@ -241,7 +242,7 @@ def main(
     arms: Annotated[
         list[str] | None, typer.Option("--arm", help="Measure this arm; repeat for several. Default: all.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
     minutes: Annotated[float, typer.Option(help="After so many of measuring no further round is begun.")] = 8.0,
     threads: Annotated[int, typer.Option(min=1, help="Of every arm.")] = 2,
     folder: Annotated[Path, typer.Option(help="Where model and conversion are kept.")] = Path(".cache/peers"),

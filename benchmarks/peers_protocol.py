@@ -117,8 +117,8 @@ def serve(commands: Mapping[str, Callable[..., Any]]) -> None:
         try:
             answer = {"ok": commands[given.pop("do")](**given)}
         except Exception as error:
-            words = str(error).strip().splitlines() or [""]
-            answer = {"error": f"{type(error).__name__}: {words[0][:500]}"}
+            words = " ".join(str(error).split())
+            answer = {"error": f"{type(error).__name__}: {words[:500]}"}
         print(json.dumps(answer), file=channel, flush=True)
 
 

@@ -76,7 +76,7 @@ def test_arms_that_answer_are_measured_and_those_that_fail_or_die_are_named(fake
     groups = [fake("good", "fast", "slow", "our own"), fake("bad", "fails", "steady"), fake("lost", "dies", "with it")]
     arms, failed, saved = measured(groups)
     assert set(arms) == {"fast", "slow", "our own", "steady"} and saved == [4, 4]
-    assert failed["fails"] == "bad: RuntimeError: out of luck"
+    assert failed["fails"] == "bad: RuntimeError: out of luck and more"
     # Whatever shares the process is gone with it.
     assert failed["dies"] == failed["with it"] == "lost: ended with 3 at 'answer': a last word"
     assert all(len(arm.answers) == 2 and len(arm.disturbed) == 2 for arm in arms.values())
