@@ -192,7 +192,7 @@ def test_the_suite_refuses_what_it_does_not_know(command, tmp_path):
 
 def test_every_table_of_the_suite_can_be_measured_as_it_stands(suite):
     """Names, settings and shapes; nothing is built."""
-    named = "cpu memory decode vision_layer selection families frames overhead matmul_rate tiny"
+    named = "cpu memory decode vision_layer selection families frames overhead matmul_rate products attention tiny"
     assert list(suite.TABLES) == named.split()
     for table in suite.TABLES.values():
         bench.check_cases(table.cases, rounds=1)
@@ -219,6 +219,16 @@ def test_matmul_rates_are_of_the_rows_a_schedule_leaves(suite):
     counts = {8 + 64, 16, 1} | {8 + tokens for tokens in visual}
     assert [row["rows"] for row in rows] == 3 * sorted(counts, reverse=True)
     assert [row["to_dense"] for row in rows if row["rows"] == 72] == [1, 1, 1] and all(row["gflops"] > 0 for row in rows)
+
+
+def test_products_have_a_row_per_type_rows_and_kernel(suite):
+    kernels = suite.kernel_times
+    rows = kernels.products(bench.Shape(hidden=64, layers=4, vision_hidden=64, vision_layers=3), rounds=1)
+    keys = [(row["dtype"], row["rows"], row["kernel"]) for row in rows]
+    assert keys == [(dtype, count, name) for dtype in kernels.TYPES for count in kernels.ROWS for name in ("torch", "ours")]
+    assert {row["chosen"] for row in rows if row["rows"] == 1 and row["kernel"] == "ours"} == {"few"}
+    assert all(row["to_torch"] == 1 for row in rows if row["kernel"] == "torch")
+    assert all(row["to_float32"] == 1 for row in rows if (row["dtype"], row["kernel"]) == ("float32", "ours"))
 
 
 def test_selection_cost_has_a_row_per_number_of_images(suite):

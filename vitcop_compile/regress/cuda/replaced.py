@@ -175,6 +175,7 @@ def _attention() -> None:
 
 
 def _triton(properties: Any) -> None:
+    import torch.utils._triton as _triton_found
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
@@ -213,3 +214,7 @@ def _triton(properties: Any) -> None:
             return True
 
     triton.runtime.driver.set_active(Driver())
+    # Whoever was imported before may have asked whether Triton works here, and the answers are kept.
+    for answer in vars(_triton_found).values():
+        if hasattr(answer, "cache_clear"):
+            answer.cache_clear()
