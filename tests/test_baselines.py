@@ -134,6 +134,9 @@ def test_the_attention_words_of_a_dense_arm_name_the_operator_that_runs(name, de
     for stage in STAGES:
         arm.stages[stage]()
         found = set(fused(arm.stages[stage]))
+        if (name, stage) == ("inductor", "decode"):
+            assert not found and arm.attention[stage] == "vitcop_cpu"
+            continue
         masked = stage == "decode" and name != "stock_eager"  # on a static cache, rows that are not filled yet
         assert found == {("_scaled_dot_product_flash_attention_for_cpu", masked)}
         assert arm.attention[stage] == ("flash (cpu) with a mask" if masked else "flash (cpu)")

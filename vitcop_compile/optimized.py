@@ -299,9 +299,12 @@ class OptimizedModel(CompiledModel):
         ids = torch.tensor([row + [word] * left] * batch_size, device=self.device)
         request: dict[str, Any] = {"input_ids": ids, "pixel_values": given}
         if self._on_demand.kept is not None:
-            fill(
-                self._on_demand, self.model, self.pruning_config, self.backend, self._asked(request, max_new_tokens), processes
-            )
+            asked = self._asked(request, max_new_tokens)
+            fill(self._on_demand, self.model, self.pruning_config, self.backend, asked, processes)
+            if not run:
+                for name, arguments in asked:
+                    getattr(self._on_demand, name)(*arguments)
+                return
         # CUDA graphs are recorded in the second call, and replayed from the third one on.
         for _ in range(3 if self.device.type == "cuda" else 1):
             cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)
