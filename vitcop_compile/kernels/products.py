@@ -51,7 +51,9 @@ def rule(dtype: torch.dtype) -> Rule:
         return Rule(int(kept["few"]), str(kept["many"]))
     except (OSError, ValueError, KeyError, TypeError):
         found = _measured(dtype)
-        _keep(path, found)
+        # A machine that is busy just now may mislead one measurement: what a second one does not confirm is not kept.
+        if _measured(dtype) == found:
+            _keep(path, found)
         return found
 
 
