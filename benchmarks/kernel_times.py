@@ -97,7 +97,7 @@ def _all(kernel: Callable[..., Tensor], inputs: dict[int, Tensor], weights: list
 
 def _chosen(dtype: torch.dtype, rows: int) -> str:
     rule = kernels.rule(dtype)
-    return "few" if rows <= rule.few else rule.many
+    return "few" if rows <= rule.few and (rows > 1 or dtype != torch.float32) else rule.many
 
 
 def _ours(dtype: torch.dtype, rows: int) -> Callable[..., Tensor]:

@@ -29,10 +29,10 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
 def lower_linear(module: fx.GraphModule, ahead: bool = False, rule: Callable[[torch.dtype], Rule] = rule) -> fx.GraphModule:
     """Replaces `aten.linear` on the CPU by the kernel that `rule` names for its type and number of rows, on the same weights.
 
-    Few rows of a contiguous weight go to `vitcop_cpu.linear_few`. More stay with torch; or, in fp32, go to oneDNN where MKL,
-    which torch takes when it was built with it, is slower; or, in half precision, are multiplied in fp32, the weights widened
-    in every call, where the CPU is slower otherwise. Nothing is packed ahead, so weights are not held twice. Other types and
-    devices are left alone.
+    Few rows of a contiguous weight go to `vitcop_cpu.linear_few`, in fp32 from two on. More stay with torch; or, in fp32, go
+    to oneDNN where MKL, which torch takes when it was built with it, is slower; or, in half precision, are multiplied in
+    fp32, the weights widened in every call, where the CPU is slower otherwise. Nothing is packed ahead, so weights are not
+    held twice. Other types and devices are left alone.
 
     `ahead` of time, the weights are constants of the program, and inductor takes oneDNN's own operator: it calls it without
     Python and fuses activations and sums into it. A program compiled at its first call has them as inputs, which inductor
@@ -44,8 +44,10 @@ def lower_linear(module: fx.GraphModule, ahead: bool = False, rule: Callable[[to
         value, held = node.meta.get("val"), _value(module, node.args[1])
         if value is None or value.device.type != "cpu" or value.dtype not in _TYPES or not value.numel():
             continue
-        found = rule(value.dtype)
-        if value.numel() // value.shape[-1] <= found.few and held is not None and held.is_contiguous():
+        found, rows = rule(value.dtype), value.numel() // value.shape[-1]
+        # One row in fp32 is left to torch, whose kernel is at the rate of memory, too.
+        few = rows <= found.few and (rows > 1 or value.dtype != torch.float32)
+        if few and held is not None and held.is_contiguous():
             _to(node, torch.ops.vitcop_cpu.linear_few.default)
         elif found.many == "onednn":
             _to_onednn(node, ahead)

@@ -232,6 +232,13 @@ def test_products_of_half_precision_are_widened_where_that_is_faster(wide, expec
         torch.testing.assert_close(lowered(given)[0], exact.bfloat16(), atol=2**-8, rtol=2**-8)
 
 
+def test_one_row_in_float32_is_left_to_torch():
+    linear = nn.Linear(4, 4).requires_grad_(False)
+    for rows, expected in ((1, LINEAR), (2, FEW)):
+        module = torch.export.export(linear, (torch.ones(rows, 4),), strict=False).module(check_guards=False)
+        assert targets(lower_linear(module, rule=lambda dtype: Rule(8, "aten")))[expected] == 1
+
+
 def test_lower_linear_leaves_other_types():
     linear = nn.Linear(4, 4).double()
     module = torch.export.export(linear, (torch.ones(2, 4).double(),), strict=False).module(check_guards=False)
