@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels import Rule, rule
+from ..kernels import Rule, onednn, rule
 from .token_axis import finish
 
 # A plain library definition: `torch.library.custom_op` adds some 10 us to every call, and a program makes hundreds.
@@ -18,7 +18,7 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.library.impl(_LIBRARY, "linear", "CPU")
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
+    return onednn(input, weight, bias)
 
 
 @torch.library.register_fake("vitcop::linear", lib=_LIBRARY)

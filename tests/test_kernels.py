@@ -171,7 +171,7 @@ def test_every_layer_of_a_decoding_step_gets_the_kernel_where_a_backend_has_it()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_selects_what_float32_does_and_is_as_near_as_stock(dtype):
+def test_half_precision_selects_what_float32_does(dtype):
     """Selections are well separated here: the weights are random and large."""
     model = models.llava(6, seed=3)
     models.randomize(model, 3)
@@ -190,15 +190,22 @@ def test_half_precision_selects_what_float32_does_and_is_as_near_as_stock(dtype)
 @pytest.fixture
 def aside(tmp_path, monkeypatch):
     monkeypatch.setattr(products, "folder", lambda: tmp_path)
-    products.rule.cache_clear()
+    products._rule.cache_clear()
     yield tmp_path
-    products.rule.cache_clear()
+    products._rule.cache_clear()
 
 
 def test_what_no_compiler_builds_is_said(tmp_path):
     with pytest.raises(UnsupportedError, match=r"kernels for the CPU are C\+\+, which false does not build .*install g\+\+"):
         build._build(["false"], tmp_path / "cpu.so")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(build, "folder", lambda: tmp_path / "file" / "kernels")
+    with pytest.raises(UnsupportedError, match=r"kernels cannot be written .*VITCOP_CACHE or TORCHINDUCTOR_CACHE_DIR"):
+        build.load.__wrapped__()
 
 
 def test_a_missing_compiler_is_said():
@@ -227,13 +234,13 @@ def test_a_rule_is_measured_once_and_kept(aside, monkeypatch):
     made = iter([Rule(8, "aten"), Rule(16, "aten"), *[Rule(16, "wide")] * 2, *[Rule(8, "aten")] * 2])
     monkeypatch.setattr(products, "_measured", lambda dtype: next(made))
     assert products.rule(torch.bfloat16) == Rule(8, "aten") and not list(aside.iterdir())  # not confirmed
-    products.rule.cache_clear()
+    products._rule.cache_clear()
     assert products.rule(torch.bfloat16) == Rule(16, "wide")
-    products.rule.cache_clear()
+    products._rule.cache_clear()
     assert products.rule(torch.bfloat16) == Rule(16, "wide")
     (kept,) = aside.iterdir()
     kept.write_text(json.dumps({"few": "many"}))
-    products.rule.cache_clear()
+    products._rule.cache_clear()
     assert products.rule(torch.bfloat16) == Rule(8, "aten")  # what cannot be read is measured anew
     assert json.loads(kept.read_text()) == {"few": 8, "many": "aten"}
 
@@ -241,9 +248,9 @@ def test_a_rule_is_measured_once_and_kept(aside, monkeypatch):
 def test_a_folder_that_cannot_be_written_costs_a_measurement(monkeypatch):
     monkeypatch.setattr(products, "folder", lambda: build.SOURCE / "no folder")
     monkeypatch.setattr(products, "_measured", lambda dtype: Rule(32, "aten"))
-    products.rule.cache_clear()
+    products._rule.cache_clear()
     assert products.rule(torch.float16) == Rule(32, "aten")
-    products.rule.cache_clear()
+    products._rule.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -257,6 +264,26 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement(monkeypatch):
 def test_a_rule_takes_what_is_faster_by_a_tenth(monkeypatch, dtype, seconds, expected):
     monkeypatch.setattr(products, "_times", lambda arms, rows, weights: {name: seconds[name] for name in arms})
     assert products._measured(dtype) == expected
+
+
+def test_measuring_leaves_the_callers_random_numbers_and_default_device_alone(monkeypatch):
+    monkeypatch.setattr(products, "_WIDTH", 64)
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        found = products._measured(torch.bfloat16)
+    assert found.few >= 8 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_rule_is_for_a_number_of_threads(aside, monkeypatch):
+    monkeypatch.setattr(products, "_measured", lambda dtype: Rule(torch.get_num_threads(), "aten"))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            assert products.rule(torch.float32).few == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(list(aside.iterdir())) == 2
 
 
 def test_what_is_measured_multiplies():

@@ -24,7 +24,7 @@ from test_export_turns import converse
 from test_folder import FILES, manifest_of, reseal, write
 from test_isolation import together
 from torch import Tensor
-from vitcop_compile.export import EngineModel, FolderError, Manifest
+from vitcop_compile.export import EngineModel, FolderError, Manifest, export
 from vitcop_compile.export.openvino import OpenVinoProgram, precision_of
 from vitcop_compile.export.openvino_backend import load
 
@@ -234,6 +234,33 @@ def test_a_lower_precision_comes_near(precision: str) -> None:
     assert 1e-6 < error < {"bf16": 0.6, "f16": 0.06}[precision]
     for kind in ("prefill", "decode"):
         assert precisions(of(fast, kind), "FullyConnected") == {precision}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.bfloat16, marks=lowers("bf16")), pytest.param(torch.float16, marks=lowers("f16"))]
+)
+def test_a_whole_folder_of_lower_precision_is_as_near_to_float32_as_stock_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Nothing is pruned: what tokens stay might hang on the last digit. A prompt, and steps on tokens that are told."""
+    exact, half = (models.llava(3, seed=4).to(kind) for kind in (torch.float32, dtype))
+    dense = vitcop_compile.optimize(half, vitcop_compile.ViTCoPConfig.dense(), backend="eager")
+    export(dense, tmp_path / "folder", max_text_len=24, max_new_tokens=8, opset=22)
+    engine = opened(tmp_path / "folder")
+    assert engine.dtype == dtype
+    ids, images, told = prompt(5, 7, seed=2), pixels(seed=2), torch.tensor([[3, 9, 4, 17]])
+
+    def logits(model: Any) -> Tensor:
+        found = model(input_ids=ids, pixel_values=images.to(model.dtype))
+        steps = [found.logits[:, -1:]]
+        for token in told.split(1, 1):
+            found = model(input_ids=token, past_key_values=found.past_key_values)
+            steps.append(found.logits[:, -1:])
+        return torch.cat(steps, 1).float()
+
+    with torch.no_grad():
+        right, stock, ours = logits(exact), logits(half), logits(engine)
+    off = (stock - right).abs().mean()
+    assert off > 0 and (ours - right).abs().mean() < 1.5 * off
 
 
 def precisions(program: OpenVinoProgram, kind: str) -> set[str]:

@@ -6,6 +6,6 @@ weights and caches once, at the rate of memory: see docs/performance.md.
 """
 
 from .build import load
-from .products import MOST_ROWS, Rule, rule
+from .products import MOST_ROWS, Rule, onednn, rule
 
-__all__ = ["MOST_ROWS", "Rule", "load", "rule"]
+__all__ = ["MOST_ROWS", "Rule", "load", "onednn", "rule"]

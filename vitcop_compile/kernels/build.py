@@ -32,7 +32,13 @@ def load() -> None:
     flags = (*_FLAGS, _native(), _INTERFACE)
     target = folder() / f"cpu-{_key(flags)}.so"
     if not target.exists():
-        _build([_compiler(), *flags], target)
+        try:
+            _build([_compiler(), *flags], target)
+        except OSError as error:
+            raise UnsupportedError(
+                f"{target.parent} cannot be written ({error.strerror}): kernels for the CPU are built there; name a folder of "
+                f"your own in {store.FOLDER} or TORCHINDUCTOR_CACHE_DIR"
+            ) from None
     torch.ops.load_library(str(target))
     _describe()
 

@@ -33,17 +33,20 @@ class Rule(NamedTuple):
     many: str
 
 
-@functools.cache
 def rule(dtype: torch.dtype) -> Rule:
     """The rule for products of float32, bfloat16 or float16 on this CPU.
 
     Of 16, 32 and 64 rows of weights [1024, 1024] the kernel that is faster by a tenth is taken, and up to 8 rows `linear_few`,
     which reads the weights at the rate of memory. CPUs without instructions for half precision that are worth their while
-    multiply many rows faster in fp32, weights widened in every call included. Kept in the folder of inductor's cache, so that
-    one machine has one rule: programs compiled by one process are found by the next.
+    multiply many rows faster in fp32, weights widened in every call included. Kept beside the library, so that one machine has
+    one rule for a number of threads. Random numbers and the default device of the caller are left alone.
     """
+    return _rule(dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _rule(dtype: torch.dtype, threads: int) -> Rule:
     load()
-    threads = torch.get_num_threads()
     key = sha256(repr((machine(), torch.__version__, str(dtype), threads, _WIDTH)).encode()).hexdigest()[:32]
     path = folder() / f"rule-{key}.json"
     try:
@@ -59,7 +62,7 @@ def rule(dtype: torch.dtype) -> Rule:
 
 def _measured(dtype: torch.dtype) -> Rule:
     with torch.inference_mode(False), torch.no_grad():
-        weights = [torch.randn(_WIDTH, _WIDTH).to(dtype) for _ in range(2)]
+        weights = [_drawn(_WIDTH, dtype) for _ in range(2)]
         few = 8
         for rows in (16, 32, MOST_ROWS):
             times = _times({"few": _few, "aten": F.linear}, rows, weights)
@@ -78,7 +81,7 @@ def _measured(dtype: torch.dtype) -> Rule:
 
 def _times(arms: dict[str, Callable[..., Tensor]], rows: int, weights: list[Tensor]) -> dict[str, float]:
     """Seconds of the fastest of several calls, in turns."""
-    rows_of = torch.randn(rows, _WIDTH).to(weights[0].dtype)
+    rows_of = _drawn(rows, weights[0].dtype)
     found = dict.fromkeys(arms, float("inf"))
     for _ in range(_ROUNDS):
         for name, arm in arms.items():
@@ -87,6 +90,11 @@ def _times(arms: dict[str, Callable[..., Tensor]], rows: int, weights: list[Tens
                 arm(rows_of, weight)
             found[name] = min(found[name], time.perf_counter() - start)
     return found
+
+
+def _drawn(rows: int, dtype: torch.dtype) -> Tensor:
+    given = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
+    return torch.randn(rows, _WIDTH, **given).to(dtype)  # type: ignore[call-overload]
 
 
 def _few(input: Tensor, weight: Tensor) -> Tensor:
