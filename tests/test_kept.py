@@ -104,6 +104,13 @@ def test_other_models_methods_and_backends_are_other_groups(folder, counted):
     assert len({group(model), *others, group(model, THIRD, "counted", "flash_attention_2")}) == 5
 
 
+def test_what_other_threads_compile_meanwhile_does_not_vanish_under_them(folder):
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with inductor_backend._scratch() as scratch:
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(scratch)
+    assert scratch.is_dir() and os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+
+
 def test_a_stock_call_beforehand_changes_nothing(folder):
     """transformers hangs hooks of its own into a model that is called."""
     model = models.llava(3)

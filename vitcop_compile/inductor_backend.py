@@ -6,6 +6,7 @@ that it calls; a later process loads both and calls neither torch.export nor a c
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import inspect
 import shutil
@@ -116,21 +117,22 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 @contextlib.contextmanager
 def _scratch(libraries: Path | None = None) -> Iterator[Path]:
-    """A cache folder of inductor's for one program, with these `libraries` in it; gone afterwards, when they are loaded."""
+    """A cache folder of inductor's for one program, with these `libraries` in it; gone when the process ends.
+
+    The environment, which names the folder, belongs to all threads: what others compile meanwhile lies there, too, and must not
+    vanish under them.
+    """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
     if libraries is None:
         pick_vec_isa()  # what the processor can do is found out once, in the common folder
     folder = tempfile.mkdtemp(prefix="vitcop-")
-    try:
-        if libraries is not None and libraries.is_dir():
-            shutil.copytree(libraries, folder, dirs_exist_ok=True)
-        # The environment belongs to all threads: others that compile meanwhile do so in this folder, and still can.
-        with temporary_cache_dir(folder):
-            yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if libraries is not None and libraries.is_dir():
+        shutil.copytree(libraries, folder, dirs_exist_ok=True)
+    with temporary_cache_dir(folder):
+        yield Path(folder)
 
 
 @contextlib.contextmanager
