@@ -119,8 +119,8 @@ def _attribute(module: nn.Module, path: str) -> Any:
 def _scratch(libraries: Path | None = None) -> Iterator[Path]:
     """A cache folder of inductor's for one program, with these `libraries` in it; gone when the process ends.
 
-    The environment, which names the folder, belongs to all threads: what others compile meanwhile lies there, too, and must not
-    vanish under them.
+    The environment, which names the folder, belongs to all threads: what others compile meanwhile lies there, too, and must
+    not vanish under them.
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
