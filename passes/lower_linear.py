@@ -29,10 +29,10 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
 def lower_linear(module: fx.GraphModule, ahead: bool = False, rule: Callable[[torch.dtype], Rule] = rule) -> fx.GraphModule:
     """Replaces `aten.linear` on the CPU by the kernel that `rule` names for its type and number of rows, on the same weights.
 
-    Few rows of a contiguous weight go to `vitcop_cpu.linear_few`, in fp32 from two on. More stay with torch; or, in fp32, go
-    to oneDNN where MKL, which torch takes when it was built with it, is slower; or, in half precision, are multiplied in
-    fp32, the weights widened in every call, where the CPU is slower otherwise. Nothing is packed ahead, so weights are not
-    held twice. Other types and devices are left alone.
+    Few rows of a contiguous weight go to `vitcop_cpu.linear_few`, one row in fp32 to the kernel named for it. More stay
+    with torch; or, in fp32, go to oneDNN where MKL, which torch takes when it was built with it, is slower; or, in half
+    precision, are multiplied in fp32, the weights widened in every call, where the CPU is slower otherwise. Nothing is packed
+    ahead, so weights are not held twice. Other types and devices are left alone.
 
     `ahead` of time, the weights are constants of the program, and inductor takes oneDNN's own operator: it calls it without
     Python and fuses activations and sums into it. A program compiled at its first call has them as inputs, which inductor
@@ -45,13 +45,15 @@ def lower_linear(module: fx.GraphModule, ahead: bool = False, rule: Callable[[to
         if value is None or value.device.type != "cpu" or value.dtype not in _TYPES or not value.numel():
             continue
         found, rows = rule(value.dtype), value.numel() // value.shape[-1]
-        # One row in fp32 is left to torch, whose kernel is at the rate of memory, too.
-        few = rows <= found.few and (rows > 1 or value.dtype != torch.float32)
-        if few and held is not None and held.is_contiguous():
+        alone = rows == 1 and value.dtype == torch.float32
+        kernel = found.one if alone else "few" if rows <= found.few else found.many
+        if kernel == "few" and (held is None or not held.is_contiguous()):
+            kernel = found.many
+        if kernel == "few":
             _to(node, torch.ops.vitcop_cpu.linear_few.default)
-        elif found.many == "onednn":
+        elif kernel == "onednn":
             _to_onednn(node, ahead)
-        elif found.many == "wide":
+        elif kernel == "wide":
             _widen(module.graph, node)
             if rule(torch.float32).many == "onednn":
                 _to_onednn(node, ahead=False)  # its weights are computed

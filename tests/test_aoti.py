@@ -232,11 +232,16 @@ def test_products_of_half_precision_are_widened_where_that_is_faster(wide, expec
         torch.testing.assert_close(lowered(given)[0], exact.bfloat16(), atol=2**-8, rtol=2**-8)
 
 
-def test_one_row_in_float32_is_left_to_torch():
+@pytest.mark.parametrize(("one", "expected"), [("aten", LINEAR), ("few", FEW), ("onednn", OURS)])
+@pytest.mark.parametrize("many", ["aten", "onednn"])
+def test_one_row_in_float32_has_a_kernel_of_its_own(one, expected, many):
     linear = nn.Linear(4, 4).requires_grad_(False)
-    for rows, expected in ((1, LINEAR), (2, FEW)):
+    for rows, kernel in ((1, expected), (2, FEW)):
         module = torch.export.export(linear, (torch.ones(rows, 4),), strict=False).module(check_guards=False)
-        assert targets(lower_linear(module, rule=lambda dtype: Rule(8, "aten")))[expected] == 1
+        assert targets(lower_linear(module, rule=lambda dtype: Rule(8, many, one)))[kernel] == 1
+    # Rows of half precision have one rule, whatever their number.
+    module = torch.export.export(linear.bfloat16(), (torch.ones(1, 4).bfloat16(),), strict=False).module(check_guards=False)
+    assert targets(lower_linear(module, rule=lambda dtype: Rule(8, "aten", one)))[FEW] == 1
 
 
 def test_lower_linear_leaves_other_types():

@@ -89,9 +89,9 @@ def test_what_is_wrong_on_purpose_is_seen(tmp_path: Path) -> None:
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_kernel_of_a_small_model_is_built(tmp_path: Path) -> None:
-    """The gate's own subject is built for both architectures by `regress`."""
+    """In CI the gate builds its own subject, for both architectures."""
     from vitcop_compile.regress import Settings, compare
 
     settings = Settings(hidden=64, layers=3, vision_hidden=64, vision_layers=2, cuda=("sm_90",))

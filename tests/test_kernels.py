@@ -169,8 +169,7 @@ def test_every_layer_of_a_decoding_step_gets_the_kernel_where_a_backend_has_it()
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [models.slow(torch.bfloat16), models.exhaustive(torch.float16)])
 def test_half_precision_selects_what_float32_does(dtype):
     """Selections are well separated here: the weights are random and large."""
     model = models.llava(6, seed=3)
@@ -242,7 +241,7 @@ def test_a_rule_is_measured_once_and_kept(aside, monkeypatch):
     kept.write_text(json.dumps({"few": "many"}))
     products._rule.cache_clear()
     assert products.rule(torch.bfloat16) == Rule(8, "aten")  # what cannot be read is measured anew
-    assert json.loads(kept.read_text()) == {"few": 8, "many": "aten"}
+    assert json.loads(kept.read_text()) == {"few": 8, "many": "aten", "one": "aten"}
 
 
 def test_a_folder_that_cannot_be_written_costs_a_measurement(monkeypatch):
@@ -256,8 +255,9 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement(monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "seconds", "expected"),
     [
-        (torch.float32, {"few": 0.5, "aten": 1.0, "onednn": 0.95}, Rule(64, "aten")),
-        (torch.float32, {"few": 0.95, "aten": 1.0, "onednn": 0.5}, Rule(8, "onednn")),
+        (torch.float32, {"few": 0.5, "aten": 1.0, "onednn": 0.95}, Rule(64, "aten", "few")),
+        (torch.float32, {"few": 0.95, "aten": 1.0, "onednn": 0.5}, Rule(8, "onednn", "onednn")),
+        (torch.float32, {"few": 0.95, "aten": 1.0, "onednn": 0.95}, Rule(8, "aten", "aten")),
         (torch.bfloat16, {"few": 0.5, "aten": 1.0, "wide": 0.6}, Rule(64, "wide")),
     ],
 )

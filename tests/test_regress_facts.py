@@ -35,8 +35,9 @@ from regress_subject import (
 )
 from torch import nn
 
-from vitcop_compile import ConfigError, UnsupportedError, kernels, programs, turn
+from vitcop_compile import ConfigError, UnsupportedError, backends, kernels, programs, turn
 from vitcop_compile.bench import bind
+from vitcop_compile.kernels import Rule, products
 from vitcop_compile.regress import compare, facts, flops, stream
 from vitcop_compile.regress.reads import reads
 
@@ -121,6 +122,28 @@ def test_kernels_are_counted_afresh() -> None:
         with stream.generating(), torch.no_grad():
             torch.compile(Small(), fullgraph=True)(torch.ones(8, 8), torch.ones(8, 8))
         assert stream.counts().since(before) == (1, 0, 1, 1)
+
+
+def test_calls_are_counted_alike_whichever_kernel_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linears = nn.ModuleList(nn.Linear(16, 16).requires_grad_(False) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            for linear in self.linears:
+                x = linear(x).exp()
+            return (x.topk(3, dim=0).values + x.topk(2, dim=0).indices[:1],)
+
+    kernels.load()
+    with torch.no_grad():
+        program = torch.export.export(Chosen(), (torch.ones(5, 16),), strict=False)
+        for rule in (Rule(1, "aten"), Rule(1, "onednn"), Rule(8, "aten")):
+            monkeypatch.setattr(products, "_rule", lambda dtype, threads, rule=rule: rule)
+            before = stream.counts()
+            with stream.generating():
+                backends.backend_of("inductor")(program)(torch.ones(5, 16))
+            assert stream.counts().since(before).extern == 4  # two products and two choices
 
 
 def test_a_model_with_compiled_programs_is_refused() -> None:

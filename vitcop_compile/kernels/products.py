@@ -27,10 +27,12 @@ _ROUNDS = 7
 
 class Rule(NamedTuple):
     """few: rows up to which `linear_few` multiplies; many: what multiplies more: "aten", torch's own; "onednn", oneDNN's
-    where torch would take another library; "wide", fp32's rule, of weights that are widened in every call."""
+    where torch would take another library; "wide", fp32's rule, of weights that are widened in every call; one: what
+    multiplies one row in fp32, where torch's own is often at the rate of memory, too: "aten", "few" or "onednn"."""
 
     few: int
     many: str
+    one: str = "aten"
 
 
 def rule(dtype: torch.dtype) -> Rule:
@@ -51,7 +53,7 @@ def _rule(dtype: torch.dtype, threads: int) -> Rule:
     path = folder() / f"rule-{key}.json"
     try:
         kept = json.loads(path.read_text())
-        return Rule(int(kept["few"]), str(kept["many"]))
+        return Rule(int(kept["few"]), str(kept["many"]), str(kept["one"]))
     except (OSError, ValueError, KeyError, TypeError):
         found = _measured(dtype)
         # A machine that is busy just now may mislead one measurement: what a second one does not confirm is not kept.
@@ -74,9 +76,14 @@ def _measured(dtype: torch.dtype) -> Rule:
             arms["wide"] = _wide
         elif torch.backends.mkldnn.is_available():
             arms["onednn"] = onednn
-        times = _times(arms, 256, weights)
+        many = _best(_times(arms, 256, weights))
+        one = _best(_times({**arms, "few": _few}, 1, weights)) if dtype == torch.float32 else "aten"
+    return Rule(few, many, one)
+
+
+def _best(times: dict[str, float]) -> str:
     best = min(times, key=times.__getitem__)
-    return Rule(few, best if times[best] < _GAIN * times["aten"] else "aten")
+    return best if times[best] < _GAIN * times["aten"] else "aten"
 
 
 def _times(arms: dict[str, Callable[..., Tensor]], rows: int, weights: list[Tensor]) -> dict[str, float]:
