@@ -46,7 +46,8 @@ def products(shape: bench.Shape, rounds: int) -> Rows:
     found = []
     for (dtype, rows, name), took in times.items():
         row: dict[str, Any] = {"dtype": dtype, "rows": rows, "kernel": name, "ms": statistics.median(took)}
-        row["chosen"] = _chosen(getattr(torch, dtype), rows) if name == "ours" else "-"
+        kind = getattr(torch, dtype)
+        row["chosen"] = kernels.rule(kind).kernel(kind, rows) if name == "ours" else "-"
         row["to_torch"] = _ratio(times[dtype, rows, "torch"], took)
         row["to_float32"] = _ratio(times["float32", rows, "ours"], took)
         found.append(row)
@@ -95,11 +96,6 @@ def _all(kernel: Callable[..., Tensor], inputs: dict[int, Tensor], weights: list
     return lambda: [kernel(inputs[weight.shape[1]], weight) for weight in weights]
 
 
-def _chosen(dtype: torch.dtype, rows: int) -> str:
-    rule = kernels.rule(dtype)
-    return "few" if rows <= rule.few and (rows > 1 or dtype != torch.float32) else rule.many
-
-
 def _ours(dtype: torch.dtype, rows: int) -> Callable[..., Tensor]:
     """What `lower_linear` makes of a product."""
 
@@ -111,7 +107,7 @@ def _ours(dtype: torch.dtype, rows: int) -> Callable[..., Tensor]:
 
     wide = onednn if kernels.rule(torch.float32).many == "onednn" else linear
     named = {"few": few, "aten": linear, "onednn": onednn}
-    return named.get(_chosen(dtype, rows), lambda x, weight: wide(x.float(), weight.float()).to(x.dtype))
+    return named.get(kernels.rule(dtype).kernel(dtype, rows), lambda x, weight: wide(x.float(), weight.float()).to(x.dtype))
 
 
 def _ratio(over: list[float], under: list[float]) -> float:

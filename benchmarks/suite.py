@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import by_the_book  # noqa: F401  registers the arm
 import kernel_times
 import parts
+import precisions
 import typer
 from rich.console import Console
 
@@ -25,6 +26,8 @@ TINY = "tiny"
 Case, Shape = bench.Case, bench.Shape
 # Small, so that 128 frames of it take seconds; its frames are of 224 pixels, 64 tokens each.
 VIDEO = Shape(hidden=256, layers=4, vision_hidden=256, vision_layers=4, image_size=224, family="qwen2_5_vl")
+# As `bench` has it by default: of all types, backends and budgets there are dozens of arms to compile.
+QUICK = Shape(layers=4, vision_layers=3)
 
 
 class Table(NamedTuple):
@@ -41,8 +44,9 @@ class Table(NamedTuple):
         """What is found, given to `save` as it comes."""
         if self.measure is None:
             return bench.run(self.cases, rounds=self.rounds, memory=self.memory, save=save)
-        conditions = {"device": "cpu", "dtype": "float32", "rounds": self.rounds, "memory": False}
-        return {"environment": bench.environment() | conditions, "rows": self.measure(self.rounds)}
+        conditions, rows = {"device": "cpu", "rounds": self.rounds, "memory": False}, self.measure(self.rounds)
+        types = dict.fromkeys(row.get("precision") or row.get("dtype") or "float32" for row in rows)
+        return {"environment": bench.environment() | conditions | {"dtype": ", ".join(types)}, "rows": rows}
 
     def read(self, path: Path) -> dict[str, Any]:
         """What was measured before."""
@@ -121,6 +125,10 @@ TABLES = {
     "products": Table(("dtype", "rows", "kernel", "chosen", "ms", "to_torch", "to_float32"), 21, [],
                       measure=functools.partial(kernel_times.products, Shape())),
     "attention": Table(("dtype", "caches", "kernel", "ms", "to_read"), 21, [], measure=kernel_times.attention),
+    "precisions": Table(precisions.COLUMNS, 7, [],
+                        measure=functools.partial(precisions.precisions, QUICK, 1, ("1/3", "1/9"))),
+    "precisions_16": Table(precisions.COLUMNS, 3, [],
+                           measure=functools.partial(precisions.precisions, QUICK, 16, ("1/3", "1/9"))),
     TINY: Table(None, 1, tiny()),
 }  # fmt: skip
 

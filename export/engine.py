@@ -270,7 +270,8 @@ class EngineModel(CompiledModel):
         is. No pickle is read and no path outside the folder is followed.
 
         Raises FolderError for a folder that is not exactly as exported, UnsupportedError where its runtime, device or
-        precision is missing, ConfigError for an option that the runtime does not have.
+        precision is missing, or the runtime has no kernels for its dtype, ConfigError for an option that the runtime does not
+        have.
         """
         root = Path(folder)
         if not root.is_dir():
@@ -298,6 +299,11 @@ class EngineModel(CompiledModel):
 
             load = opener(root, manifest, threads=threads, **own)
         elif manifest.product == "onnx":
+            if manifest.dtype == "bfloat16":
+                raise UnsupportedError(
+                    "the folder is of a model in bfloat16, for which onnxruntime has no kernels on a CPU: pass "
+                    "runtime='openvino', or export a model that was loaded with dtype=torch.float32"
+                )
             # Kernels for int8 weights want them packed: of others they take fifty times as long.
             packed = bool(manifest.quantised) and not exact
             load = partial(OrtProgram, threads=threads, prepack=bool(prepack) or packed, exact=bool(exact))

@@ -45,8 +45,7 @@ def lower_linear(module: fx.GraphModule, ahead: bool = False, rule: Callable[[to
         if value is None or value.device.type != "cpu" or value.dtype not in _TYPES or not value.numel():
             continue
         found, rows = rule(value.dtype), value.numel() // value.shape[-1]
-        alone = rows == 1 and value.dtype == torch.float32
-        kernel = found.one if alone else "few" if rows <= found.few else found.many
+        kernel = found.kernel(value.dtype, rows)
         if kernel == "few" and (held is None or not held.is_contiguous()):
             kernel = found.many
         if kernel == "few":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from vitcop_compile import ViTCoPConfig, bench
 from vitcop_compile.bench.selection import SelectionOnly, selection_inputs
 from vitcop_compile.cli import app
+from vitcop_compile.kernels import rule
 from vitcop_compile.methods import method_from, method_of
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -192,8 +194,8 @@ def test_the_suite_refuses_what_it_does_not_know(command, tmp_path):
 
 def test_every_table_of_the_suite_can_be_measured_as_it_stands(suite):
     """Names, settings and shapes; nothing is built."""
-    named = "cpu memory decode vision_layer selection families frames overhead matmul_rate products attention tiny"
-    assert list(suite.TABLES) == named.split()
+    named = "cpu memory decode vision_layer selection families frames overhead matmul_rate products attention precisions"
+    assert list(suite.TABLES) == [*named.split(), "precisions_16", "tiny"]
     for table in suite.TABLES.values():
         bench.check_cases(table.cases, rounds=1)
     (case,) = suite.TABLES["vision_layer"].cases
@@ -227,9 +229,50 @@ def test_products_have_a_row_per_type_rows_and_kernel(suite):
     keys = [(row["dtype"], row["rows"], row["kernel"]) for row in rows]
     assert keys == [(dtype, count, name) for dtype in kernels.TYPES for count in kernels.ROWS for name in ("torch", "ours")]
     one = {row["dtype"]: row["chosen"] for row in rows if row["rows"] == 1 and row["kernel"] == "ours"}
-    assert one.pop("float32") != "few" and set(one.values()) == {"few"}
+    assert one.pop("float32") == rule(torch.float32).one and set(one.values()) == {"few"}
     assert all(row["to_torch"] == 1 for row in rows if row["kernel"] == "torch")
     assert all(row["to_float32"] == 1 for row in rows if (row["dtype"], row["kernel"]) == ("float32", "ours"))
+
+
+@pytest.mark.slow
+def test_every_precision_backend_and_budget_has_a_row(suite):
+    shape = dataclasses.replace(TINY_SHAPE, hidden=64, vision_hidden=64)
+    rows = suite.precisions.precisions(shape, 2, ("1/9",), 1, backends=("eager",), memory=False)
+    assert [(row["precision"], row["preset"]) for row in rows] == [
+        (precision, preset) for precision in ("float32", "bfloat16", "int8") for preset in ("dense", "1/9")
+    ]
+    for row in rows:
+        assert row["refused"] is None and row["peak_mib"] is None
+        assert all(row[f"{stage}_ms"] > 0 for stage in ("vision", "prefill", "decode", "ttft"))
+        assert (row["selection_ms"] is not None) == (row["preset"] == "1/9")
+        assert row["tokens_per_s"] == pytest.approx(2 * 64e3 / (row["ttft_ms"] + 63 * row["decode_ms"]))
+        assert (row["prefill_to_float32"] is None) == (row["precision"] == "float32")
+    table = bench.markdown({"environment": bench.environment() | {"device": "cpu", "dtype": "-", "rounds": 1}, "rows": rows},
+                           suite.TABLES["precisions"].columns)  # fmt: skip
+    assert table.count("\n| eager |") == 6
+
+
+def test_what_an_arm_is_refused_for_stands_in_its_row(suite):
+    rows = suite.precisions.precisions(TINY_SHAPE, 1, (), 1, backends=("tensorrt",), memory=False)
+    assert [row["vision_ms"] for row in rows] == [None] * 3 and all("tensorrt" in row["refused"] for row in rows)
+
+
+def test_ratios_of_precisions_are_of_the_same_rounds(suite):
+    Key, case = suite.precisions.Key, bench.Case(bench.Shape(weights="int8"), batch=2)
+    keys = {preset: Key("onnxruntime", "int8", preset) for preset in ("dense", "1/9")}
+    times = {stage: {keys["dense"]: [4.0, 9.0, 20.0], keys["1/9"]: [1.0, 3.0, 4.0],
+                     keys["1/9"]._replace(precision="float32"): [2.0, 3.0, 12.0]}
+             for stage in ("vision", "prefill", "decode", "ttft")}  # fmt: skip
+    schedule = ViTCoPConfig.preset("1/9").schedule(case.shape.model_shape(), case.layout())
+    row = suite.precisions.row_of(keys["1/9"], times, schedule, case)
+    assert row["decode_to_dense"] == 4.0 and row["decode_to_float32"] == 2.0
+    assert row["quartiles"]["decode_to_dense"] == [3.5, 4.5]
+    # 1024 x 12 with a head of 2048, a byte a weight; caches of 4 bytes, of 576 + 128 rows.
+    weights = 12 * (4 * 1024**2 + 3 * 1024 * 2752) + 2048 * 1024
+    kept = 2 * 4 * 1024 * sum(tokens + 128 for tokens in schedule.visual_tokens())
+    dense = 2 * 4 * 1024 * 12 * (576 + 128)
+    assert row["decode_ideal"] == pytest.approx((weights + 2 * dense) / (weights + 2 * kept))
+    assert row["decode_realised"] == pytest.approx(4.0 / row["decode_ideal"])
 
 
 def test_selection_cost_has_a_row_per_number_of_images(suite):

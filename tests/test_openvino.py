@@ -331,6 +331,16 @@ def test_a_broken_graph_that_nobody_hashed(copy: Path) -> None:
 # Refusals
 
 
+def test_onnxruntime_has_no_bfloat16(copy: Path) -> None:
+    write(copy, manifest_of(copy) | {"dtype": "bfloat16"})
+    with pytest.raises(UnsupportedError, match=r"bfloat16, .*onnxruntime has no kernels on a CPU: pass runtime='openvino'"):
+        EngineModel.from_pretrained(copy, runtime="onnxruntime")
+    message = r"backend='onnxruntime' has no kernels for torch.bfloat16 on a CPU: .*torch.float32, or use one of eager"
+    work = mock.patch("vitcop_compile.pipeline.capture", side_effect=AssertionError("work began"))
+    with work, pytest.raises(UnsupportedError, match=message):
+        vitcop_compile.optimize(models.llava(LAYERS).bfloat16(), CONFIG, backend="onnxruntime")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -33,8 +33,8 @@ class Backend:
     CUDA graphs on CUDA, which belong to the thread that recorded them. kernels: whether decode programs on a CPU may hold
     operators of `kernels`, which are C++. quantised: the weights of torchao that it takes, "all" that the device has kernels
     for, "int8" alone, as ONNX has them, or "none". check: raises UnsupportedError where the backend cannot work. keeper: how
-    programs are kept between processes, None where they are not. at: how it compiles for a precision, None for the default,
-    of a model of some dtype; itself None where there is no choice.
+    programs are kept between processes, None where they are not. lacks: types of models that it has no kernels for. at: how
+    it compiles for a precision, None for the default, of a model of some dtype; itself None where there is no choice.
     """
 
     compile: Compile
@@ -46,6 +46,7 @@ class Backend:
     quantised: str = "all"
     check: Callable[[], None] = lambda: None
     keeper: Keeper | None = None
+    lacks: tuple[torch.dtype, ...] = ()
     at: Callable[[str | None, torch.dtype], Compile] | None = None
 
     def __call__(self, program: ExportedProgram) -> Program:
@@ -68,8 +69,8 @@ def register(name: str, **properties: Any) -> Callable[[Compile], Compile]:
 def backend_of(name: str, precision: str | None = None, dtype: torch.dtype | None = None) -> Backend:
     """The backend `name`, computing a model of `dtype` in `precision`, by default in what each program is in.
 
-    Raises UnsupportedError, listing the known ones, or naming what this one lacks here, ConfigError for a precision where it
-    has no choice of them.
+    Raises UnsupportedError, listing the known ones, or naming what this one lacks here or for `dtype`, ConfigError for a
+    precision where it has no choice of them.
     """
     if name not in BACKENDS:
         raise UnsupportedError(f"backend={name!r} is unknown: use one of {', '.join(BACKENDS)}")
@@ -79,6 +80,11 @@ def backend_of(name: str, precision: str | None = None, dtype: torch.dtype | Non
         raise ConfigError(
             f"precision={precision!r}: backend={name!r} computes in the dtype of the model; load that in another (dtype=), "
             f"or use {' or '.join(f'backend={other!r}' for other, known in BACKENDS.items() if known.at)}"
+        )
+    if dtype in backend.lacks:
+        raise UnsupportedError(
+            f"backend={name!r} has no kernels for {dtype} on a CPU: load the model with dtype=torch.float32, or use one of "
+            f"{', '.join(other for other, known in BACKENDS.items() if dtype not in known.lacks)}"
         )
     if backend.at is None or dtype is None:
         return backend
@@ -225,7 +231,7 @@ def _values_onnxruntime(model: nn.Module) -> str:
 _ORT_KEEPER = Keeper(_compile_onnxruntime, _load_onnxruntime, _values_onnxruntime)
 
 
-@register("onnxruntime", in_place=False, copies_weights=True, quantised="int8", keeper=_ORT_KEEPER)
+@register("onnxruntime", in_place=False, copies_weights=True, quantised="int8", keeper=_ORT_KEEPER, lacks=(torch.bfloat16,))
 def onnxruntime(program: ExportedProgram) -> Program:
     """The program as an ONNX file in a temporary folder, run by onnxruntime on the CPU; weights are held twice."""
     from .export.ort_backend import load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from ..host import Host
 from ..layout import Layout
 from ..schedule import Method, ModelShape, resolve
 from .arms import ARMS, Request, layouts
-from .models import DTYPES, MODELS, heads
+from .models import DTYPES, MODELS, WEIGHTS, heads
 
 STAGES = ("vision", "tower", "select", "prefill", "decode", "ttft")
 DENSE = "dense"
@@ -32,8 +33,8 @@ class Shape:
     those that it is given if it takes any (patches are 14 x 14).
 
     Heads of the encoder are 64 wide, those of the decoder `head`. MLPs: in the encoder 4 times `vision_hidden`, in the decoder
-    `mlp`, by default 8/3 of `hidden` in steps of 64, as in LLaMA. dtype, device, family: names in DTYPES, DEVICES and
-    MODELS; name: for tables, "<hidden>x<layers>" by default.
+    `mlp`, by default 8/3 of `hidden` in steps of 64, as in LLaMA. dtype, device, family, weights: names in DTYPES, DEVICES,
+    MODELS and WEIGHTS; name: for tables, "<hidden>x<layers>" by default.
     """
 
     hidden: int = 1024
@@ -48,6 +49,7 @@ class Shape:
     family: str = "llava"
     head: int = 64
     mlp: int | None = None
+    weights: str = "float"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or f"{self.hidden}x{self.layers}")
@@ -65,15 +67,18 @@ class Shape:
             width = getattr(self, what)
             if width % (2 * heads(width, head)):
                 raise ConfigError(f"{what}={width} does not split into heads of {head}: choose a multiple of {head}")
-        for what, known in (("family", MODELS), ("dtype", DTYPES), ("device", DEVICES)):
+        named = {"family": MODELS, "dtype": DTYPES, "device": DEVICES, "weights": WEIGHTS}
+        for what, known in named.items():
             _known(what, getattr(self, what), known)
+        if self.weights != "float" and not importlib.util.find_spec("torchao"):
+            raise UnsupportedError(f"weights={self.weights!r} takes torchao: pip install 'vitcop-compile[quant]'")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UnsupportedError("device 'cuda' needs a CUDA GPU, and there is none: use 'cpu'")
 
     def model(self, seed: int = 0) -> PreTrainedModel:
-        """The stock model with random weights drawn from `seed`, on its device."""
+        """The stock model with random weights drawn from `seed`, on its device; `weights` as it is said."""
         with torch.device(self.device):
-            return MODELS[self.family](self, seed)
+            return WEIGHTS[self.weights](MODELS[self.family](self, seed))
 
     def host(self) -> Host:
         """What the runtime knows of its images, without weights."""

@@ -75,6 +75,18 @@ MODELS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {
 IMAGE_SIZES = {"llava": 336, "internvl": 448, "qwen2_vl": 448, "qwen2_5_vl": 448}
 
 
+def _int8(model: PreTrainedModel) -> PreTrainedModel:
+    """Linear layers by torchao, in place: a byte a weight and a scale an output channel; products in the model's type."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+# How linear layers are held.
+WEIGHTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {"float": lambda model: model, "int8": _int8}
+
+
 def _text(shape: Shape) -> dict[str, Any]:
     """Numbers of a decoder that follows LLaMA's."""
     count = heads(shape.hidden, shape.head)

@@ -40,7 +40,12 @@ def rows(
     for entrant in case.entrants():
         schedule, key = _resolved(entrant, shape, layout), entrant.key
         row: Row = {"backend": case.backend, "arm": entrant.arm, "preset": entrant.label}
-        row |= {"shape": case.shape.name, "dtype": case.shape.dtype, **dataclasses.asdict(case.request)}
+        row |= {
+            "shape": case.shape.name,
+            "dtype": case.shape.dtype,
+            "weights": case.shape.weights,
+            **dataclasses.asdict(case.request),
+        }
         for stage in (*STAGES, "selection"):
             taken = times.get(stage, {}).get(key)
             middle = {"median": None, "quartiles": None} if taken is None else summary(taken)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..progress import Steps
 from .arms import Arm, build
-from .cases import Case, Entrant, check_cases
+from .cases import Case, Entrant, Shape, check_cases
 from .environment import environment
 from .memory import peak
 from .rows import rows
@@ -56,7 +56,7 @@ def run(
     found: dict[int, list[dict[str, Any]]] = {}
     conditions = environment() | {
         "device": ", ".join(dict.fromkeys(case.shape.device for case in cases)),
-        "dtype": ", ".join(dict.fromkeys(case.shape.dtype for case in cases)),
+        "dtype": ", ".join(dict.fromkeys(_precision(case.shape) for case in cases)),
         "rounds": rounds,
         "seed": seed,
         "memory": memory,
@@ -96,6 +96,10 @@ def run(
                     row["peak_memory_bytes"], row["resident_memory_bytes"] = peak(case, entrant, seed) or (None, None)
             save(results())
     return results()
+
+
+def _precision(shape: Shape) -> str:
+    return shape.dtype + (f" with {shape.weights} weights" if shape.weights != "float" else "")
 
 
 def _measure(model: PreTrainedModel, case: Case, rounds: int, steps: Steps, inspect: Inspect) -> list[dict[str, Any]]:

@@ -63,6 +63,7 @@ def bench_command(
     new_tokens: Annotated[int, typer.Option(help="Cache rows for new tokens.")] = 64,
     rounds: Annotated[int | None, typer.Option(help=f"Measured rounds; default: {_or('rounds')}.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    weights: Annotated[str, typer.Option(help="float, or int8: linear layers by torchao.")] = "float",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[
         bool, typer.Option("--memory", help="Also run each arm alone in a process, for its peak memory.")
@@ -85,6 +86,7 @@ def bench_command(
             "vision_hidden": vision_hidden,
             "image_size": size,
             "dtype": dtype,
+            "weights": weights,
             "device": device,
             "family": family,
         }

@@ -34,6 +34,12 @@ class Rule(NamedTuple):
     many: str
     one: str = "aten"
 
+    def kernel(self, dtype: torch.dtype, rows: int) -> str:
+        """Which of them multiplies so many rows of `dtype`."""
+        if rows == 1 and dtype == torch.float32:
+            return self.one
+        return "few" if rows <= self.few else self.many
+
 
 def rule(dtype: torch.dtype) -> Rule:
     """The rule for products of float32, bfloat16 or float16 on this CPU.
