@@ -28,6 +28,7 @@ Case, Shape = bench.Case, bench.Shape
 VIDEO = Shape(hidden=256, layers=4, vision_hidden=256, vision_layers=4, image_size=224, family="qwen2_5_vl")
 # As `bench` has it by default: of all types, backends and budgets there are dozens of arms to compile.
 QUICK = Shape(layers=4, vision_layers=3)
+NARROW = Shape(hidden=512, layers=4, vision_hidden=512, vision_layers=3)
 
 
 class Table(NamedTuple):
@@ -128,7 +129,7 @@ TABLES = {
     "precisions": Table(precisions.COLUMNS, 7, [],
                         measure=functools.partial(precisions.precisions, QUICK, 1, ("1/3", "1/9"))),
     "precisions_16": Table(precisions.COLUMNS, 3, [],
-                           measure=functools.partial(precisions.precisions, QUICK, 16, ("1/3", "1/9"))),
+                           measure=functools.partial(precisions.precisions, NARROW, 16, ("1/3", "1/9"))),
     TINY: Table(None, 1, tiny()),
 }  # fmt: skip
 

@@ -262,12 +262,12 @@ class EngineModel(CompiledModel):
 
         verify: read every file once and compare SHA-256, not the sizes alone; runtime: of RUNTIMES, what runs ONNX files,
         onnxruntime by default; engines run in what they were built for; threads: of that runtime on a CPU, torch's number by
-        default. onnxruntime's are prepack: packed weights, faster, at the cost of a copy of the weights in every program, off
-        by default, but for int8 weights, which always are; exact: multiply int8 weights as floats, which every program then
-        holds, and not by kernels that round the other factor to int8, too: slower, and what the graphs say to the last digits.
-        OpenVINO's are device, by its own name, "CPU" by default; precision, "f32", "bf16" or "f16", what it computes in, by
-        default the folder's dtype; cache_dir: where it keeps what it compiled, outside the folder, and to be trusted as code
-        is. No pickle is read and no path outside the folder is followed.
+        default; exact: multiply int8 weights as floats, which every program of onnxruntime's then holds, and not by kernels
+        that round the other factor to int8, too: slower, and what the graphs say to the last digits. onnxruntime's own is
+        prepack: packed weights, faster, at the cost of a copy of the weights in every program, off by default, but for int8
+        weights, which always are. OpenVINO's are device, by its own name, "CPU" by default; precision, "f32", "bf16" or
+        "f16", what it computes in, by default the folder's dtype; cache_dir: where it keeps what it compiled, outside the
+        folder, and to be trusted as code is. No pickle is read and no path outside the folder is followed.
 
         Raises FolderError for a folder that is not exactly as exported, UnsupportedError where its runtime, device or
         precision is missing, or the runtime has no kernels for its dtype, ConfigError for an option that the runtime does not
@@ -277,12 +277,17 @@ class EngineModel(CompiledModel):
         if not root.is_dir():
             raise FolderError(f"{root} is not a folder: pass what export() wrote")
         own: dict[str, Any] = {"device": device, "precision": precision, "cache_dir": cache_dir}
-        check_runtime(runtime, {"prepack": prepack, "exact": exact}, own)
+        check_runtime(runtime, {"prepack": prepack}, own)
         manifest = Manifest.read(root)
         if runtime is not None and manifest.product != "onnx":
             raise FolderError(
                 f"the folder holds engines of {manifest.product}, which no other product runs: leave out "
                 f"runtime={runtime!r}, or export(format='onnx')"
+            )
+        if manifest.product == "onnx" and runtime != "openvino" and manifest.dtype == "bfloat16":
+            raise UnsupportedError(
+                "the folder is of a model in bfloat16, for which onnxruntime has no kernels on a CPU: pass "
+                "runtime='openvino', or export a model that was loaded with dtype=torch.float32"
             )
         manifest.verify(root, digests=verify)
         try:
@@ -297,13 +302,8 @@ class EngineModel(CompiledModel):
         if runtime == "openvino":
             from .openvino import opener
 
-            load = opener(root, manifest, threads=threads, **own)
+            load = opener(root, manifest, threads=threads, exact=bool(exact), **own)
         elif manifest.product == "onnx":
-            if manifest.dtype == "bfloat16":
-                raise UnsupportedError(
-                    "the folder is of a model in bfloat16, for which onnxruntime has no kernels on a CPU: pass "
-                    "runtime='openvino', or export a model that was loaded with dtype=torch.float32"
-                )
             # Kernels for int8 weights want them packed: of others they take fifty times as long.
             packed = bool(manifest.quantised) and not exact
             load = partial(OrtProgram, threads=threads, prepack=bool(prepack) or packed, exact=bool(exact))

@@ -73,6 +73,7 @@ def opener(
     precision: str | None,
     threads: int | None,
     cache_dir: str | Path | None,
+    exact: bool = False,
 ) -> Callable[[Path, ProgramSpec], OpenVinoProgram]:
     """What loads the programs of an ONNX folder. Raises as `precision_of` does, ConfigError for a cache inside the folder."""
     where = "CPU" if device is None else device
@@ -85,15 +86,16 @@ def opener(
             )
         # OpenVINO knows a model by its path and changes of its file, which say nothing of another file with the weights.
         cache = Path(cache_dir) / file_digest(root / NAME)[:32]
-    return partial(OpenVinoProgram, precision=chosen, device=where, threads=threads, cache=cache)
+    return partial(OpenVinoProgram, precision=chosen, device=where, threads=threads, cache=cache, exact=exact)
 
 
 class OpenVinoProgram:
     """One program as a callable: torch tensors in, a list of new torch tensors out, bound by address.
 
     precision: one of PRECISIONS, that the device computes in; threads: torch's number by default; cache: a folder for what was
-    compiled, None for none. Every thread that calls has a request of its own. Raises FolderError for a file that does not load
-    or is not what `spec` says.
+    compiled, None for none; exact: products by int8 weights in floats, where OpenVINO would round the other factor as well.
+    Every thread that calls has a request of its own. Raises FolderError for a file that does not load or is not what `spec`
+    says.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class OpenVinoProgram:
         device: str = "CPU",
         threads: int | None = None,
         cache: Path | None = None,
+        exact: bool = False,
     ):
         self._ov = package()
         options: dict[str, Any] = {
@@ -114,6 +117,8 @@ class OpenVinoProgram:
         if device == "CPU":
             # Threads of processes beside each other would be bound to the same cores.
             options |= {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
+        if exact:
+            options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         if cache is not None:
             options["CACHE_DIR"] = str(cache)
         try:

@@ -25,7 +25,7 @@ KV_ROW_BYTES = 2 * 32 * 128 * 2
 PRUNED_ROWS = [64 + 172] * 2 + [64 + 77] * 20 + [64 + 15] * 10
 
 ROW_FIELDS = {
-    "backend", "arm", "preset", "shape", "dtype", "batch", "text_tokens", "new_tokens", "images", "frames", "side",
+    "backend", "arm", "preset", "shape", "dtype", "weights", "batch", "text_tokens", "new_tokens", "images", "frames", "side",
     "tower_ms", "select_ms", "tower_ms_quartiles", "select_ms_quartiles",
     "vision_ms", "prefill_ms", "decode_ms", "ttft_ms", "selection_ms",
     "vision_ms_quartiles", "prefill_ms_quartiles", "decode_ms_quartiles", "ttft_ms_quartiles", "selection_ms_quartiles",
@@ -172,6 +172,7 @@ def test_a_shape_is_the_model_it_describes():
         ({"configs": {"x": ViTCoPConfig(retention=0.3, vision_layer=2)}}, ConfigError, "vision_layer=2 is layer 2 of 3"),
         ({"family": "bert"}, ConfigError, "family 'bert' is unknown: use one of llava, internvl, qwen2_vl, qwen2_5_vl"),
         ({"dtype": "int8"}, ConfigError, "dtype 'int8' is unknown: use one of float32, float16, bfloat16"),
+        ({"weights": "int4"}, ConfigError, "weights 'int4' is unknown: use one of float, int8"),
         ({"device": "tpu"}, ConfigError, "device 'tpu' is unknown: use one of cpu, cuda"),
         ({"hidden": 0}, ConfigError, "hidden=0 is below 1"),
         ({"hidden": 200}, ConfigError, "hidden=200 does not split into heads of 64: choose a multiple of 64"),

@@ -61,12 +61,13 @@ def dequantised(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def test_it_computes_what_the_rounded_values_say(int8: Path) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_it_computes_what_the_rounded_values_say(runtime: str, int8: Path) -> None:
     """With products in floats; the kernels for int8 weights round the other factor too, and come near."""
     rounded = naive(models.llava(LAYERS))
     ids, images = models.prompt(), models.pixels()
     told = reference.run(rounded, ids, images, SETTINGS, 4)
-    exact = EngineModel.from_pretrained(int8, exact=True, threads=1)
+    exact = EngineModel.from_pretrained(int8, exact=True, threads=1, runtime=runtime)
     _, kept, *_ = exact.engines.vision(1)(images)
     assert kept[0].tolist() == told.kept and len(told.kept) == BUDGET
     ask: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -77,9 +78,10 @@ def test_it_computes_what_the_rounded_values_say(int8: Path) -> None:
     text = torch.tensor([models.text(8)])
     with torch.no_grad():
         expected = rounded(input_ids=text).logits[0, -1]
-    near = EngineModel.from_pretrained(int8, threads=1)(input_ids=text).logits.flatten()
+    near = EngineModel.from_pretrained(int8, threads=1, runtime=runtime)(input_ids=text).logits.flatten()
     assert torch.nn.functional.cosine_similarity(near, expected, 0) > 0.99
-    assert not torch.allclose(near, expected, atol=1e-4)
+    if runtime == "onnxruntime":  # OpenVINO rounds where the processor multiplies int8 faster
+        assert not torch.allclose(near, expected, atol=1e-4)
 
 
 def test_what_it_holds(int8: Path) -> None:

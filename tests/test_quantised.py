@@ -119,7 +119,12 @@ def test_a_pruned_one_is_its_layers_pruned_by_hand(kind: str, only: str) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "kind"),
-    [("inductor", "int8"), pytest.param("aotinductor", "int8", marks=pytest.mark.exhaustive), ("onnxruntime", "int8")],
+    [
+        ("inductor", "int8"),
+        pytest.param("aotinductor", "int8", marks=pytest.mark.exhaustive),
+        ("onnxruntime", "int8"),
+        ("openvino", "int8"),
+    ],
 )
 def test_backends(backend: str, kind: str) -> None:
     model = shared(kind)

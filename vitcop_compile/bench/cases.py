@@ -67,7 +67,7 @@ class Shape:
             width = getattr(self, what)
             if width % (2 * heads(width, head)):
                 raise ConfigError(f"{what}={width} does not split into heads of {head}: choose a multiple of {head}")
-        named = {"family": MODELS, "dtype": DTYPES, "device": DEVICES, "weights": WEIGHTS}
+        named: dict[str, Iterable[str]] = {"family": MODELS, "dtype": DTYPES, "device": DEVICES, "weights": WEIGHTS}
         for what, known in named.items():
             _known(what, getattr(self, what), known)
         if self.weights != "float" and not importlib.util.find_spec("torchao"):

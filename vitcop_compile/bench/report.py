@@ -25,7 +25,8 @@ _REMEDY = "measure the results anew"
 _BYTES = {"KV": "kv_bytes", "peak memory": "peak_memory_bytes", "before the request": "resident_memory_bytes"}
 _FIELDS = {"settings": "preset", "selection": "selection_ms"}
 # Columns of text; the others are numbers.
-_WORDS = {"arm", "backend", "fact", "measure", "preset", "process", "program", "settings", "subject", "verdict", "what"}
+_WORDS = {"arm", "backend", "caches", "chosen", "dtype", "fact", "kernel", "measure", "precision", "preset", "process",
+          "program", "settings", "shape", "subject", "verdict", "what"}  # fmt: skip
 
 
 @with_config(ConfigDict(extra="allow"))
