@@ -211,6 +211,22 @@ def blank(layouts: Sequence[Layout], host: Host, device: torch.device, dtype: to
     return Images(torch.zeros(tiles, *host.pixel_shape, device=device, dtype=dtype), tuple(layouts), packs)
 
 
+def blank_words(host: Host, layouts: Sequence[Layout], text_tokens: int) -> list[int]:
+    """The ids of a prompt with images of given layouts and so many text tokens, protected ones among them, one at least."""
+    protected = sum(len(segment.protected) for layout in layouts for segment in layout)
+    word = next(word for word in range(len(host.token_ids) + 1) if word not in host.token_ids)
+    left, row = max(1, text_tokens - protected), []
+    for layout in layouts:
+        token = host.token_ids[-1] if layout[0].kind == "video" else host.token_id
+        tokens, runs = sum(segment.tokens for segment in layout), layout[0].grid[0] if layout[0].broken else 1
+        for _ in range(runs):
+            # A word before each, as long as there are any: some models take images side by side for one.
+            row += [word] * (left > 0)
+            left -= left > 0
+            row += [token] * (tokens // runs)
+    return row + [word] * left
+
+
 def _any_pack(segment: Segment, blended: bool) -> Pack:
     count = segment.candidates
     index = torch.zeros(count, segment.taps, dtype=torch.int64)

@@ -16,7 +16,7 @@ from .backends import Program, backend_of, writing_rows
 from .cache import PrunedCache
 from .errors import InputError
 from .fillers import fill
-from .host import Host
+from .host import Host, blank_words
 from .kept import Kept
 from .layout import Layout
 from .program_cache import ProgramCache, bytes_of
@@ -226,6 +226,11 @@ class OptimizedModel(CompiledModel):
         """Raises UnsupportedError if the model is no longer what was optimized; every request begins with this."""
         self._weights.check()
 
+    @property
+    def weights_version(self) -> int:
+        """A number that grows with every change of weights in place: what was computed before one is out of date."""
+        return self._weights.version
+
     def _turn(self, *request: Any) -> Any:
         self.check_weights()
         return super()._turn(*request)
@@ -285,18 +290,7 @@ class OptimizedModel(CompiledModel):
         host = self.host
         each = [host.layout] * images if layouts is None else list(layouts)
         given = host.blank(each * batch_size, self.device, self.dtype) if each else None
-        protected = sum(len(segment.protected) for layout in each for segment in layout)
-        word = next(word for word in range(len(host.token_ids) + 1) if word not in host.token_ids)
-        left, row = max(1, text_tokens - protected), []
-        for layout in each:
-            token = host.token_ids[-1] if layout[0].kind == "video" else host.token_id
-            tokens, runs = sum(segment.tokens for segment in layout), layout[0].grid[0] if layout[0].broken else 1
-            for _ in range(runs):
-                # A word before each, as long as there are any: some models take images side by side for one.
-                row += [word] * (left > 0)
-                left -= left > 0
-                row += [token] * (tokens // runs)
-        ids = torch.tensor([row + [word] * left] * batch_size, device=self.device)
+        ids = torch.tensor([blank_words(host, each, text_tokens)] * batch_size, device=self.device)
         request: dict[str, Any] = {"input_ids": ids, "pixel_values": given}
         if self._on_demand.kept is not None:
             asked = self._asked(request, max_new_tokens)

@@ -14,7 +14,7 @@ from .errors import InputError
 from .host import check_device
 from .layout import Layout
 from .ops.indexing import compact
-from .schedule import Schedule
+from .schedule import ModelShape, Schedule
 
 
 class Prompt(NamedTuple):
@@ -303,3 +303,21 @@ def check_vocabulary(ids: Tensor, vocab: int) -> None:
     """Raises InputError for token ids [B, 1] outside the vocabulary."""
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise InputError(f"input_ids holds ids outside the vocabulary of {vocab}: tokenize for this model")
+
+
+def check_length(shape: ModelShape, prompt: tuple[int, int], new_tokens: int) -> None:
+    """Raises InputError where a model of `shape` has no place for a prompt and `new_tokens`.
+
+    prompt: (rows, positions) that its sequences reach; tokens that were pruned have positions too where all keep theirs."""
+    rows, positions = prompt
+    if rows + new_tokens > shape.most_tokens:
+        limit = f"{shape.max_positions}" if shape.most_tokens == shape.max_positions else f"a window of {shape.window}"
+        raise InputError(
+            f"a prompt of {rows} rows and {new_tokens} new tokens need {rows + new_tokens} positions, the model has "
+            f"{limit}: shorten the prompt or lower max_new_tokens"
+        )
+    if positions + new_tokens > shape.max_positions:
+        raise InputError(
+            f"a prompt of {positions} positions, which pruned tokens keep, and {new_tokens} new tokens need "
+            f"{positions + new_tokens}, the model has {shape.max_positions}: shorten the prompt or lower max_new_tokens"
+        )

@@ -18,7 +18,7 @@ from .explain import explain
 from .host import Images
 from .isolation import plain
 from .layout import Layout
-from .prompt import among, check_ids, check_mask, check_vocabulary, finite, read, refuse_pixels
+from .prompt import among, check_ids, check_length, check_mask, check_vocabulary, finite, read, refuse_pixels
 from .provider import Ask, Provider
 from .schedule import Schedule
 from .turn import Turn, positions_of, run_turn
@@ -49,6 +49,11 @@ class CompiledModel(GenerationMixin):
         # Reading values back is free on a CPU. On a GPU it would stall the device before the first token.
         self._postpone = provider.device.type != "cpu"
         self._running = threading.local()
+
+    @property
+    def provider(self) -> Provider:
+        """Where the programs come from."""
+        return self._provider
 
     @property
     def device(self) -> torch.device:
@@ -347,7 +352,7 @@ class CompiledModel(GenerationMixin):
         if images is not None and any(schedule.placed for schedule in schedules):
             positions, taken = positions_of(host, reading, images.about, beams)
         ends = rows if taken is None else taken.tolist()
-        self._check_length(cache.reaches(rows, ends), new or 1)
+        check_length(self.schedule.shape, cache.reaches(rows, ends), new or 1)
         most = tuple(map(max, zip(*visual, strict=True)))
         ask = Ask(batch, max(reading.text), max(reading.images), new, cache.held, cache.rows, most, tuple(found))
         plan = provider.plan(ask)
@@ -382,22 +387,6 @@ class CompiledModel(GenerationMixin):
         logits, *_ = step(held.token, held.last, held.length, held.position, held.removed, *held.written)
         cache.advance()
         return _answer(logits, cache)
-
-    def _check_length(self, prompt: tuple[int, int], new_tokens: int) -> None:
-        """prompt: (rows, positions) that its sequences reach; tokens that were pruned have positions too where all keep
-        theirs."""
-        shape, (rows, positions) = self.schedule.shape, prompt
-        if rows + new_tokens > shape.most_tokens:
-            limit = f"{shape.max_positions}" if shape.most_tokens == shape.max_positions else f"a window of {shape.window}"
-            raise InputError(
-                f"a prompt of {rows} rows and {new_tokens} new tokens need {rows + new_tokens} positions, the model has "
-                f"{limit}: shorten the prompt or lower max_new_tokens"
-            )
-        if positions + new_tokens > shape.max_positions:
-            raise InputError(
-                f"a prompt of {positions} positions, which pruned tokens keep, and {new_tokens} new tokens need "
-                f"{positions + new_tokens}, the model has {shape.max_positions}: shorten the prompt or lower max_new_tokens"
-            )
 
 
 def _one_cache(past_key_values: Any, cache: Any) -> Any:

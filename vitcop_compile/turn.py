@@ -13,7 +13,7 @@ from . import vision
 from .cache import Buffers, PrunedCache, Selection
 from .host import Host, Images
 from .layout import Layout
-from .prompt import Reading, align
+from .prompt import Prompt, Reading, align
 from .schedule import Schedule
 from .vision import Seen, gather, see
 
@@ -81,50 +81,67 @@ def run_turn(provider: Any, turn: Turn, cache: PrunedCache) -> Tensor:
     return torch.cat([logits for _, logits, _ in found]).index_select(0, order)
 
 
+class Given(NamedTuple):
+    """B samples that are alike, as their programs take them. prompt: their rows; own: their images, None without; kept: int64
+    [B, n], what stays before the decoder, counted through all segments, None where all do; positions: int64 [dims, B, rows],
+    from 0 on, None where a token's position is its row; taken: int64 [B], positions that the turn takes."""
+
+    prompt: Prompt
+    own: vision.Part | None
+    kept: Tensor | None
+    positions: Tensor | None
+    taken: Tensor
+
+
+def give(turn: Turn, samples: list[int], schedule: Schedule, own: vision.Part | None, device: torch.device) -> Given:
+    """`samples` of a turn, which have one `schedule`, with what the vision side has made of their images, None without."""
+    kept = None if own is None or own.kept is None else _through(own.kept, schedule)
+    prompt = align(turn.reading, samples, schedule, kept, turn.text + schedule.image_tokens, device)
+    taken = prompt.last + 1
+    if turn.taken is not None:
+        taken = torch.from_numpy(turn.taken[samples]).to(device, non_blocking=True)
+    positions = None
+    if own is not None and prompt.source is not None:
+        assert turn.positions is not None
+        dense = torch.from_numpy(turn.positions[:, samples]).to(device, non_blocking=True)
+        positions = dense.gather(2, prompt.source.expand(len(dense), -1, -1))
+    return Given(prompt, own, kept, positions, taken)
+
+
+def call(
+    provider: Any, schedule: Schedule, text: int, given: Given, buffers: Buffers | Part, filled: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """(logits [B, 1, vocab], what stays at each stage of the decoder) of samples with `text` text rows, whose keys and values
+    go into `buffers`, behind those that are there where `filled` says so."""
+    prompt, own, (batch, tokens) = given.prompt, given.own, given.prompt.ids.shape
+    length, position, removed = buffers.length, buffers.position, buffers.removed
+    if not filled:
+        buffers.reset()
+    if own is None:
+        program = provider.extend(batch, text, buffers.rows)
+        logits, *stages = program(prompt.ids, prompt.last, length, position, removed, *buffers.written)
+    else:
+        within = torch.arange(tokens, device=length.device) if given.positions is None else given.positions
+        positions = (position.unsqueeze(1) + within).expand(provider.position_dims, batch, tokens)
+        state = own.state if schedule.follows else ()
+        places = (length, removed) if filled else ()
+        program = provider.prefill(batch, text, schedule, buffers.rows, filled)
+        inputs = (prompt.ids, prompt.last, positions.contiguous(), own.features, prompt.visual, *state, *places)
+        logits, *stages = program(*inputs, *buffers.written)
+    torch._foreach_add_([length, position], [prompt.last + 1, given.taken])
+    if schedule.decoder_stages and schedule.layout:
+        removed.add_(_removed(schedule, removed))
+    return logits, stages
+
+
 def _run_alike(
     provider: Any, schedule: Schedule, turn: Turn, buffers: Buffers | Part, seen: Seen | None, samples: list[int]
 ) -> tuple[Tensor, Selection]:
     """(logits [B, 1, vocab], what stayed) of `samples` of one schedule, whose caches are `buffers`."""
-    batch = len(samples)
-    tokens = turn.text + schedule.image_tokens
     own = gather(seen, [sample // turn.beams for sample in samples]) if seen is not None and schedule.layout else None
-    kept = None if own is None or own.kept is None else _through(own.kept, schedule)
-    device = buffers.length.device
-    prompt = align(turn.reading, samples, schedule, kept, tokens, device)
-    length, position, removed = buffers.length, buffers.position, buffers.removed
-    if not turn.filled:
-        buffers.reset()
-    if own is None:
-        program = provider.extend(batch, turn.text, buffers.rows)
-        logits, *stages = program(prompt.ids, prompt.last, length, position, removed, *buffers.written)
-    else:
-        if prompt.source is None:
-            positions = position.unsqueeze(1) + torch.arange(tokens, device=device)
-        else:
-            assert turn.positions is not None
-            dense = torch.from_numpy(turn.positions[:, samples]).to(device, non_blocking=True)
-            positions = position.unsqueeze(1) + dense.gather(2, prompt.source.expand(len(dense), -1, -1))
-        positions = positions.expand(provider.position_dims, batch, tokens)
-        state = own.state if schedule.follows else ()
-        program = provider.prefill(batch, turn.text, schedule, buffers.rows, turn.filled)
-        places = (length, removed) if turn.filled else ()
-        given = (
-            prompt.ids,
-            prompt.last,
-            positions.contiguous(),
-            own.features,
-            prompt.visual,
-            *state,
-            *places,
-            *buffers.written,
-        )
-        logits, *stages = program(*given)
-    rows = prompt.last + 1
-    taken = rows if turn.taken is None else torch.from_numpy(turn.taken[samples]).to(device, non_blocking=True)
-    torch._foreach_add_([length, position], [rows, taken])
-    if schedule.decoder_stages and schedule.layout:
-        removed.add_(_removed(schedule, removed))
-    return logits, Selection() if own is None else _selection(own, kept, stages)
+    given = give(turn, samples, schedule, own, buffers.length.device)
+    logits, stages = call(provider, schedule, turn.text, given, buffers, turn.filled)
+    return logits, Selection() if own is None else _selection(own, given.kept, stages)
 
 
 def _through(kept: Tensor, schedule: Schedule) -> Tensor:

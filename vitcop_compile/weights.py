@@ -36,7 +36,7 @@ class Weights:
         self._parts = [(tensor, name, part) for tensor, found in zip(whole, parts) for name, part in found.items() if name]
         self._dicts, self._held = [contents for contents, _, _ in self._contents], held
         self._addresses, self._dtypes = self._places()
-        self._versions = self._sum_of_versions()
+        self._versions = self.version
 
     def check(self) -> None:
         """Raises UnsupportedError, naming what differs, for a model that programs no longer follow. Reads no value.
@@ -54,7 +54,7 @@ class Weights:
         for tensor, name, part in self._parts:
             if getattr(tensor, name, None) is not part:
                 self._refuse(f"{name} of {self._path(tensor)}, a quantised weight, was replaced, moved or converted")
-        if self._copied and self._sum_of_versions() != self._versions:
+        if self._copied and self.version != self._versions:
             self._refuse("weights were changed in place, and the programs of this backend hold copies")
 
     def _places(self) -> tuple[list[int], list[torch.dtype]]:
@@ -87,7 +87,9 @@ class Weights:
                     return f"{path}.{name}".lstrip(".")
         return "a tensor"
 
-    def _sum_of_versions(self) -> int:
+    @property
+    def version(self) -> int:
+        """A number that grows with every change of values in place; those of inference mode are not counted."""
         return sum(tensor._version for tensor in self._tensors if not tensor.is_inference())
 
     def _refuse(self, what: str) -> None:

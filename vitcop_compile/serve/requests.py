@@ -13,10 +13,10 @@ from ..errors import InputError, VitcopError
 class Sampling:
     """How the answers to one prompt are drawn, by the names and the meaning that transformers' `generate` has for them.
 
-    temperature: 0 is greedy; top_p, top_k: 1 and 0 keep all tokens; presence_penalty, frequency_penalty: OpenAI's, taken off
-    the logits of tokens that the answer holds; stop_ids: tokens that end an answer beside the model's own end, which
-    `ignore_end` leaves out; seed: of random draws, by chance if None; logprobs: how many of the likeliest tokens are told
-    with the log-probability of the chosen, None for neither; n: answers.
+    temperature: 0 is greedy, else 1e-6 at least; top_p, top_k: 1 and 0 keep all tokens; presence_penalty, frequency_penalty:
+    OpenAI's, taken off the logits of tokens that the answer holds; stop_ids: tokens that end an answer beside the model's own
+    end, which `ignore_end` leaves out; seed: of random draws, by chance if None, answer number i draws with seed + i;
+    logprobs: how many of the likeliest tokens are told with the log-probability of the chosen, None for neither; n: answers.
 
     Raises InputError for values out of range.
     """
@@ -53,6 +53,10 @@ class Sampling:
                 continue
             if not (least <= value and (most is None or value <= most)):  # NaN is neither
                 raise InputError(f"{name}={value} is out of range: from {least}" + (f" to {most}" if most is not None else ""))
+        if 0 < self.temperature < 1e-6:
+            raise InputError(
+                f"temperature={self.temperature} is between 0 and 1e-6, where logits overflow: pass 0, which is greedy"
+            )
         for name in ("top_p", "repetition_penalty"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)} is not above 0")
@@ -116,9 +120,9 @@ class Scheduler(Protocol):
         ...
 
     def counts(self) -> Mapping[str, float]:
-        """What there is to measure now: "slots", "occupied", "queued", "oldest_queued_s", "heartbeat_age_s", and totals since
-        the start: "submitted", "finished", "cancelled", "failed", "rejected", "prefills", "decode_steps", "padded_rows",
-        "text_rows", "feature_hits", "feature_misses"."""
+        """What there is to measure now: "slots", "occupied", "queued", "oldest_queued_s", "heartbeat_age_s", "stopped", 1 once
+        a defect has ended it, and totals since the start: "submitted", "finished", "cancelled", "failed", "rejected",
+        "prefills", "decode_steps", "padded_rows", "text_rows", "feature_hits", "feature_misses"."""
         ...
 
     def close(self, drain: bool = True) -> None:
