@@ -2,7 +2,7 @@
 
 import typer
 
-from . import bench, demo, explain, export, regress, tune, view, warmup
+from . import batch, bench, demo, explain, export, regress, serve, tune, view, warmup
 
 __all__ = ["app"]
 
@@ -15,6 +15,8 @@ app = typer.Typer(
 # `--help` lists them in this order.
 app.command("export")(export.export_command)
 app.command("run")(export.run_command)
+app.command("serve")(serve.serve_command)
+app.command("batch")(batch.batch_command)
 app.command("warmup")(warmup.warmup_command)
 app.command("bench")(bench.bench_command)
 app.command("plot")(bench.plot_command)
