@@ -1,0 +1,72 @@
+"""The benchmark of a server under load: what it sends, how it searches a rate, and what it makes of times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TIMES = st.lists(st.floats(0, 1e3), min_size=1)
+
+
+@pytest.fixture(scope="module")
+def modules() -> Any:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(BENCHMARKS)
+        import serving
+        import serving_load
+
+        yield serving, serving_load
+
+
+@given(capacity=st.floats(0.01, 1000), first=st.floats(0.01, 1000))
+def test_a_search_ends_within_a_tenth_below_what_passes(modules: Any, capacity: float, first: float) -> None:
+    search = modules[0].Search(first)
+    for _ in range(60):
+        if search.over:
+            break
+        search.note(search.rate <= capacity)
+    assert search.over and search.passed <= capacity < search.passed * 1.1 * (1 + 1e-9)
+
+
+@given(values=TIMES, part=st.sampled_from([0.5, 0.99, 1.0]))
+def test_a_percentile_is_the_least_that_covers_its_part(modules: Any, values: list[float], part: float) -> None:
+    found = modules[1].percentile(values, part)
+    covered = [value for value in values if value <= found]
+    assert found in values and len(covered) >= part * len(values) - 1e-9
+    assert len([value for value in values if value < found]) < part * len(values)
+
+
+def test_a_percentile_of_nothing_is_beyond_every_bound(modules: Any) -> None:
+    assert modules[1].percentile([], 0.5) == float("inf")
+
+
+def test_requests_come_by_chance_at_their_rate_and_again_by_their_seed(modules: Any) -> None:
+    load = modules[1]
+    items = load.poisson(50.0, 100.0, seed=3)
+    assert items == load.poisson(50.0, 100.0, seed=3) != load.poisson(50.0, 100.0, seed=4)
+    assert abs(len(items) - 5000) < 5 * 5000**0.5  # five standard deviations
+    ats = [item.at for item in items]
+    assert ats == sorted(ats) and ats[0] > 0 and ats[-1] < 100
+    without = sum(item.picture is None for item in items) / len(items)
+    assert abs(without - load.TEXT_ONLY) < 0.03
+    assert {item.text for item in items} == set(load.TEXTS) and {item.new for item in items} == set(load.NEW)
+
+
+def test_times_count_from_when_a_request_was_meant_to_leave(modules: Any) -> None:
+    load = modules[1]
+    found = [
+        load.Answered(200, True, 1.0, 1.5, 2.5, 11),
+        load.Answered(200, True, 0.0, 2.0, 2.0, 1),  # one token has no pace
+        load.Answered(200, False, 0.0, 0.25, 9.0, 3),  # broken
+        load.Answered(429, False, 0.0, None, None, 0),
+    ]
+    told = load.summed(found, 4.0)
+    assert (told["requests"], told["whole"], told["refused"], told["broken"]) == (4, 2, 1, 1)
+    assert told["per_s"] == 0.5 and told["tokens_per_s"] == 3.0
+    assert (told["ttft_p50_ms"], told["ttft_p99_ms"]) == (500.0, 2000.0)
+    assert told["tpot_p50_ms"] == told["tpot_p99_ms"] == pytest.approx(100.0)
