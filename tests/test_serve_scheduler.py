@@ -240,6 +240,32 @@ def test_nobody_is_passed_by_one_with_the_same_key() -> None:
     assert order == [[0], [1], [2]] and all(each.over for each in heard)
 
 
+def test_what_is_cancelled_ends_with_the_next_round() -> None:
+    """All its answers, wherever they are, once; the others go on."""
+    scheduler, script, _ = made(slots=3, company=0)
+    ticket, heard = ask(scheduler, says(9), max_new_tokens=9, n=2)
+    _, other = ask(scheduler, says(9, "b"), max_new_tokens=9)
+    late, never = ask(scheduler, says(9, "c"), max_new_tokens=9)
+    for _ in range(1 + EVERY):
+        scheduler.step()
+    for _ in range(2):
+        ticket.cancel()
+        late.cancel()
+    said = len(heard.ids())
+    scheduler.step()
+    assert heard.ends == ["cancelled"] * 2 and len(heard.ids()) == said and never.ends == ["cancelled"]
+    ticket, heard = ask(scheduler, says(9), max_new_tokens=9)
+    serve(scheduler)
+    ticket.cancel()
+    scheduler.step()
+    assert other.ends == heard.ends == ["length"] and scheduler.counts()["cancelled"] == 2
+    ticket, heard = ask(scheduler, says(9), max_new_tokens=9)
+    scheduler.step()
+    ticket.cancel()  # while nobody waits
+    scheduler.step()
+    assert heard.ends == ["cancelled"] and script.holds == [None] * 3
+
+
 def test_a_listener_that_fails_is_let_go() -> None:
     """At once, without a word to it, and with its slots; nobody else is told of it."""
     scheduler, script, _ = made(slots=3, company=0)
