@@ -91,7 +91,9 @@ def mixed(model: Any, rng: np.random.Generator, count: int, images: tuple[int, .
     assert counts["failed"] == counts["occupied"] == 0 and counts["finished"] + counts["cancelled"] == count
 
 
-@pytest.mark.parametrize(("buckets", "seed", "count"), [((LONG,), 0, 8), slow(BUCKETS, 1, 25), exhaustive(BUCKETS, 2, 60)])
+@pytest.mark.parametrize(
+    ("buckets", "seed", "count"), [((LONG,), 0, 8), exhaustive(BUCKETS, 1, 30), exhaustive(BUCKETS, 2, 60)]
+)
 def test_any_mix_is_answered_as_alone(buckets: tuple[int, ...], seed: int, count: int) -> None:
     mixed(eager(buckets), np.random.default_rng(seed), count)
 
