@@ -10,8 +10,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from ledger import DECODE, END, PREFILL, Clock, Heard, Script, ask, serve
 from models import exhaustive, slow
-from serving import DECODE, END, PREFILL, Clock, Heard, Script, ask, serve
 
 from vitcop_compile import ConfigError, InputError, VitcopError
 from vitcop_compile.serve.queues import Pace
@@ -460,11 +460,10 @@ def test_a_listener_cannot_close_what_it_listens_to() -> None:
 def test_a_defect_of_the_scheduler_leaves_nobody_waiting() -> None:
     script = Script(2, Clock())
     script.free = lambda slots: 1 / 0  # type: ignore[method-assign]
-    scheduler = SlotScheduler(script, company=0)
+    scheduler = SlotScheduler(script, company=0, threaded=False)
     _, heard = ask(scheduler, says(3), max_new_tokens=30)
     _, ended = ask(scheduler, says(0, ends=True), max_new_tokens=3)
-    assert scheduler._thread is not None
-    scheduler._thread.join(10)
+    scheduler._run()  # what its thread does, once both wait
     assert heard.ends == ["failed"] and ended.over
     with pytest.raises(VitcopError, match="ZeroDivisionError") as stopped:
         ask(scheduler, says(3))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from folders import CONFIG, LAYERS
+from ledger import Clock, Heard, ask, serve
 from models import VOCAB, exhaustive, pixels, slow, turn_ids
-from serving import Clock, Heard, ask, serve
 from torch import Tensor
 from vitcop_compile.export import EngineModel, export
 
