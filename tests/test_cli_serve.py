@@ -110,7 +110,7 @@ def test_what_cannot_be_served_is_refused_in_a_line(asked: SimpleNamespace, spok
     assert "body=0 is not above 0" in error_of("serve", *good, "--max-body-mib", 0)
     for name in ("--max-body-mib", "--max-megapixels"):
         for value in ("nan", "inf"):
-            assert f"{name} {value} is no number that bounds anything" in error_of("serve", *good, name, value)
+            assert f"{name} {value}: Input should be a finite number" in error_of("serve", *good, name, value)
     assert "hosts='http://a' is not a name" in error_of("serve", *good, "--image-hosts", "http://a")
     assert "--drain-seconds -1.0 is below 0" in error_of("serve", *good, "--drain-seconds", -1)
     assert "--image-size big is not WIDTHxHEIGHT" in error_of("serve", *good, "--image-size", "big")

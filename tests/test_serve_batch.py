@@ -272,7 +272,9 @@ def test_the_command_by_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_the_command_refuses(tmp_path: Path) -> None:
     source = written(tmp_path / "in", request("a"))
     assert "--replicas is of a cluster: add --ray" in error_of("batch", "x", source, tmp_path / "out", "--replicas", 2)
-    assert "replicas=0: Input should be greater" in error_of("batch", "x", source, tmp_path / "out", "--ray", "--replicas", 0)
+    assert "--replicas 0: Input should be greater" in error_of(
+        "batch", "x", source, tmp_path / "out", "--ray", "--replicas", 0
+    )
     assert "cannot be loaded" in error_of("batch", tmp_path, source, tmp_path / "out")
     assert "retention='much' is neither one of" in error_of("batch", tmp_path, source, tmp_path / "out", "--retention", "much")
 

@@ -73,7 +73,7 @@ def test_what_is_of_a_cluster_is_refused_without_one(tmp_path: Path) -> None:
     for option, value in (("--replicas", 2), ("--fronts", 2), ("--cpus", 2), ("--gpus", 1), ("--ray-address", "auto")):
         assert f"{option} is of a cluster: add --ray" in error_of("serve", tmp_path, option, value)
     assert "--access-log is uvicorn's" in error_of("serve", tmp_path, "--ray", "--access-log")
-    assert "cpus=0.0: Input should be greater than 0" in error_of("serve", tmp_path, "--ray", "--cpus", 0)
+    assert "--cpus 0.0: Input should be greater than 0" in error_of("serve", tmp_path, "--ray", "--cpus", 0)
     assert "cannot be loaded" in error_of("serve", tmp_path, "--ray")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +14,6 @@ from ..config import DEFAULT_PRESET
 from ..errors import ConfigError, UnsupportedError
 from ..export.engine import RUNTIMES
 from ..export.manifest import DTYPES
-from ..methods.named import method_from
-from .export import retention_config
 from .shared import ONE_METHOD_HELP, PRESET_NAMES, console, errors_as_lines, image_size_of, without_future_warnings
 
 # What means something with --ray alone, and what it is without.
@@ -85,49 +82,35 @@ def serve_command(
     """Serve models by OpenAI's API: chat, pictures, streams, and continuous batching."""
     with errors_as_lines(), without_future_warnings():
         require_extra()
-        if ray:
-            if access_log:
-                raise ConfigError("--access-log is uvicorn's: with --ray, Serve's own log has a line for every request")
-            cluster = {
+        if not ray:
+            refuse_ray_alone(replicas=replicas, fronts=fronts, cpus=cpus, gpus=gpus, ray_address=ray_address)
+        elif access_log:
+            raise ConfigError("--access-log is uvicorn's: with --ray, Serve's own log has a line for every request")
+        if not drain_seconds >= 0:
+            raise ConfigError(f"--drain-seconds {drain_seconds} is below 0: give 0 or more")
+        cluster = cluster_of(
+            {
                 "models": named_sources(model, model_name or []), "replicas": replicas, "fronts": fronts, "cpus": cpus,
                 "gpus": gpus, "processor": processor, "slots": slots, "queue": queue, "max_text_len": max_text_len,
                 "max_new_tokens": max_new_tokens, "image_hosts": image_hosts or [], "max_body_mib": max_body_mib,
                 "max_megapixels": max_megapixels, "drain_seconds": drain_seconds, "stalled_seconds": stalled_seconds,
                 "retention": retention, "method": method, "backend": backend, "images": images or [1], "dtype": dtype,
                 "image_sizes": [image_size_of(text) for text in image_size or ()], "runtime": runtime, "verify": verify,
-            }  # fmt: skip
-            return _serve_by_ray(cluster, host, port, ray_address)
-        refuse_ray_alone(replicas=replicas, fronts=fronts, cpus=cpus, gpus=gpus, ray_address=ray_address)
-        from ..serve.door import Door, Limits
-        from ..serve.opening import Opening
-        from ..serve.pictures import Pictures
+            }
+        )  # fmt: skip
+        from ..serve.door import Door
         from ..serve.prompts import load_processor
         from ..serve.server import Server, bound, url_of
 
-        sources = named_sources(model, model_name or [])
-        opening = Opening(
-            slots=slots,
-            queue=queue,
-            max_text_len=max_text_len,
-            max_new_tokens=max_new_tokens,
-            runtime=runtime,
-            verify=verify,
-            settings=retention_config(retention) if method is None else method_from(method, retention=retention),
-            backend=backend,
-            dtype=dtype,
-            image_sizes=[image_size_of(text) for text in image_size or ()],
-            images=images or [1],
-        )
-        pictures = Pictures(hosts=tuple(image_hosts or ()), pixels=_whole("--max-megapixels", max_megapixels, 1e6))
-        limits = Limits(body=_whole("--max-body-mib", max_body_mib, 2**20), stalled=stalled_seconds, pictures=pictures)
-        if not drain_seconds >= 0:
-            raise ConfigError(f"--drain-seconds {drain_seconds} is below 0: give 0 or more")
+        opening, limits = cluster.opening(), cluster.limits()
         # Whatever can be refused before gigabytes are read.
-        for source in sources.values():
+        for source in cluster.models.values():
             opening.check(source)
-        processors = {name: load_processor(processor or source) for name, source in sources.items()}
+        processors = {name: load_processor(cluster.processor_of(name)) for name in cluster.models}
+        if ray:
+            return _serve_by_ray(cluster, host, port, ray_address)
         with bound(host, port) as held:
-            served = [opening.open(name, source, processors[name]) for name, source in sources.items()]
+            served = [opening.open(name, source, processors[name]) for name, source in cluster.models.items()]
 
             def ready() -> None:
                 names = ", ".join(f"{one.name} (answers to {one.max_new_tokens} tokens)" for one in served)
@@ -155,12 +138,6 @@ def named_sources(model: str | None, names: Sequence[str]) -> dict[str, str]:
     return dict(found)
 
 
-def _whole(name: str, value: float, unit: float) -> int:
-    if not math.isfinite(value):
-        raise ConfigError(f"{name} {value} is no number that bounds anything: give one such as 20")
-    return int(value * unit)
-
-
 def refuse_ray_alone(**given: Any) -> None:
     """Raises ConfigError for options that mean something with --ray alone."""
     if wrong := [name for name, value in given.items() if value != RAY_ALONE[name]]:
@@ -178,18 +155,12 @@ def cluster_of(values: dict[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        raise ConfigError(f"{name}={values.get(name)!r}: {first['msg']}") from None
+        raise ConfigError(f"--{name.replace('_', '-')} {values.get(name)}: {first['msg']}") from None
 
 
-def _serve_by_ray(values: dict[str, Any], host: str, port: int, address: str | None) -> None:
-    from ..serve.prompts import load_processor
+def _serve_by_ray(cluster: Any, host: str, port: int, address: str | None) -> None:
     from ..serve.server import bound, url_of
 
-    cluster = cluster_of(values)
-    opening = cluster.opening()
-    for name, source in cluster.models.items():
-        opening.check(source)
-        load_processor(cluster.processor_of(name))
     with bound(host, port) as held:
         url, port = url_of(held), held.getsockname()[1]
     from ..serve.ray_app import serve_until_signal
