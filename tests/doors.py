@@ -126,10 +126,10 @@ class Spoken:
                 raise Overloaded("no more can wait: come back later", self.retry_after)
             asked = Asked(inputs, sampling, listen, self.wake)
             self.asked.append(asked)
+            thread = threading.Thread(target=self._answer, args=(asked,), daemon=True)
+            self.threads.append(thread)
+            thread.start()  # under the lock: whoever closes joins only what was started
             self.wake.notify_all()
-        thread = threading.Thread(target=self._answer, args=(asked,), daemon=True)
-        self.threads.append(thread)
-        thread.start()
         return asked
 
     def _answer(self, asked: Asked) -> None:
@@ -208,11 +208,11 @@ class Spoken:
     def close(self, drain: bool = True) -> None:
         with self.wake:
             self.closed = drain
-            waiting = list(self.asked)
+            waiting, threads = list(self.asked), list(self.threads)
         if not drain:
             for each in waiting:
                 each.cancel()
-        for thread in self.threads:
+        for thread in threads:
             thread.join(30)
 
 
