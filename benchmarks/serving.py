@@ -12,11 +12,12 @@ import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from serving_load import Answered, Load, poisson, summed
+from serving_load import NEW, TEXT_ONLY, Answered, Load, poisson, summed
 
 from vitcop_compile import bench
 from vitcop_compile.bench import Shape
@@ -63,6 +64,14 @@ class Search:
         return self.failed / _CLOSE <= self.passed
 
 
+def _warm(shape: Shape, label: str, backend: str) -> None:
+    """A process of its own: compiles the programs of a setting, which are kept for the server's."""
+    import serving_arms
+
+    with without_future_warnings():
+        serving_arms.warmed(shape.model(), label, backend, SLOTS)
+
+
 def _serve(shape: Shape, backend: str, ready: Connection) -> None:
     """The server's process."""
     import serving_arms
@@ -72,8 +81,12 @@ def _serve(shape: Shape, backend: str, ready: Connection) -> None:
     with without_future_warnings():
         door, slots = serving_arms.door(shape, (PRESET,), backend, SLOTS, QUEUED)
         held = bound("127.0.0.1", 0)
-        each = {label: own.bytes() / SLOTS for label, own in slots.items()}
-        Server(door, 0.0, ready=lambda: ready.send((url_of(held), each))).run(sockets=[held])
+        costs = serving_arms.work(slots, 1 - TEXT_ONLY)
+        for label, own in slots.items():
+            costs[label] |= {"slots_per_gib": 2**30 * SLOTS / own.bytes()}
+            # What the programs alone would serve: each request its prefill, and its rows of decode steps that are full.
+            costs[label]["per_s"] = 1e3 / (costs[label]["prefill_ms"] + (mean(NEW) - 1) * costs[label]["step_ms"] / SLOTS)
+        Server(door, 0.0, ready=lambda: ready.send((url_of(held), costs))).run(sockets=[held])
 
 
 class Run:
@@ -130,9 +143,8 @@ class Run:
 
 async def measure(run: Run, arms: list[str], each: int) -> dict[str, Any]:
     """Everything, in order. each: requests of a client. Returns what the rows do not say themselves."""
-    for arm in arms:  # programs are made
-        for clients in (1, *CLIENTS[1:]):
-            await run.closed(arm, clients, 4, "warm-up")
+    for arm in arms:
+        await run.closed(arm, CLIENTS[-1], 2, "warm-up")
     alone = {arm: await run.closed(arm, 1, 3 * each, "unloaded") for arm in arms}
     dense = alone[f"slots {DENSE}"]
     limits = {"ttft": 2 * dense["ttft_p50_ms"], "tpot": 4 * dense["tpot_p50_ms"]}
@@ -187,13 +199,18 @@ def main(
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         server = context.Process(target=_serve, args=(shape, backend, there), daemon=True)
-        server.start()
         try:
-            with console.status("building the models") as status:
+            with console.status("compiling some hundred programs, or finding them") as status:
+                warming = [context.Process(target=_warm, args=(shape, label, backend)) for label in (DENSE, PRESET)]
+                for each_setting in warming:
+                    each_setting.start()
+                for each_setting in warming:
+                    each_setting.join()
+                server.start()
                 while not here.poll(1.0):
                     if not server.is_alive():
                         raise UnsupportedError(f"the server's process ended with {server.exitcode}: what it said is above")
-                url, bytes_of_a_slot = here.recv()
+                url, costs = here.recv()
 
                 async def measured() -> tuple[list[Row], dict[str, Any]]:
                     load = Load(url, shape.image_size)
@@ -205,9 +222,11 @@ def main(
 
                 rows, found = asyncio.run(measured())
         finally:
-            server.terminate()
-            server.join()
-        found["slots_per_gib"] = {label: 2**30 / size for label, size in bytes_of_a_slot.items()}
+            if server.is_alive():
+                server.terminate()
+                server.join()
+        found["programs"] = costs
+        found["ideal"] = costs[PRESET]["per_s"] / costs[DENSE]["per_s"]
         environment["found"] = found
         save(rows)
         shown = [row for row in rows if row["what"] not in ("warm-up", "probe")]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,23 +18,27 @@ from transformers.generation.streamers import BaseStreamer
 from vitcop_compile import ViTCoPConfig, optimize
 from vitcop_compile.bench import Shape
 from vitcop_compile.bench.cases import DENSE
+from vitcop_compile.isolation import plain
 from vitcop_compile.optimized import OptimizedModel
 from vitcop_compile.serve.door import Door, Limits, Served
+from vitcop_compile.serve.intake import blanks
 from vitcop_compile.serve.prompts import Prompts
 from vitcop_compile.serve.requests import Event, Failed, Finished, Overloaded, Sampling, Token
 from vitcop_compile.serve.scheduler import SlotScheduler
 from vitcop_compile.serve.slots import Slots
 from vitcop_compile.toy import IMAGE_TOKEN
 
-TEXT, NEW = 128, 64
+# Tokens of text that programs are made for, and of answers.
+BUCKETS, NEW = (32, 64, 128), 64
 PATCH = 14
 # A picture, or text.
 CHAT = (
     "{% for message in messages %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<image>{% else %} {{ part.text }}{% endif %}{% endfor %}{% endfor %}"
 )
-# How long a batch waits for company, as `@serve.batch` does by default.
+# How long a batch waits for company, as `@serve.batch` does by default, and sizes of those that go through programs.
 _WAIT = 0.01
+_SIZES = (1, 2, 4, 8)
 
 
 def processor_of(shape: Shape) -> LlavaProcessor:
@@ -66,7 +72,8 @@ class _Asked:
 
 class Looped:
     """`generate()` behind the protocol of a scheduler, in one thread: requests one by one, or at most `together` that came
-    within 10 ms of each other and are alike, as a decorator for batches has it. What waits longest is next."""
+    within 10 ms of each other and are alike, as a decorator for batches has it, in sizes that there are programs of. What
+    waits longest is next."""
 
     def __init__(self, model: OptimizedModel, together: int = 1, most: int = 64):
         self._model, self._together, self._most = model, together, most
@@ -118,6 +125,7 @@ class Looped:
             # Of one call all prompts have images or none, as many rows, and as many new tokens.
             key = _key(self._held[0])
             batch = [asked for asked in self._held if _key(asked) == key][: self._together]
+            batch = batch[: max(size for size in _SIZES if size <= len(batch))]
             self._held = [asked for asked in self._held if asked not in batch]
             self._serve(batch)
             if ended:
@@ -160,17 +168,52 @@ class _Telling(BaseStreamer):
         """transformers'."""
 
 
+def warmed(model: Any, label: str, backend: str, slots: int) -> tuple[OptimizedModel, Slots]:
+    """A setting of a model and slots of it, with every program made that an arm may ask for. A picture is never kept."""
+    config = ViTCoPConfig.dense() if label == DENSE else ViTCoPConfig.preset(label)
+    optimized = optimize(model, config, backend=backend)
+    optimized.generation_config.eos_token_id = None
+    own = Slots(optimized, slots, text_tokens=BUCKETS[-1], max_new_tokens=NEW, feature_bytes=0)
+    own.warmup()
+    for size, text, images in itertools.product((size for size in _SIZES if size <= slots), BUCKETS, (0, 1)):
+        optimized.warmup(size, text, NEW, images, processes=1)
+    return optimized, own
+
+
+def work(own: Mapping[str, Slots], image_share: float, rounds: int = 5) -> dict[str, dict[str, float]]:
+    """By setting, measured in turns: ms of prefill of a request, over `BUCKETS` and that share of pictures, their encoding and
+    the selection with it; ms of a decode step of all slots."""
+    kinds = {label: list(blanks(slots.model, slots.room, slots.count)) for label, slots in own.items()}
+    prefill: dict[str, list[float]] = {label: [] for label in own}
+    step: dict[str, list[float]] = {label: [] for label in own}
+    with plain():
+        for _ in range(rounds):
+            for label, slots in own.items():
+                total = 0.0
+                for request in kinds[label]:
+                    share = image_share if request.pictures else 1 - image_share
+                    if request.turn.text in BUCKETS:
+                        total += share / len(BUCKETS) * _seconds(lambda: slots.prefill([request], [[0]]))  # noqa: B023
+                prefill[label].append(total)
+                step[label].append(_seconds(lambda: slots.decode([0] * slots.count)))  # noqa: B023
+        for slots in own.values():
+            slots.clear()
+    return {label: {"prefill_ms": 1e3 * median(prefill[label]), "step_ms": 1e3 * median(step[label])} for label in own}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
 def door(shape: Shape, presets: tuple[str, ...], backend: str, slots: int, queued: int) -> tuple[Door, dict[str, Slots]]:
-    """Every arm as a model behind a door, "slots dense", "loop 1/9", "batch 1/9", ...; their programs are not made yet. All
-    share one model's weights; a picture is never seen twice."""
+    """Every arm as a model behind a door, "slots dense", "loop 1/9", "batch 1/9", ... All share one model's weights."""
     model, processor = shape.model(), processor_of(shape)
     served: list[Served] = []
     own: dict[str, Slots] = {}
     for label in (DENSE, *presets):
-        config = ViTCoPConfig.dense() if label == DENSE else ViTCoPConfig.preset(label)
-        optimized = optimize(model, config, backend=backend)
-        optimized.generation_config.eos_token_id = None
-        own[label] = Slots(optimized, slots, text_tokens=TEXT, max_new_tokens=NEW, feature_bytes=0)
+        optimized, own[label] = warmed(model, label, backend, slots)
         prompts = Prompts(processor, optimized.host.inputs, optimized.host.token_ids)
         arms = {
             "slots": SlotScheduler(own[label], most_queued=queued),
