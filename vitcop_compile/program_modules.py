@@ -65,14 +65,15 @@ class Vision(nn.Module):
 
 class Tower(nn.Module):
     """pixels [T, channels, height, width], or [T, p, features] with real bool [T, p] and tables [T, p, ...] -> (patches [T, p,
-    C],), and with a vision stage score [T, p], features [T, p, K]."""
+    C],), and with a vision stage score [T, p], features [T, p, K]. Contiguous, as compiled programs take what they read by
+    address: keys are often a part of what one product makes of queries, keys and values."""
 
     def __init__(self, family: Family, encoder: fx.GraphModule):
         super().__init__()
         self.patches, self.encoder = family.patches, encoder
 
     def forward(self, pixels: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.encoder(self.patches(pixels, *tables), *tables))
+        return tuple(part.contiguous() for part in self.encoder(self.patches(pixels, *tables), *tables))
 
 
 class Select(nn.Module):
