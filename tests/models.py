@@ -108,8 +108,16 @@ _modules: dict[int, tuple[torch.export.ExportedProgram, Any]] = {}
 
 
 def _eager(program: torch.export.ExportedProgram) -> Any:
+    """As the backend, but strict: programs that are kept take contiguous inputs alone, whatever torch could do with others."""
     if id(program) not in _modules:
-        _modules[id(program)] = program, backends.eager(program)
+        module = backends.eager(program)
+
+        def run(*inputs: torch.Tensor) -> Any:
+            views = [place for place, tensor in enumerate(inputs) if not tensor.is_contiguous()]
+            assert not views, f"inputs {views} of a program are not contiguous"
+            return module(*inputs)
+
+        _modules[id(program)] = program, run
     return _modules[id(program)][1]
 
 

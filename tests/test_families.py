@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import families
@@ -42,8 +43,8 @@ PROMPTS: dict[str, list[Any]] = {
 
 
 @cache
-def optimized(name: str, config: ViTCoPConfig, backend: str = "eager") -> Any:
-    return models.optimize(families.model(name), config, backend=backend)
+def optimized(name: str, config: ViTCoPConfig) -> Any:
+    return models.optimize(families.model(name), config)
 
 
 def pruned(vision: int, shallow: int, deep: int, centers: int, **more: Any) -> ViTCoPConfig:
@@ -190,11 +191,16 @@ def test_an_unequal_batch_is_its_samples_alone(name: str) -> None:
 @pytest.mark.covers("backend")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), [*((name, "inductor") for name in KINDS), ("qwen2_vl", "onnxruntime")])
-def test_other_backends_do_as_eager_does_by_the_book(name: str, backend: str) -> None:
-    """onnxruntime serves the others from folders."""
+def test_other_backends_do_as_eager_does_by_the_book(
+    name: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime serves the others from folders. Programs are kept, as those of users are."""
+    monkeypatch.setenv("VITCOP_CACHE", str(tmp_path / "kept"))
     config = pruned(8, 6, 3, 3)
     ids, given = families.prompt(name, [3, (3, 4), 4])
-    found = generate(optimized(name, config, backend), ids, given, 1 if backend == "inductor" else 3, name)
+    fast = models.optimize(families.model(name), config, backend=backend)
+    assert fast.on_demand.kept is not None
+    found = generate(fast, ids, given, 1 if backend == "inductor" else 3, name)
     turn = by_the_book(name, config)
     # Other kernels sum in another order.
     check(found, turn, turn.turn(ids, given, found.sequences[0, len(ids) :].tolist()), near=DENSE)
