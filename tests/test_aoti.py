@@ -161,6 +161,7 @@ def test_odd_weights(monkeypatch, tmp_path):
         torch.testing.assert_close(program(ids), odd(ids))
 
 
+@pytest.mark.slow
 def test_a_program_without_weights():
     class Sum(nn.Module):
         def forward(self, x):

@@ -200,7 +200,8 @@ def test_extend_apart_shapes(programs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [slow("prefill"), "decode"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_inductor_copies_no_cache(programs, name, request):
     """It writes where the cache is: no buffer of a cache's shape is made, as one would be to copy it out and back."""
     inputs = programs.extend_inputs(BATCH, 1, ROWS) if name == "decode" else programs.prefill_inputs(BATCH, TEXT, 1, ROWS)
