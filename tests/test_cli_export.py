@@ -19,6 +19,7 @@ import vitcop_compile as vc
 from vitcop_compile import ViTCoPConfig, toy
 from vitcop_compile.cli import export as cli_export
 from vitcop_compile.methods import method_from
+from vitcop_compile.methods.named import settings_from
 
 checkpoint, good, copy = test_cli.checkpoint, test_folder.good, test_folder.copy
 invoke, error_of = test_cli.invoke, test_cli.error_of
@@ -170,5 +171,5 @@ def test_run_errors_are_one_line(exported: Path, photo: Path, copy: Path) -> Non
 
 
 def test_retention() -> None:
-    assert cli_export.retention_config("1/9") == ViTCoPConfig.preset("1/9")
-    assert cli_export.retention_config("0.25") == ViTCoPConfig.preset("2/9", retention=0.25)
+    assert settings_from("1/9") == ViTCoPConfig.preset("1/9")
+    assert settings_from("0.25") == ViTCoPConfig.preset("2/9", retention=0.25)

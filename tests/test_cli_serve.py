@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from vitcop_compile.export.engine import EngineModel
 
 from vitcop_compile import ConfigError, UnsupportedError, ViTCoPConfig
-from vitcop_compile.cli.serve import named_sources
+from vitcop_compile.cli.serving_options import named_sources
 from vitcop_compile.serve import prompts as serve_prompts
 from vitcop_compile.serve.opening import Opening, ends_of
 from vitcop_compile.serve.server import Server

@@ -13,12 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..backends import BACKENDS
 from ..config import DEFAULT_PRESET
-from ..export.engine import RUNTIMES
-from ..export.manifest import DTYPES
-from .serve import cluster_of, named_sources, refuse_ray_alone, require_extra
-from .shared import ONE_METHOD_HELP, PRESET_NAMES, console, errors_as_lines, image_size_of, without_future_warnings
+from . import serving_options as options
+from .shared import console, errors_as_lines, image_size_of, without_future_warnings
 
 
 def batch_command(
@@ -29,64 +26,38 @@ def batch_command(
     output: Annotated[
         Path, typer.Argument(help="Answers, a line each as they come; those that it holds already are not made again.")
     ],
-    model_name: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER or NAME=MODEL: one more, asked for by that name; repeat for several.")
-    ] = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(help="Answers of a model that are decoded together; default: a folder's largest batch, or 8."),
-    ] = None,
-    max_text_len: Annotated[
-        int | None, typer.Option(help="Text tokens of the longest prompt; default: a folder's own, 512 of a model.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="The most of an answer; default: a folder's own, 256 of a model.")
-    ] = None,
-    processor: Annotated[
-        str | None, typer.Option(help="A folder with processor files and a chat template, for models that have none.")
-    ] = None,
-    image_hosts: Annotated[
-        list[str] | None, typer.Option(help="NAME or NAME:PORT that pictures are fetched from; repeat; default: none.")
-    ] = None,
-    max_body_mib: Annotated[float, typer.Option(help="The most of a request's body, MiB.")] = 20,
-    max_megapixels: Annotated[
-        float, typer.Option(help="The most of all pictures of a request, before they are decoded.")
-    ] = 40,
-    retention: Annotated[
-        str, typer.Option(help=f"Of models that are no folder of `export`: a published setting ({PRESET_NAMES}), or a share.")
-    ] = DEFAULT_PRESET,
-    method: Annotated[str | None, typer.Option(help=f"Of these too: {ONE_METHOD_HELP}")] = None,
-    backend: Annotated[str, typer.Option(help=f"Of these too: one of {', '.join(BACKENDS)}.")] = "inductor",
-    image_size: Annotated[
-        list[str] | None,
-        typer.Option(help="Of these too: WIDTHxHEIGHT of pictures, where a model takes any size; repeat for several."),
-    ] = None,
-    images: Annotated[
-        list[int] | None, typer.Option(help="Of these too: pictures of a prompt, default 1; repeat for several counts.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help=f"Of these too: one of {', '.join(DTYPES)}.")] = "float32",
-    runtime: Annotated[
-        str | None, typer.Option(help=f"What runs ONNX files: one of {', '.join(RUNTIMES)}; default: {RUNTIMES[0]}.")
-    ] = None,
-    verify: Annotated[bool, typer.Option(help="Compare the SHA-256 of every file of a folder first.")] = True,
+    model_name: options.ModelNames = None,
+    slots: options.Slots = None,
+    max_text_len: options.MaxTextLen = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    processor: options.Processor = None,
+    image_hosts: options.ImageHosts = None,
+    max_body_mib: options.MaxBodyMib = 20,
+    max_megapixels: options.MaxMegapixels = 40,
+    retention: options.Retention = DEFAULT_PRESET,
+    method: options.Method = None,
+    backend: options.Backend = "inductor",
+    image_size: options.ImageSizes = None,
+    images: options.ImageCounts = None,
+    dtype: options.Dtype = "float32",
+    runtime: options.Runtime = None,
+    verify: options.Verify = True,
     ray: Annotated[bool, typer.Option("--ray", help="By Ray Data, see docs/ray.md.")] = False,
-    replicas: Annotated[int, typer.Option(help="With --ray: processes that hold the models.")] = 1,
-    cpus: Annotated[float, typer.Option(help="With --ray: CPUs, and threads, of a replica.")] = 1,
-    gpus: Annotated[float, typer.Option(help="With --ray: GPUs of a replica.")] = 0,
-    ray_address: Annotated[
-        str | None, typer.Option(help="With --ray: the cluster, auto or HOST:PORT; default: this machine alone.")
-    ] = None,
+    replicas: options.Replicas = 1,
+    cpus: options.Cpus = 1,
+    gpus: options.Gpus = 0,
+    ray_address: options.RayAddress = None,
 ) -> None:
     """Answer a file of requests into another, a line each; the same command again goes on where it was stopped."""
     with errors_as_lines(), without_future_warnings():
-        require_extra()
+        options.require_extra()
         from ..serve.batch import Output, Tally, answering, lines_of, open_door, run
 
         if not ray:
-            refuse_ray_alone(replicas=replicas, cpus=cpus, gpus=gpus, ray_address=ray_address)
-        cluster = cluster_of(
+            options.refuse_ray_alone(replicas=replicas, cpus=cpus, gpus=gpus, ray_address=ray_address)
+        cluster = options.cluster_of(
             {
-                "models": named_sources(model, model_name or []),
+                "models": options.named_sources(model, model_name or []),
                 "processor": processor,
                 "slots": slots,
                 "max_text_len": max_text_len,

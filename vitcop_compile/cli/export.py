@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from transformers.generation.streamers import BaseStreamer
 
 from .. import picture, toy
-from ..config import DEFAULT_PRESET, NAMED_PRESETS, ViTCoPConfig
+from ..config import DEFAULT_PRESET
 from ..errors import ConfigError, InputError
 from ..export import EngineModel, FolderError, export
 from ..export.engine import RUNTIMES
@@ -25,7 +25,7 @@ from ..export.staging import check_target
 from ..export.writer import FORMATS, check_layouts, check_options, check_weights_option
 from ..host import Host
 from ..layout import Layout
-from ..methods.named import method_from, settings_of_share
+from ..methods.named import settings_from
 from ..pipeline import optimize
 from ..schedule import Method, resolve
 from .shared import (
@@ -101,7 +101,7 @@ def export_command(
     with errors_as_lines(), without_future_warnings():
         asked = _Asked(
             model=model,
-            config=retention_config(retention) if method is None else method_from(method, retention=retention),
+            config=settings_from(retention, method),
             output_dir=output_dir,
             format=format,
             dtype=_dtype(dtype, format),
@@ -153,17 +153,6 @@ def run_command(
         asked: dict[str, Any] = {name: inputs[name].to(engine.device) for name in names if name in inputs}
         new = engine.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
         engine.generate(**asked, max_new_tokens=new, do_sample=False, streamer=streamer)
-
-
-def retention_config(value: str) -> ViTCoPConfig:
-    """The settings of "1/9", or of a share such as "0.2" with the ratios of the nearest preset. Raises ConfigError."""
-    if value in NAMED_PRESETS:
-        return ViTCoPConfig.preset(value)
-    try:
-        share = float(value)
-    except ValueError:
-        raise ConfigError(f"--retention {value!r} is neither one of {PRESET_NAMES} nor a number") from None
-    return settings_of_share(share)
 
 
 class IdStreamer(BaseStreamer):

@@ -20,10 +20,9 @@ from ..errors import ConfigError, InputError, UnsupportedError
 from ..fillers import empty
 from ..host import Host
 from ..layout import Layout
-from ..methods.named import method_from
+from ..methods.named import settings_from
 from ..pipeline import optimize
 from ..schedule import Method
-from .export import retention_config
 from .shared import (
     ONE_METHOD_HELP,
     PRESET_NAMES,
@@ -63,7 +62,7 @@ def warmup_command(
     """Compile the programs of a model into the folder of kept ones, where later processes find them. No weights are loaded."""
     with errors_as_lines(), without_future_warnings():
         held = _store()
-        settings: Method = retention_config(retention) if method is None else method_from(method, retention=retention)
+        settings: Method = settings_from(retention, method)
         _check(backend, output, threads, processes)
         _, kind = place(dtype)
         if torch.cuda.is_available():

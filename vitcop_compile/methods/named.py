@@ -103,6 +103,21 @@ def settings_of_share(retention: float, **others: Any) -> ViTCoPConfig:
     return ViTCoPConfig.preset(nearest, retention=retention, **others)
 
 
+def settings_from(retention: str, method: str | None = None, *, what: str = "--retention ") -> Method:
+    """What the options of a command line say together: `method` as `method_from` reads it, or without one ViTCoP at a
+    published setting, such as "1/9", or a share such as "0.2", as in `settings_of_share`. what: names the retention in an
+    error. Raises ConfigError."""
+    if method is not None:
+        return method_from(method, retention=retention)
+    if retention in NAMED_PRESETS:
+        return ViTCoPConfig.preset(retention)
+    try:
+        share = float(retention)
+    except ValueError:
+        raise ConfigError(f"{what}{retention!r} is neither one of {', '.join(NAMED_PRESETS)} nor a number") from None
+    return settings_of_share(share)
+
+
 def _kind(name: str) -> type[Any]:
     if name == VITCOP:
         return ViTCoPConfig

@@ -6,10 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..config import DEFAULT_PRESET, NAMED_PRESETS, ViTCoPConfig
-from ..errors import ConfigError
-from ..methods.named import method_from, settings_of_share
-from ..schedule import Method
+from ..config import DEFAULT_PRESET
+from ..methods.named import settings_from
 from .door import Limits
 from .opening import Opening
 from .pictures import Pictures
@@ -55,7 +53,7 @@ class Cluster(BaseModel):
         """How its models are opened. Raises ConfigError."""
         names = ("slots", "queue", "max_text_len", "max_new_tokens", "runtime", "verify", "backend", "dtype", "image_sizes")
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return Opening(**given, images=self.images, settings=self._settings())
+        return Opening(**given, images=self.images, settings=settings_from(self.retention, self.method, what="retention="))
 
     def limits(self) -> Limits:
         """What requests may be. Raises ConfigError."""
@@ -65,15 +63,3 @@ class Cluster(BaseModel):
     def processor_of(self, name: str) -> str:
         """Where the processor of a model is."""
         return self.processor or self.models[name]
-
-    def _settings(self) -> Method:
-        if self.method is not None:
-            return method_from(self.method, retention=self.retention)
-        if self.retention in NAMED_PRESETS:
-            return ViTCoPConfig.preset(self.retention)
-        try:
-            share = float(self.retention)
-        except ValueError:
-            known = ", ".join(NAMED_PRESETS)
-            raise ConfigError(f"retention={self.retention!r} is neither one of {known} nor a number") from None
-        return settings_of_share(share)
