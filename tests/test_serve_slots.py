@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -96,6 +97,22 @@ def mixed(model: Any, rng: np.random.Generator, count: int, images: tuple[int, .
 )
 def test_any_mix_is_answered_as_alone(buckets: tuple[int, ...], seed: int, count: int) -> None:
     mixed(eager(buckets), np.random.default_rng(seed), count)
+
+
+def test_within_autocast() -> None:
+    """Of whoever asks, and of whoever drives the steps."""
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed(eager(), np.random.default_rng(3), 4)
+
+
+@pytest.mark.slow
+def test_half_precision() -> None:
+    mixed(models.optimize(models.llava(LAYERS).bfloat16(), CONFIG), np.random.default_rng(4), 5)
+
+
+@pytest.mark.slow
+def test_images_that_share_a_budget() -> None:
+    mixed(models.optimize(models.shared(LAYERS), dataclasses.replace(CONFIG, scope="pooled")), np.random.default_rng(5), 8)
 
 
 def test_a_thread_of_its_own() -> None:

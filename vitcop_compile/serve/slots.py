@@ -62,6 +62,7 @@ class Slots:
         self._stages: dict[int, Buffers] = {}
         with plain():  # a tensor of inference mode could not be written to outside of it
             self._step = torch.zeros(count, dtype=torch.int64, device=self.device)
+            self._last = torch.zeros(count, 1, dtype=torch.int64)
         self._text_rows = self._padded_rows = 0
 
     @property
@@ -118,7 +119,8 @@ class Slots:
         """Logits [slots, vocab] behind one more token of each slot, whatever it is for those that are free."""
         self._begin()
         buffers = self._buffers
-        buffers.token.copy_(torch.tensor(tokens).unsqueeze(1))
+        self._last.numpy()[:, 0] = tokens
+        buffers.token.copy_(self._last)
         step = self.model.provider.extend(self.count, 1, buffers.rows)
         places = (buffers.length, buffers.position, buffers.removed)
         logits, *_ = step(buffers.token, buffers.last, *places, *buffers.written)
