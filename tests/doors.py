@@ -338,3 +338,12 @@ class Line:
         """Waits until what was sent is so."""
         async with self.sent, asyncio.timeout(30):
             await self.sent.wait_for(true)
+
+
+def refused(answer: Any, status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """The error of an answer, in the shape that clients read."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert message in error["message"] and error["param"] == param, error
+    return error

@@ -156,3 +156,7 @@ def serve(scheduler: SlotScheduler, rounds: int = 10_000) -> int:
         if scheduler.step() is None and not scheduler.counts()["queued"]:
             return done
     raise AssertionError("the scheduler does not come to an end")
+
+
+def says(length: int, key: Any = "a", ends: bool = False, first: int = 2) -> dict[str, Any]:
+    return {"key": key, "says": [*(first + i % 9 for i in range(length)), *([END] if ends else [5, 6] * 9)]}
