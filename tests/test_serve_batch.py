@@ -146,6 +146,25 @@ def test_a_queue_that_is_full_is_waited_for(tmp_path: Path) -> None:
     assert waits == [3.0] * 61
 
 
+def test_a_scheduler_that_has_stopped_answers_no_line(tmp_path: Path) -> None:
+    """Its 503 in the output would be kept as an answer."""
+
+    class Stopped(Spoken):
+        def counts(self) -> Any:
+            return {**super().counts(), "stopped": float(len(self.asked) >= 3)}
+
+    source = written(tmp_path / "in", *(request(f"n{number}", f"{number}") for number in range(9)))
+    lines, output = lines_of(source), tmp_path / "out"
+
+    async def work(out: Output) -> None:
+        async with answering(door(Stopped(echo))) as answerer:
+            await run(answerer, source, lines, 1, out.write)
+
+    with Output(output, lines) as out, pytest.raises(VitcopError, match=r"line \d cannot be answered now: spoken has stopped"):
+        asyncio.run(work(out))
+    assert 2 <= len(read(output)) <= 3 and all(answer["response"]["status_code"] == 200 for answer in read(output))
+
+
 def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
     """After an error of the disk in the middle, and with what a killed process leaves: half a line."""
     source = written(tmp_path / "in", *(request(f"n{number}", f"{number}") for number in range(9)))

@@ -366,6 +366,12 @@ def test_a_scheduler_that_has_stopped(caplog: pytest.LogCaptureFixture) -> None:
     with mock.patch.object(Stopped, "is_stopped", property(lambda self: next(looks))):
         answer = post(at)
     assert "secret" not in refused(answer, 503, "spoken has stopped")["message"] and "a secret path" in caplog.text
+    # Who is inside by then is told the same, whatever it was that failed.
+    looks = iter([False, True])
+    inside = door(Stopped(lambda *_: RuntimeError("another secret")))
+    with mock.patch.object(Stopped, "is_stopped", property(lambda self: next(looks))):
+        answer = post(inside)
+    assert "secret" not in refused(answer, 503, "spoken has stopped")["message"] and "another secret" in caplog.text
     one.is_stopped = False
     refused(post(at), 429, "the scheduler has stopped")  # overloaded, whatever it says
 

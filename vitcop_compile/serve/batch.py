@@ -163,6 +163,8 @@ class Answerer:
             return _wrong(number, custom_id, f"line {number} asks for a stream: answers of a batch come whole, leave it out")
         for _ in range(_TRIES):
             status, headers, said = await _post(self._app, url, json.dumps(body).encode())
+            if status == 503:  # no answer to this line: it is left to the same command, once what has stopped runs again
+                raise VitcopError(f"line {number} cannot be answered now: {json.loads(said)['error']['message']}")
             if status != 429:
                 break
             await self._sleep(float(headers.get("retry-after", 1)))

@@ -224,6 +224,9 @@ class _Answering:
         while not all(answer.ended for answer in answers):
             prompt, event, at = await self._stream.next()
             if isinstance(event, Failed):
+                if served.scheduler.counts().get("stopped"):
+                    _log.error("%s has stopped: %s", served.name, event.error)
+                    raise stopped(served.name) from None
                 raise event.error
             number = prompt * each + event.choice
             answer = answers[number]
