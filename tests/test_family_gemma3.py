@@ -139,6 +139,7 @@ def test_caches_that_programs_only_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.covers("pruned by hand", family="gemma3")
+@pytest.mark.slow
 def test_pruned_is_stock_layers_pruned_by_hand() -> None:
     told, ids, pixels = Conversation(gemma.model(), BUDGET), None, []
     held = None

@@ -129,6 +129,7 @@ def test_later_turns_are_the_whole_conversation() -> None:
     stock_family.check_turns(model(), (ids, given), text, video)
 
 
+@pytest.mark.slow
 def test_pruned_meets_its_schedule() -> None:
     schedule = stock_family.check_pruned(model(), request(3), [4, 4, 4])
     assert schedule.vision.policy == "cls_attention" and schedule.vision.side == "merge"

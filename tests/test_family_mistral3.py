@@ -113,6 +113,7 @@ def test_later_turns_are_the_whole_conversation() -> None:
     stock_family.check_turns(model(), (ids, given), text, image)
 
 
+@pytest.mark.slow
 def test_pruned_meets_its_schedule() -> None:
     schedule = stock_family.check_pruned(model(), request(*SIZES), [48, 15, 9])
     assert schedule.vision.policy == "attention_received" and schedule.vision.side == "merge"

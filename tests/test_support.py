@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_table_is_made_of_the_tests(tmp_path: Path) -> None:
     made = tmp_path / "support.md"
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", f"--support-table={made}"]

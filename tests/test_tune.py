@@ -53,6 +53,7 @@ def test_the_nearest_that_is_small_enough_is_chosen() -> None:
     assert list(found.left_out) == ["impossible"] and "layers see all" in found.left_out["impossible"]
 
 
+@pytest.mark.slow
 def test_sizes_are_means_over_texts_of_any_length() -> None:
     requests = [{"input_ids": prompt(5, after), "pixel_values": pixels()} for after in (2, 90)]
     schedule = METHODS["uniform"].schedule(*_of(models.shared()))
