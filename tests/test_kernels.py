@@ -100,7 +100,7 @@ def attended(query, key, value, scale, at):
     dtype=DTYPES,
     batch=st.integers(1, 3),
     groups=st.integers(1, 3),
-    shared=st.integers(1, 7),
+    shared=st.integers(1, 17),
     rows=st.integers(1, 300),
     width=st.integers(1, 130),
     scale=st.sampled_from([0.1, 1.0, 30.0]),

@@ -41,8 +41,8 @@ constexpr int kRows = 2;  // 16 registers
 #endif
 constexpr int kColumns = 4;
 constexpr int kMost = 64;  // rows
-constexpr int kChunk = 512;
 constexpr int kTile = 64;  // rows of a cache
+constexpr int kAhead = 4096;  // bytes of a cache between what is read and what is fetched
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
@@ -124,6 +124,29 @@ inline float total(Vec value) {
   return value[0];
 #endif
 }
+// kLanes vectors' totals, one a lane.
+inline Vec totals(const Vec* sums) {
+#if defined(__AVX512F__)
+  __m512 pairs[8], fours[4], halves[2];
+  for (int i = 0; i < 8; i++) {
+    __m512 a = (__m512)sums[2 * i], b = (__m512)sums[2 * i + 1];
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512d a = (__m512d)pairs[2 * i], b = (__m512d)pairs[2 * i + 1];
+    fours[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+  }
+  for (int i = 0; i < 2; i++)
+    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+                              _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
+  return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                            _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+#else
+  Vec result;
+  for (int lane = 0; lane < kLanes; lane++) result[lane] = total(sums[lane]);
+  return result;
+#endif
+}
 inline float greatest(Vec value) {
   float most = value[0];
   for (int lane = 1; lane < kLanes; lane++) most = std::max(most, value[lane]);
@@ -167,18 +190,25 @@ inline void widen_all(const T* from, float* to, int64_t count) {
   for (; i < count; i++) to[i] = widen(from[i]);
 }
 
-// Adds to sums those of M rows of the input with N columns' weights, over `count` numbers of each.
-template <int M, int N, typename W>
-inline void multiply(const float* x, int64_t stride, const W* w, int64_t step, int64_t count, Vec (*sums)[N]) {
+// Numbers of a weight's row that are taken at once.
+template <typename W>
+constexpr int kChunk = sizeof(W) == 4 ? 256 : 512;
+
+// Adds to sums those of M rows of the input with N columns' weights, over `count` numbers of each, while as many of P columns
+// of what comes next are fetched from memory.
+template <int M, int N, int P, typename W, typename A>
+inline void multiply(const float* x, int64_t stride, const W* w, int64_t step, int64_t count, Vec (*sums)[N],
+                     const A* ahead, int64_t ahead_step, float* wide = nullptr) {
   Vec own[M][N];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) own[m][n] = sums[m][n];
   for (int64_t k = 0; k < count; k += kLanes) {
     Vec columns[N];
-    for (int n = 0; n < N; n++) {
-      columns[n] = load(w + n * step + k);
-      __builtin_prefetch(reinterpret_cast<const char*>(w + n * step + k) + 1024);
-    }
+    for (int n = 0; n < N; n++) columns[n] = load(w + n * step + k);
+    if constexpr (!std::is_same_v<W, float>)
+      if (wide != nullptr)
+        for (int n = 0; n < N; n++) store(columns[n], wide + n * kChunk<W> + k);
+    for (int p = 0; p < P; p++) __builtin_prefetch(ahead + p * ahead_step + k);
     for (int m = 0; m < M; m++) {
       Vec row = load(x + m * stride + k);
       for (int n = 0; n < N; n++) own[m][n] += row * columns[n];
@@ -191,28 +221,38 @@ inline void multiply(const float* x, int64_t stride, const W* w, int64_t step, i
 // N columns of the product of all rows, which come in groups of M, of which `count` are real.
 template <int M, int N, typename T, typename W>
 inline void columns(const float* x, const W* w, const T* bias, T* out, int64_t count, int64_t width, int64_t stride) {
-  Vec sums[kMost][N];
-  for (int64_t m = 0; m < (count + M - 1) / M * M; m++)
-    for (int n = 0; n < N; n++) sums[m][n] = Vec{};
-  alignas(64) float wide[N * kChunk];
-  int64_t whole = width / kLanes * kLanes;
+  constexpr int kSums = (kMost * N + kLanes - 1) / kLanes * kLanes;
+  Vec sums[kSums];
+  for (int64_t i = 0; i < std::min<int64_t>(kSums, (count + M) * N + kLanes); i++) sums[i] = Vec{};
+  constexpr int kTaken = kChunk<W>;
+  alignas(64) float wide[N * kTaken];
+  int64_t whole = width / kLanes * kLanes, groups = (count + M - 1) / M;
   // In chunks, so that all rows' share of the input stays in the first cache.
-  for (int64_t k = 0; k < whole; k += kChunk) {
-    int64_t taken = std::min<int64_t>(kChunk, whole - k);
-    if (std::is_same_v<W, float> || count <= M) {
-      for (int64_t m = 0; m < count; m += M) multiply<M, N>(x + m * width + k, width, w + k, width, taken, sums + m);
-    } else {
-      // What more than one group reads is widened once.
-      for (int n = 0; n < N; n++) widen_all(w + n * width + k, wide + n * kChunk, taken);
-      for (int64_t m = 0; m < count; m += M) multiply<M, N>(x + m * width + k, width, wide, kChunk, taken, sums + m);
-    }
+  for (int64_t k = 0; k < whole; k += kTaken) {
+    int64_t taken = std::min<int64_t>(kTaken, whole - k);
+    const W* ahead = k + kTaken < whole ? w + k + kTaken : w + N * width;
+    auto own = [&](int64_t g) { return reinterpret_cast<Vec(*)[N]>(sums + g * M * N); };
+    if (groups < N) multiply<M, N, N>(x + k, width, w + k, width, taken, own(0), ahead, width, groups > 1 ? wide : nullptr);
+    else multiply<M, N, 1>(x + k, width, w + k, width, taken, own(0), ahead, width, wide);
+    // What more than one group reads is widened once.
+    auto others = [&](const auto* read, int64_t step) {
+      for (int64_t g = 1; g < groups; g++) {
+        const float* rows = x + g * M * width + k;
+        if (groups >= N && g < N) multiply<M, N, 1>(rows, width, read, step, taken, own(g), ahead + g * width, width);
+        else multiply<M, N, 0>(rows, width, read, step, taken, own(g), ahead, width);
+      }
+    };
+    if constexpr (std::is_same_v<W, float>) others(w + k, width);
+    else others(static_cast<const float*>(wide), kTaken);
   }
-  for (int64_t m = 0; m < count; m++)
-    for (int n = 0; n < N; n++) {
-      float sum = total(sums[m][n]);
-      for (int64_t k = whole; k < width; k++) sum += x[m * width + k] * widen(w[n * width + k]);
-      narrow(sum + (bias ? widen(bias[n]) : 0.0f), out + m * stride + n);
-    }
+  alignas(64) float found[kLanes];
+  for (int64_t i = 0; i < count * N; i++) {
+    if (i % kLanes == 0) store(totals(sums + i), found);
+    int64_t m = i / N, n = i % N;
+    float sum = found[i % kLanes];
+    for (int64_t k = whole; k < width; k++) sum += x[m * width + k] * widen(w[n * width + k]);
+    narrow(sum + (bias ? widen(bias[n]) : 0.0f), out + m * stride + n);
+  }
 }
 
 template <int M, int N, typename T, typename W>
@@ -226,7 +266,7 @@ void product(const float* x, const W* w, const T* bias, T* out, int64_t count, i
         columns<M, N>(x, w + n * width, bias ? bias + n : nullptr, out + n, count, width, wide);
       } else {
         for (int64_t i = n; i < wide; i++)
-          columns<M, 1>(x, w + i * width, bias ? bias + i : nullptr, out + i, count, width, wide);
+          columns<1, 1>(x, w + i * width, bias ? bias + i : nullptr, out + i, count, width, wide);
       }
     }
   });
@@ -284,30 +324,6 @@ Tensor linear_few(Tensor input, Tensor weight, std::optional<Tensor> bias) {
   return output;
 }
 
-// kLanes vectors' totals, one a lane.
-inline Vec totals(const Vec* sums) {
-#if defined(__AVX512F__)
-  __m512 pairs[8], fours[4], halves[2];
-  for (int i = 0; i < 8; i++) {
-    __m512 a = (__m512)sums[2 * i], b = (__m512)sums[2 * i + 1];
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  }
-  for (int i = 0; i < 4; i++) {
-    __m512d a = (__m512d)pairs[2 * i], b = (__m512d)pairs[2 * i + 1];
-    fours[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
-  }
-  for (int i = 0; i < 2; i++)
-    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
-                              _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
-  return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                            _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
-#else
-  Vec result;
-  for (int lane = 0; lane < kLanes; lane++) result[lane] = total(sums[lane]);
-  return result;
-#endif
-}
-
 // Scores of M queries with `count` keys: kLanes of them at once.
 template <int M, typename T>
 inline void score(const float* query, const T* key, int64_t width, int64_t count, float* scores, int64_t stride) {
@@ -315,7 +331,8 @@ inline void score(const float* query, const T* key, int64_t width, int64_t count
   int64_t whole = width / kLanes * kLanes, row = 0;
   for (; row + N <= count; row += N) {
     Vec sums[kLanes] = {};
-    multiply<M, N>(query, width, key + row * width, width, whole, reinterpret_cast<Vec(*)[N]>(sums));
+    const T* rows = key + row * width;
+    multiply<M, N, N>(query, width, rows, width, whole, reinterpret_cast<Vec(*)[N]>(sums), rows + kAhead / sizeof(T), width);
     alignas(64) float found[kLanes];
     store(totals(sums), found);
     for (int m = 0; m < M; m++)
@@ -324,7 +341,7 @@ inline void score(const float* query, const T* key, int64_t width, int64_t count
   for (int64_t last = row; last < count; last++)
     for (int m = 0; m < M; m++) {
       Vec sums[1][1] = {};
-      multiply<1, 1>(query + m * width, width, key + last * width, width, whole, sums);
+      multiply<1, 1, 0>(query + m * width, width, key + last * width, width, whole, sums, key, 0);
       scores[m * stride + last] = total(sums[0][0]);
     }
   for (int64_t i = whole; i < width; i++)
@@ -342,7 +359,7 @@ inline void gather(const float* scores, int64_t stride, const T* value, int64_t 
     Vec values[N];
     for (int n = 0; n < N; n++) {
       values[n] = load(value + row * width + n * kLanes);
-      __builtin_prefetch(value + (row + 16) * width + n * kLanes);
+      __builtin_prefetch(value + row * width + n * kLanes + kAhead / sizeof(T));
     }
     for (int m = 0; m < M; m++)
       for (int n = 0; n < N; n++) own[m][n] += scores[m * stride + row] * values[n];
@@ -354,19 +371,33 @@ inline void gather(const float* scores, int64_t stride, const T* value, int64_t 
 template <int M, typename T>
 inline void gather_all(const float* scores, int64_t stride, const T* value, int64_t width, int64_t count, float* sums) {
   int64_t i = 0;
-  for (; i + 4 * kLanes <= width; i += 4 * kLanes) gather<M, 4>(scores, stride, value + i, width, count, sums + i);
+  constexpr int N = M > 4 ? 2 : 4;  // 32 registers
+  for (; i + N * kLanes <= width; i += N * kLanes) gather<M, N>(scores, stride, value + i, width, count, sums + i);
   for (; i + kLanes <= width; i += kLanes) gather<M, 1>(scores, stride, value + i, width, count, sums + i);
   for (; i < width; i++)
     for (int64_t row = 0; row < count; row++)
       for (int m = 0; m < M; m++) sums[m * width + i] += scores[m * stride + row] * widen(value[row * width + i]);
 }
 
-// Calls with as many rows as go through at once, and with fewer for what is left.
+// Calls with as many of `shared` queries as go through at once, and with fewer for what is left.
 template <typename F>
-inline void by_rows(F& call) {
-  if constexpr (kRows > 2) call(std::integral_constant<int, kRows>());
-  call(std::integral_constant<int, 2>());
-  call(std::integral_constant<int, 1>());
+inline void by_queries(int64_t shared, F call) {
+  for (int64_t q = 0; q < shared;) {
+    int64_t left = shared - q;
+    auto taken = [&](auto queries) {
+      call(q, queries);
+      q += decltype(queries)::value;
+    };
+    // Groups of 6, 7 and 8 queries are those of the models there are: one pass, and each row is widened once.
+    if constexpr (kLanes >= 16) {
+      if (left >= 8) { taken(std::integral_constant<int, 8>()); continue; }
+      if (left == 7) { taken(std::integral_constant<int, 7>()); continue; }
+      if (left == 6) { taken(std::integral_constant<int, 6>()); continue; }
+    }
+    if (kRows > 2 && left >= 4) taken(std::integral_constant<int, kRows>());
+    else if (left >= 2) taken(std::integral_constant<int, 2>());
+    else taken(std::integral_constant<int, 1>());
+  }
 }
 
 // Attention of `shared` queries to rows [from, to) of one head's caches: what a softmax over all is put together of, and sums.
@@ -377,12 +408,10 @@ void part(const float* query, const T* key, const T* value, int64_t shared, int6
   // In tiles of rows, which all queries read while they are near.
   for (int64_t row = 0; row < count; row += kTile) {
     const T* tile = key + (from + row) * width;
-    int64_t taken = std::min<int64_t>(kTile, count - row), q = 0;
-    auto scored = [&](auto rows) {
-      constexpr int M = decltype(rows)::value;
-      for (; q + M <= shared; q += M) score<M>(query + q * width, tile, width, taken, scores + q * padded + row, padded);
-    };
-    by_rows(scored);
+    int64_t taken = std::min<int64_t>(kTile, count - row);
+    by_queries(shared, [&](int64_t q, auto queries) {
+      score<decltype(queries)::value>(query + q * width, tile, width, taken, scores + q * padded + row, padded);
+    });
   }
   for (int64_t q = 0; q < shared; q++) {
     float* own = scores + q * padded;
@@ -404,13 +433,10 @@ void part(const float* query, const T* key, const T* value, int64_t shared, int6
   std::fill(sums, sums + shared * width, 0.0f);
   for (int64_t row = 0; row < count; row += kTile) {
     const T* tile = value + (from + row) * width;
-    int64_t taken = std::min<int64_t>(kTile, count - row), q = 0;
-    auto gathered = [&](auto rows) {
-      constexpr int M = decltype(rows)::value;
-      for (; q + M <= shared; q += M)
-        gather_all<M>(scores + q * padded + row, padded, tile, width, taken, sums + q * width);
-    };
-    by_rows(gathered);
+    int64_t taken = std::min<int64_t>(kTile, count - row);
+    by_queries(shared, [&](int64_t q, auto queries) {
+      gather_all<decltype(queries)::value>(scores + q * padded + row, padded, tile, width, taken, sums + q * width);
+    });
   }
 }
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .build import folder, load, machine
+from .build import SOURCE, folder, load, machine
 
 # Rows that `linear_few` takes.
 MOST_ROWS = 64
@@ -55,7 +55,8 @@ def rule(dtype: torch.dtype) -> Rule:
 @functools.cache
 def _rule(dtype: torch.dtype, threads: int) -> Rule:
     load()
-    key = sha256(repr((machine(), torch.__version__, str(dtype), threads, _WIDTH)).encode()).hexdigest()[:32]
+    kernels = SOURCE.read_text()
+    key = sha256(repr((machine(), torch.__version__, kernels, str(dtype), threads, _WIDTH)).encode()).hexdigest()[:32]
     path = folder() / f"rule-{key}.json"
     try:
         kept = json.loads(path.read_text())
