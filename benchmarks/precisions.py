@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +47,9 @@ def precisions(
     rounds: int,
     backends: tuple[str, ...] = BACKENDS,
     memory: bool = True,
-) -> Rows:
+) -> Iterator[Rows]:
     """Milliseconds of every stage of a request of 64 text tokens and 64 new ones, by backend, precision and preset; what an
-    arm is refused for stands in a row of its own.
+    arm is refused for stands in a row of its own. All rows are given after every stage, with what was measured so far.
 
     tokens_per_s: of the whole batch over an answer of 64 tokens, its TTFT and 63 decode steps; peak_mib: resident memory of
     a process that serves the arm alone, with `memory`; `_to_float32`: time of the backend in float32 over the row's;
@@ -74,20 +74,29 @@ def precisions(
                         arms[key] = _called(build(key.backend, model, settings[key.preset], case.request))
                     except UnsupportedError as error:
                         refused[key] = str(error)
-        times = {stage: _timed(stage, arms, rounds, steps) for stage in (*STAGES, "selection")}
-        torch.compiler.reset()
-    found = []
-    for key in keys:
-        row: dict[str, Any] = dict.fromkeys(COLUMNS) | key._asdict() | {"batch": batch, "refused": refused.get(key)}
-        if key in arms:
-            case = cases[key.precision]
-            schedule = settings[key.preset].schedule(case.shape.model_shape(), case.layout())
-            row |= row_of(key, times, schedule, case)
-            if memory:
-                with steps.step(f"memory of {' '.join(key)}"):
-                    row["peak_mib"] = _peak(case, Entrant(key.backend, key.preset, settings[key.preset]))
-        found.append(row)
-    return found
+    times: dict[str, dict[Key, list[float]]] = {}
+    peaks: dict[Key, float | None] = {}
+
+    def rows() -> Rows:
+        found = []
+        for key in keys:
+            row: dict[str, Any] = dict.fromkeys(COLUMNS) | key._asdict() | {"batch": batch, "refused": refused.get(key)}
+            if key in arms:
+                case = cases[key.precision]
+                schedule = settings[key.preset].schedule(case.shape.model_shape(), case.layout())
+                row |= row_of(key, times, schedule, case) | {"peak_mib": peaks.get(key)}
+            found.append(row)
+        return found
+
+    for stage in (*STAGES, "selection"):
+        with torch.no_grad():
+            times[stage] = _timed(stage, arms, rounds, steps)
+        yield rows()
+    torch.compiler.reset()
+    for key in arms if memory else ():
+        with steps.step(f"memory of {' '.join(key)}"):
+            peaks[key] = _peak(cases[key.precision], Entrant(key.backend, key.preset, settings[key.preset]))
+    yield rows()
 
 
 def _peak(case: Case, entrant: Entrant) -> float | None:
@@ -117,22 +126,27 @@ def _timed(stage: str, arms: dict[Key, Arm], rounds: int, steps: Steps) -> dict[
 
 
 def row_of(key: Key, times: dict[str, dict[Key, list[float]]], schedule: Schedule, case: Case) -> dict[str, Any]:
-    """What `precisions` says of an arm that was timed. times: milliseconds of every round, by stage and arm."""
+    """What `precisions` says of an arm that was timed. times: milliseconds of every round, by the stages measured so far and
+    arm."""
     request = case.request
     row: dict[str, Any] = {
         f"{stage}_ms": statistics.median(took[key]) if key in took else None for stage, took in times.items()
     }
-    answer = row["ttft_ms"] + (request.new_tokens - 1) * row["decode_ms"]
-    row["tokens_per_s"] = 1e3 * request.batch * request.new_tokens / answer
+    if {"ttft", "decode"} <= times.keys():
+        answer = row["ttft_ms"] + (request.new_tokens - 1) * row["decode_ms"]
+        row["tokens_per_s"] = 1e3 * request.batch * request.new_tokens / answer
     ratio = functools.partial(_ratio, times, key, row.setdefault("quartiles", {}))
-    for stage in STAGES:
+    for stage in [stage for stage in STAGES if stage in times]:
         if key.precision != "float32":
             row[f"{stage}_to_float32"] = ratio(stage, key._replace(precision="float32"), f"{stage}_to_float32")
     if key.preset != DENSE:
         for stage, ideal in _ideals(key, schedule, case).items():
+            if stage not in times:
+                continue
             found = ratio(stage, key._replace(preset=DENSE), f"{stage}_to_dense")
             row |= {f"{stage}_to_dense": found, f"{stage}_ideal": ideal, f"{stage}_realised": found and found / ideal}
-        row["ttft_to_dense"] = ratio("ttft", key._replace(preset=DENSE), "ttft_to_dense")
+        if "ttft" in times:
+            row["ttft_to_dense"] = ratio("ttft", key._replace(preset=DENSE), "ttft_to_dense")
     return row
 
 

@@ -6,7 +6,7 @@ Every table is written to benchmarks/results/NAME.json.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -15,6 +15,7 @@ import kernel_times
 import parts
 import precisions
 import typer
+from parts import Rows
 from rich.console import Console
 
 from vitcop_compile import ViTCoPConfig, bench
@@ -32,22 +33,27 @@ NARROW = Shape(hidden=512, layers=4, vision_hidden=512, vision_layers=3)
 
 
 class Table(NamedTuple):
-    """columns: what is printed, None for the usual ones; cases: what is measured, or else `measure()` -> rows without arms,
-    whose fields are the columns."""
+    """columns: what is printed, None for the usual ones; cases: what is measured, or else `measure(rounds)` -> rows without
+    arms, whose fields are the columns, or ever more of them."""
 
     columns: tuple[str, ...] | None
     rounds: int
     cases: list[bench.Case]
     memory: bool = False
-    measure: Callable[[int], list[dict[str, Any]]] | None = None
+    measure: Callable[[int], Rows | Iterator[Rows]] | None = None
 
     def results(self, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """What is found, given to `save` as it comes."""
         if self.measure is None:
             return bench.run(self.cases, rounds=self.rounds, memory=self.memory, save=save)
-        conditions, rows = {"device": "cpu", "rounds": self.rounds, "memory": False}, self.measure(self.rounds)
-        types = dict.fromkeys(row.get("precision") or row.get("dtype") or "float32" for row in rows)
-        return {"environment": bench.environment() | conditions | {"dtype": ", ".join(types)}, "rows": rows}
+        conditions = bench.environment() | {"device": "cpu", "rounds": self.rounds, "memory": False}
+        measured = self.measure(self.rounds)
+        results: dict[str, Any] = {}
+        for rows in [measured] if isinstance(measured, list) else measured:
+            types = dict.fromkeys(row.get("precision") or row.get("dtype") or "float32" for row in rows)
+            results = {"environment": conditions | {"dtype": ", ".join(types)}, "rows": rows}
+            save(results)
+        return results
 
     def read(self, path: Path) -> dict[str, Any]:
         """What was measured before."""

@@ -237,7 +237,11 @@ def test_products_have_a_row_per_type_rows_and_kernel(suite):
 @pytest.mark.slow
 def test_every_precision_backend_and_budget_has_a_row(suite):
     shape = dataclasses.replace(TINY_SHAPE, hidden=64, vision_hidden=64)
-    rows = suite.precisions.precisions(shape, 2, ("1/9",), 1, backends=("eager",), memory=False)
+    *partial, rows = suite.precisions.precisions(shape, 2, ("1/9",), 1, backends=("eager",), memory=False)
+    # Given after every stage: what has been timed is not lost.
+    filled = [[stage for stage in ("vision", "prefill", "decode", "ttft", "selection") if given[-1][f"{stage}_ms"]]
+              for given in partial]  # fmt: skip
+    assert [len(stages) for stages in filled] == [1, 2, 3, 4, 5]
     assert [(row["precision"], row["preset"]) for row in rows] == [
         (precision, preset) for precision in ("float32", "bfloat16", "int8") for preset in ("dense", "1/9")
     ]
@@ -253,8 +257,19 @@ def test_every_precision_backend_and_budget_has_a_row(suite):
 
 
 def test_what_an_arm_is_refused_for_stands_in_its_row(suite):
-    rows = suite.precisions.precisions(TINY_SHAPE, 1, (), 1, backends=("tensorrt",), memory=False)
+    *_, rows = suite.precisions.precisions(TINY_SHAPE, 1, (), 1, backends=("tensorrt",), memory=False)
     assert [row["vision_ms"] for row in rows] == [None] * 3 and all("tensorrt" in row["refused"] for row in rows)
+
+
+def test_rows_that_come_piece_by_piece_are_saved_as_they_come(suite):
+    def pieces(rounds):
+        yield [{"what": 1, "precision": "bfloat16"}]
+        yield [{"what": 2, "precision": "bfloat16"}]
+
+    saved = []
+    table = suite.Table(("what",), 1, [], measure=pieces)
+    results = table.results(lambda found: saved.append([row["what"] for row in found["rows"]]))
+    assert saved == [[1], [2]] and results["rows"][0]["what"] == 2 and results["environment"]["dtype"] == "bfloat16"
 
 
 def test_ratios_of_precisions_are_of_the_same_rounds(suite):
