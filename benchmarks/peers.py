@@ -10,6 +10,8 @@ lives in an environment of its own, since its converter wants another transforme
     genai/bin/pip install openvino-genai==2026.4.1 optimum-intel==2.2.0 transformers==5.0.0
     genai/bin/pip uninstall -y torchvision
 
+Weights are floats, or bytes (int8), for which peers are converted anew; either are compared with their like.
+
 Results: benchmarks/results/peers.json, written after every round.
 """
 
@@ -22,7 +24,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,8 +60,11 @@ TINY = Shape(
 PRESET = "1/9"
 PRUNING_RATIO = 89  # what is closest to 8/9 in whole percents: 28 of 256 tokens stay
 PEER_ARMS = ("transformers", "transformers, compiled", "OpenVINO GenAI", "onnxruntime")
-COLUMNS = ("arm", "precision", "preset", "visual_tokens", "ttft_ms", "ttft_to_best_peer", "tpot_ms", "tpot_to_best_peer",
-           "answer_ms", "peak memory")  # fmt: skip
+COLUMNS = ("arm", "precision", "weights", "preset", "visual_tokens", "ttft_ms", "ttft_to_best_peer", "tpot_ms",
+           "tpot_to_best_peer", "answer_ms", "peak memory")  # fmt: skip
+# How weights are held, and what OpenVINO's converter calls that.
+FLOAT = "float"
+CONVERTED = {FLOAT: "fp16", "int8": "int8"}
 # Seconds.
 _CONVERT = 900.0
 
@@ -70,37 +75,42 @@ def groups(shape: Shape, genai: str | None) -> list[Group]:
     stock = {"transformers": {"kind": "stock_eager"}, "transformers, compiled": {"kind": "stock_compile"}}
     rows = {name: _row(name, "bfloat16", DENSE, shape) | {"make": make} for name, make in stock.items()}
     found = [Group("transformers", own, {"dtype": "bfloat16"}, rows)]
-    if genai is not None:
+    for weights in CONVERTED if genai is not None else ():
         percents = {DENSE: 0, f"CDPruner {PRUNING_RATIO} %": PRUNING_RATIO}
+        name = " ".join(["OpenVINO GenAI", weights]).removesuffix(f" {FLOAT}")
         rows = {
-            f"OpenVINO GenAI {label}": _row("OpenVINO GenAI", "default", label, shape) | {"make": percent}
+            f"{name} {label}": _row("OpenVINO GenAI", "default", label, shape, weights) | {"make": percent}
             for label, percent in percents.items()
         }
-        found.append(Group("OpenVINO GenAI", (genai, str(HERE / "peers_genai.py")), {}, rows))
-    # By backend: the dtype of the model, and what `optimize` is told of precision.
-    ours: dict[str, list[tuple[str, dict[str, str]]]] = {
-        "inductor": [("float32", {}), ("bfloat16", {})],
-        "onnxruntime": [("float32", {})],
-        "openvino": [("float32", {"precision": "f32"}), ("float32", {"precision": "bf16"})],
+        found.append(Group(name, (str(genai), str(HERE / "peers_genai.py")), {}, rows, reads=weights))
+    # By backend: the dtype of the model, how its weights are held, and what `optimize` is told of precision.
+    ours: dict[str, list[tuple[str, str, dict[str, str]]]] = {
+        "inductor": [("float32", FLOAT, {}), ("bfloat16", FLOAT, {}), ("float32", "int8", {})],
+        "onnxruntime": [("float32", FLOAT, {})],
+        "openvino": [
+            ("float32", FLOAT, {"precision": "f32"}),
+            ("float32", FLOAT, {"precision": "bf16"}),
+            ("float32", "int8", {"precision": "f32"}),
+        ],
     }
     for backend in [name for name in ours if name in BACKENDS]:
-        for dtype, precision in ours[backend]:
+        for dtype, weights, precision in ours[backend]:
             computed = "bfloat16" if precision.get("precision") == "bf16" else dtype
             make = {"kind": "ours", "backend": backend} | precision
+            name = " ".join([backend, computed, weights]).removesuffix(f" {FLOAT}")
             rows = {
-                f"{backend} {computed} {label}": _row(backend, computed, label, shape) | {"make": make | {"preset": label}}
+                f"{name} {label}": _row(backend, computed, label, shape, weights) | {"make": make | {"preset": label}}
                 for label in (DENSE, PRESET)
             }
-            group = Group(f"{backend} {computed}", own, {"dtype": dtype}, rows, lambda name=backend: backend_of(name))
-            found.append(group)
+            build = {"dtype": dtype, "weights": weights}
+            found.append(Group(name, own, build, rows, available=lambda name=backend: backend_of(name)))
     return found
 
 
-def _row(arm: str, precision: str, preset: str, shape: Shape) -> dict[str, Any]:
+def _row(arm: str, precision: str, preset: str, shape: Shape, weights: str = FLOAT) -> dict[str, Any]:
     pruned = preset == PRESET
-    is_peer = arm in PEER_ARMS and not pruned
-    tokens = _visual_tokens(shape)[pruned]
-    return {"arm": arm, "precision": precision, "preset": preset, "peer": is_peer, "visual_tokens": tokens}
+    row = {"arm": arm, "precision": precision, "weights": weights, "preset": preset}
+    return row | {"peer": arm in PEER_ARMS and not pruned, "visual_tokens": _visual_tokens(shape)[pruned]}
 
 
 @functools.cache
@@ -146,20 +156,19 @@ def check_genai(python: str | None, without: bool) -> str | None:
     return python
 
 
-def prepare(shape: Shape, seed: int, genai: str | None, folder: Path, console: Console) -> tuple[Path, Path]:
-    """Folders of the model and of its conversion, made where they are not there yet. Raises UnsupportedError, with its last
-    line, if the converter fails."""
+def prepare(
+    shape: Shape, seed: int, genai: str | None, folder: Path, console: Console, reads: Iterable[str] = ("model", *CONVERTED)
+) -> dict[str, Path]:
+    """Folders of the model, and of its conversions by how these hold weights, of those that are read; made where they are not
+    there yet. Raises UnsupportedError, with its last line, if the converter fails."""
     key = hashlib.sha256(repr((dataclasses.asdict(shape), seed)).encode()).hexdigest()[:12]
-    model, converted = folder / key / "model", folder / key / "openvino"
+    model = folder / key / "model"
+    folders = {"model": model}
+    makes: dict[str, Callable[[], None]] = {"model": lambda: _aside(model, lambda aside: _write(shape, seed, aside))}
 
-    def write() -> None:
-        from peers_own import write_model
-
-        _aside(model, lambda aside: write_model(shape, seed, aside))
-
-    def convert() -> None:
+    def convert(converted: Path, format: str) -> None:
         def run(aside: Path) -> None:
-            command = [str(genai), str(HERE / "peers_genai.py"), "convert", str(model), str(aside)]
+            command = [str(genai), str(HERE / "peers_genai.py"), "convert", str(model), str(aside), format]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_CONVERT, check=False)
             except subprocess.TimeoutExpired:
@@ -170,11 +179,21 @@ def prepare(shape: Shape, seed: int, genai: str | None, folder: Path, console: C
 
         _aside(converted, run)
 
-    for made, make, needed in ((model, write, True), (converted, convert, genai is not None)):
-        if needed and not made.exists():
+    for weights, format in CONVERTED.items() if genai is not None else ():
+        if weights in reads:
+            folders[weights] = folder / key / f"openvino-{format}"
+            makes[weights] = functools.partial(convert, folders[weights], format)
+    for name, made in folders.items():
+        if not made.exists():
             with console.status(f"writing {made}"):
-                make()
-    return model, converted
+                makes[name]()
+    return folders
+
+
+def _write(shape: Shape, seed: int, folder: Path) -> None:
+    from peers_own import write_model
+
+    write_model(shape, seed, folder)
 
 
 def _aside(path: Path, make: Callable[[Path], None]) -> None:
@@ -195,7 +214,7 @@ def run(
     picked = chosen(groups(shape, genai), only)
     failed: dict[str, str] = {}
     facts: dict[str, Any] = {}
-    folders = prepare(shape, seed, genai, folder, console)
+    folders = prepare(shape, seed, genai, folder, console, [group.reads for group in picked])
     given = {"threads": threads, "side": shape.image_size, "text": text, "tokens": tokens}
     results: dict[str, Any] = {}
     conditions = bench.environment() | {
@@ -224,8 +243,10 @@ def run(
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What stands below the table: versions and flags of the other runtime, the fastest peers, and arms that failed."""
     given = results["environment"]
-    fastest = ", ".join(f"{what.upper()} {name}" for what, name in given["best_peer"].items())
-    lines = [f"The fastest peer: {fastest}."] if fastest else []
+    lines = []
+    for weights, best in given["best_peer"].items():
+        fastest = ", ".join(f"{what.upper()} {name}" for what, name in best.items())
+        lines.append(f"The fastest peer with {weights} weights: {fastest}.")
     genai = given["workers"].get("OpenVINO GenAI")
     if genai:
         said = {**genai["versions"], **genai["flags"]}

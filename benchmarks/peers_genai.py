@@ -1,6 +1,6 @@
-"""OpenVINO GenAI's side of benchmarks/peers.py, in an environment of its own: `python peers_genai.py convert MODEL FOLDER`
-writes what GenAI loads, `python peers_genai.py` serves it. Nothing of this package is imported: the environment has other
-versions of what it needs.
+"""OpenVINO GenAI's side of benchmarks/peers.py, in an environment of its own: `python peers_genai.py convert MODEL FOLDER
+FORMAT` writes what GenAI loads, `python peers_genai.py` serves it. Nothing of this package is imported: the environment has
+other versions of what it needs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _PRECISIONS = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # two tokens and the placeholders
 
 
-def convert(model: str, folder: str) -> None:
-    """Writes the Hugging Face model in the folder `model` as OpenVINO IR with weights in float16, its tokenizer included: what
-    `optimum-cli export openvino --task image-text-to-text --weight-format fp16` does."""
+def convert(model: str, folder: str, format: str) -> None:
+    """Writes the Hugging Face model in the folder `model` as OpenVINO IR with weights in `format`, "fp16" or "int8", its
+    tokenizer included: what `optimum-cli export openvino --task image-text-to-text --weight-format FORMAT` does."""
     from optimum.commands.optimum_cli import main
 
-    asked = ["export", "openvino", "--model", model, "--task", "image-text-to-text", "--weight-format", "fp16", folder]
+    asked = ["export", "openvino", "--model", model, "--task", "image-text-to-text", "--weight-format", format, folder]
     sys.argv = ["optimum-cli", *asked]
     main()
     if not (Path(folder) / "openvino_vision_embeddings_merger_model.xml").exists():

@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vitcop_compile import ViTCoPConfig, optimize
 from vitcop_compile.bench import Shape
 from vitcop_compile.bench.environment import environment
-from vitcop_compile.bench.models import DTYPES
+from vitcop_compile.bench.models import DTYPES, WEIGHTS
 from vitcop_compile.cache import CACHE_NAME
 
 PAD, START, SEEN_FROM, SEEN_TO = 0, 1, 2, 3
@@ -65,14 +65,23 @@ class Own:
         self._given: dict[str, Any] = {}
 
     def build(
-        self, folder: str, threads: int, side: int, text: int, tokens: int, dtype: str, arms: dict[str, dict[str, Any]]
+        self,
+        folder: str,
+        threads: int,
+        side: int,
+        text: int,
+        tokens: int,
+        dtype: str,
+        arms: dict[str, dict[str, Any]],
+        weights: str = "float",
     ) -> dict[str, Any]:
-        """Loads the model in `dtype` and makes its arms, which compile at their first answer. side, text, tokens: as in
-        peers_genai.py; arms: {"kind": "stock_eager", "stock_compile"} or {"kind": "ours", "backend", "preset"} and, for a
-        backend with a choice, "precision"."""
+        """Loads the model in `dtype`, its linear layers held as `weights` says ("float", "int8"), and makes its arms, which
+        compile at their first answer. side, text, tokens: as in peers_genai.py; arms: {"kind": "stock_eager", "stock_compile"}
+        or {"kind": "ours", "backend", "preset"} and, for a backend with a choice, "precision"."""
         torch.set_num_threads(threads)
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
         model.generation_config.eos_token_id = None
+        WEIGHTS[weights](model)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self._given = {"side": side, "text": text, "tokens": tokens, "model": model}

@@ -28,12 +28,14 @@ _WARMUP = 2
 @dataclass(frozen=True)
 class Group:
     """Arms in one process, which share a model. command: of its process; build: fields of its first command; arms: rows of the
-    table by name, with what the worker makes of each under "make"; available: raises UnsupportedError where it cannot run."""
+    table by name, with what the worker makes of each under "make"; reads: which of the folders; available: raises
+    UnsupportedError where it cannot run."""
 
     name: str
     command: tuple[str, ...]
     build: dict[str, Any]
     arms: dict[str, dict[str, Any]]
+    reads: str = "model"
     available: Callable[[], Any] = lambda: None
 
 
@@ -49,7 +51,7 @@ class Arm:
 
 @contextlib.contextmanager
 def started(
-    found: list[Group], given: Mapping[str, Any], folders: tuple[Path, Path], failed: dict[str, str], facts: dict[str, Any]
+    found: list[Group], given: Mapping[str, Any], folders: Mapping[str, Path], failed: dict[str, str], facts: dict[str, Any]
 ) -> Iterator[dict[str, Arm]]:
     """The arms of all groups, built; `failed` gets those that cannot be, with the reason, `facts` what workers say of
     themselves."""
@@ -60,9 +62,8 @@ def started(
             try:
                 group.available()
                 workers.append(worker := Worker(group.name, group.command, given["threads"]))
-                folder = folders["peers_genai.py" in group.command[-1]]
-                make = {name: row["make"] for name, row in group.arms.items()}
-                facts[group.name] = worker.ask("build", _BUILD, folder=str(folder), arms=make, **given, **group.build)
+                folder, make = str(folders[group.reads]), {name: row["make"] for name, row in group.arms.items()}
+                facts[group.name] = worker.ask("build", _BUILD, folder=folder, arms=make, **given, **group.build)
             except (UnsupportedError, WorkerError) as reason:
                 failed.update(dict.fromkeys(group.arms, str(reason)))
                 continue
@@ -135,16 +136,22 @@ def measure(
             save()
 
 
-def rows(arms: Mapping[str, Arm]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row per arm, medians over the rounds, and the name of the fastest peer by quantity. A ratio is the median of the
-    ratios of the rounds: how many times as long the fastest peer takes."""
+def rows(arms: Mapping[str, Arm]) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+    """A row per arm, medians over the rounds, and the name of the fastest peer by how weights are held and quantity. A ratio
+    is the median of the ratios of the rounds: how many times as long the fastest peer with such weights takes."""
     count = min((len(arm.answers) for arm in arms.values()), default=0)
     times = {
         what: {name: [answer[f"{what}_ms"] for answer in arm.answers[:count]] for name, arm in arms.items()}
         for what in (*QUANTITIES, "answer")
     }
-    peers = [name for name, arm in arms.items() if arm.row["peer"]]
-    best = {what: min(peers, key=lambda name: statistics.median(times[what][name])) for what in QUANTITIES if peers and count}
+    peers: dict[str, list[str]] = {}
+    for name, arm in arms.items() if count else ():
+        if arm.row["peer"]:
+            peers.setdefault(arm.row["weights"], []).append(name)
+    best = {
+        weights: {what: min(names, key=lambda name: statistics.median(times[what][name])) for what in QUANTITIES}
+        for weights, names in peers.items()
+    }
     found = []
     for name, arm in arms.items() if count else ():
         row = arm.row | {"name": name, "tokens": arm.answers[0]["tokens"], "ratio_to": {}}
@@ -152,8 +159,8 @@ def rows(arms: Mapping[str, Arm]) -> tuple[list[dict[str, Any]], dict[str, str]]
         for what, values in times.items():
             row[f"{what}_ms"], row[f"{what}_quartiles_ms"] = summary(values[name]).values()
         for what in QUANTITIES:
-            ratio = summary(ratios(times[what][best[what]], times[what][name])) if best else None
-            row[f"{what}_to_best_peer"] = ratio
+            fastest = best.get(arm.row["weights"])
+            row[f"{what}_to_best_peer"] = fastest and summary(ratios(times[what][fastest[what]], times[what][name]))
         for part in ("preprocessing_ms", "before_language_model_ms"):
             values = [answer[part] for answer in arm.answers[:count] if part in answer]
             row[part] = statistics.median(values) if values else None

@@ -99,6 +99,17 @@ def precisions(
     yield rows()
 
 
+def by_backend(*given: Any, backends: tuple[str, ...] = BACKENDS, **more: Any) -> Iterator[Rows]:
+    """`precisions` of one backend after the other, whose arms are gone before those of the next are built: all together may
+    need more memory than there is. Ratios are within a backend; milliseconds of two are of different minutes."""
+    done: Rows = []
+    for backend in backends:
+        rows: Rows = []
+        for rows in precisions(*given, backends=(backend,), **more):
+            yield done + rows
+        done += rows
+
+
 def _peak(case: Case, entrant: Entrant) -> float | None:
     """MiB; None where it cannot be measured: what was timed is not lost for it."""
     try:

@@ -135,7 +135,7 @@ TABLES = {
     "precisions": Table(precisions.COLUMNS, 7, [],
                         measure=functools.partial(precisions.precisions, QUICK, 1, ("1/3", "1/9"))),
     "precisions_16": Table(precisions.COLUMNS, 3, [],
-                           measure=functools.partial(precisions.precisions, NARROW, 16, ("1/3", "1/9"))),
+                           measure=functools.partial(precisions.by_backend, NARROW, 16, ("1/3", "1/9"))),
     TINY: Table(None, 1, tiny()),
 }  # fmt: skip
 

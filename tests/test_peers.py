@@ -57,7 +57,7 @@ def fake(tmp_path, monkeypatch):
     def make(name, *arms):
         rows = {
             arm: {"arm": arm, "precision": "float32", "preset": "dense", "peer": not arm.startswith("our"), "visual_tokens": 9,
-                  "make": arm} for arm in arms
+                  "weights": "float", "make": arm} for arm in arms
         }  # fmt: skip
         return peers_run.Group(name, (sys.executable, str(script)), {}, rows)
 
@@ -67,7 +67,7 @@ def fake(tmp_path, monkeypatch):
 def measured(groups, rounds=2, given=None):
     """(arms, failed, what was saved after each round) of a run of fake arms."""
     failed, facts, saved = {}, {}, []
-    with peers_run.started(groups, given or {"threads": 1}, (Path(), Path()), failed, facts) as arms:
+    with peers_run.started(groups, given or {"threads": 1}, {"model": Path()}, failed, facts) as arms:
         peers_run.measure(arms, rounds, 1e9, failed, lambda text: None, lambda: saved.append(len(peers_run.rows(arms)[0])))
     return arms, failed, saved
 
@@ -107,18 +107,19 @@ def test_a_backend_that_is_missing_is_named_and_no_arm_at_all_is_an_error(fake):
         raise UnsupportedError("its package is not installed")
 
     group = fake("absent", "fast")
-    absent = peers_run.Group(group.name, group.command, {}, group.arms, missing)
+    absent = peers_run.Group(group.name, group.command, {}, group.arms, available=missing)
     arms, failed, _ = measured([absent, fake("good", "slow")], rounds=1)
     assert set(arms) == {"slow"} and failed == {"fast": "its package is not installed"}
     with pytest.raises(UnsupportedError, match="no arm is left: bad: RuntimeError: out of luck"):
         measured([fake("bad", "fails")])
 
 
-def arm(peer, ttft, tpot, **more):
+def arm(peer, ttft, tpot, weights="float", **more):
     """An arm with made-up times of three rounds."""
     row = {
         "arm": "x",
         "precision": "float32",
+        "weights": weights,
         "preset": "dense",
         "peer": peer,
         "visual_tokens": 256,
@@ -135,6 +136,7 @@ def results():
     arms = {
         "one peer": arm(True, (100.0, 200.0, 300.0), (30.0, 30.0, 30.0), visual_tokens=28),
         "other peer": arm(True, (400.0, 400.0, 400.0), (10.0, 12.0, 14.0), preprocessing_ms=5.0),
+        "bytes": arm(True, (10.0, 10.0, 10.0), (1.0, 1.0, 1.0), "int8"),
         "inductor float32 dense": arm(False, (50.0, 50.0, 50.0), (20.0, 24.0, 28.0)),
     }
     arms["one peer"].row["first_tokens"] = [5, 6, 8]
@@ -151,8 +153,11 @@ def results():
 
 def test_rows_by_hand():
     found = results()
-    assert found["environment"]["best_peer"] == {"ttft": "one peer", "tpot": "other peer"}
-    one, other, own = found["rows"]
+    # Bytes are compared with bytes.
+    both = {"ttft": "bytes", "tpot": "bytes"}
+    assert found["environment"]["best_peer"] == {"float": {"ttft": "one peer", "tpot": "other peer"}, "int8": both}
+    one, other, whole, own = found["rows"]
+    assert whole["ttft_to_best_peer"]["median"] == 1.0
     assert (one["ttft_ms"], other["tpot_ms"], own["answer_ms"]) == (200.0, 12.0, 74.0)
     # Ratios of the same round: 100 / 50, 200 / 50, 300 / 50 and 10 / 20, 12 / 24, 14 / 28.
     assert own["ttft_to_best_peer"] == {"median": 4.0, "quartiles": [3.0, 5.0]}
@@ -167,8 +172,8 @@ def test_the_table_of_a_file(tmp_path):
     done = invoke("--tables", "--output", str(tmp_path / "peers.json"))
     assert done.exit_code == 0, done.output
     lines = [line for line in done.output.splitlines() if line.startswith("|")]
-    assert lines[-1] == "| x | float32 | dense | 256 | 50 | 4.00 (3.00-5.00) | 24 | 0.50 (0.50-0.50) | 74 | 1.0 MiB |"
-    assert "The fastest peer: TTFT one peer, TPOT other peer." in done.output
+    assert lines[-1] == "| x | float32 | float | dense | 256 | 50 | 4.00 (3.00-5.00) | 24 | 0.50 (0.50-0.50) | 74 | 1.0 MiB |"
+    assert "The fastest peer with float weights: TTFT one peer, TPOT other peer." in done.output
     assert "OpenVINO GenAI: openvino-genai 1.0, INFERENCE_PRECISION_HINT bf16." in done.output
     assert "Load 0.1 before, 2.0 after; arms that should sleep used 2 % of a core at most." in done.output
     assert "Not measured: gone: worker: died" in done.output
@@ -207,19 +212,19 @@ def test_a_converter_that_fails_is_told_with_the_versions_that_work(tmp_path):
         peers.prepare(peers.TINY, 0, sys.executable, tmp_path, console)
     # The model is kept, a half of a conversion is not taken for one.
     (made,) = tmp_path.iterdir()
-    assert {path.name for path in made.iterdir()} == {"model", "openvino.partial"}
+    assert {path.name for path in made.iterdir()} == {"model", "openvino-fp16.partial"}
 
 
 def test_every_arm_of_the_issue_is_there():
     groups = peers.groups(peers.FULL, "python")
     names = [name for group in groups for name in group.arms]
-    for backend in ("inductor float32", "inductor bfloat16", "onnxruntime float32"):
+    for backend in ("inductor float32", "inductor bfloat16", "inductor float32 int8", "onnxruntime float32"):
         assert {f"{backend} dense", f"{backend} 1/9"} <= set(names)
     assert {"transformers", "transformers, compiled", "OpenVINO GenAI dense", "OpenVINO GenAI CDPruner 89 %"} <= set(names)
     rows = {name: row for group in groups for name, row in group.arms.items()}
     assert {name for name, row in rows.items() if row["peer"]} == {
         "transformers", "transformers, compiled", "OpenVINO GenAI dense", "OpenVINO GenAI CDPruner 89 %",
-        "onnxruntime float32 dense",
+        "OpenVINO GenAI int8 dense", "OpenVINO GenAI int8 CDPruner 89 %", "onnxruntime float32 dense",
     }  # fmt: skip
     assert rows["inductor float32 dense"]["visual_tokens"] == 256
     with pytest.raises(ConfigError, match="is unknown"):

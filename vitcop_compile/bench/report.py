@@ -26,7 +26,7 @@ _BYTES = {"KV": "kv_bytes", "peak memory": "peak_memory_bytes", "before the requ
 _FIELDS = {"settings": "preset", "selection": "selection_ms"}
 # Columns of text; the others are numbers.
 _WORDS = {"arm", "backend", "caches", "chosen", "dtype", "fact", "kernel", "measure", "precision", "preset", "process",
-          "program", "settings", "shape", "subject", "verdict", "what"}  # fmt: skip
+          "program", "settings", "shape", "subject", "verdict", "weights", "what"}  # fmt: skip
 
 
 @with_config(ConfigDict(extra="allow"))
