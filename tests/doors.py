@@ -75,7 +75,8 @@ def processor() -> LlavaProcessor:
 
 
 class Asked:
-    """A ticket, and what was asked for. told: tokens so far; ended: by what, None until then."""
+    """A ticket, and what was asked for. told: tokens so far; cancelled: answers; ended: by what, None until
+    then."""
 
     def __init__(
         self, inputs: Mapping[str, Any], sampling: Sampling, listen: Callable[[Any], None], wake: threading.Condition
@@ -84,13 +85,13 @@ class Asked:
         ids = inputs["input_ids"]
         self.image_tokens = int((ids == IMAGE).sum())
         self.text_tokens = ids.numel() - self.image_tokens
-        self.cancelled = False
+        self.cancelled: set[int] = set()
         self.told = 0
         self.ended: str | None = None
 
-    def cancel(self) -> None:
+    def cancel(self, choice: int | None = None) -> None:
         with self._wake:
-            self.cancelled = True
+            self.cancelled |= set(range(self.sampling.n)) if choice is None else {choice}
             self._wake.notify_all()
 
 
@@ -141,12 +142,15 @@ class Spoken:
         while left and how == "finished":
             for choice in list(left):
                 with self.wake:
-                    self.wake.wait_for(lambda: asked.cancelled or asked.told < self.allowed)
-                    if asked.cancelled:
-                        how = "cancelled"
-                        break
-                    asked.told += 1
+                    self.wake.wait_for(lambda one=choice: one in asked.cancelled or asked.told < self.allowed)
+                    dropped = choice in asked.cancelled
+                    asked.told += not dropped
                     self.wake.notify_all()
+                if dropped:
+                    del left[choice]
+                    asked.listen(Finished(choice, "cancelled"))
+                    how = "finished" if left else "cancelled"
+                    continue
                 if not left[choice]:
                     how = "failed"
                     error = error or RuntimeError("a script ended before its answer")
@@ -160,13 +164,10 @@ class Spoken:
                 if id in stops or spoken[choice] == asked.sampling.max_new_tokens:
                     asked.listen(Finished(choice, "stop" if id in stops else "length"))
                     del left[choice]
-        if error is not None and not left:
+        if error is not None and not left and how == "finished":
             how = "failed"
         if how == "failed":
             asked.listen(Failed(error or RuntimeError("unknown")))
-        if how == "cancelled":
-            for choice in left:
-                asked.listen(Finished(choice, "cancelled"))
         with self.wake:
             asked.ended = how
             self.wake.notify_all()

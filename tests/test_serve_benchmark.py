@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,21 @@ def test_times_count_from_when_a_request_was_meant_to_leave(modules: Any) -> Non
     assert told["per_s"] == 0.5 and told["tokens_per_s"] == 3.0
     assert (told["ttft_p50_ms"], told["ttft_p99_ms"]) == (500.0, 2000.0)
     assert told["tpot_p50_ms"] == told["tpot_p99_ms"] == pytest.approx(100.0)
+
+
+@pytest.mark.slow
+def test_a_soak_of_seconds_finds_every_kind_of_request_answered_as_it_should_be(modules: Any, tmp_path: Path) -> None:
+    """A real server of a toy folder; what the benchmark calls wrong is what this must not find."""
+    import serving_folder
+    import serving_soak
+
+    folder = serving_folder.written(tmp_path / "tiny", 2)
+    with serving_folder.serving(folder) as (url, pid):
+        found = asyncio.run(serving_soak.soak(url, pid, "tiny", 8.0, 6, lambda text: None))
+        served_nobody = asyncio.run(serving_soak.soak(url, pid, "nobody", 1.0, 1, lambda text: None))
+    assert found["wrong"] == [] and set(found["told"]) == set(serving_soak.KINDS), found
+    first, last = found["samples"][0], found["samples"][-1]
+    assert last["occupied"] == last["queued"] == 0 and last["mib"] > 0
+    assert last["files"] <= first["files"] + 8
+    # It can tell: a model that is not served is wrong for all kinds but one.
+    assert served_nobody["wrong"] and all(text.endswith((": 0", ": 404")) for text in served_nobody["wrong"])

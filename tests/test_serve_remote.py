@@ -218,6 +218,24 @@ def test_cancels_travel() -> None:
     assert not scheduler.counts()["queued"]
 
 
+def test_one_answer_of_several_is_cancelled_here_and_its_replica_told_with_the_last() -> None:
+    spoken = Spoken(lambda inputs, sampling, choice: [*ids_of(("ab", "x" * 5000)[choice]), doors.END])
+    spoken.allow(2)
+    scheduler, _ = remote(spoken)
+    ears = Ears()
+    ticket = scheduler.submit(HELLO, Sampling(n=2, max_new_tokens=6000), ears)
+    ears.until(lambda events: len(events) == 2)
+    for _ in range(2):
+        ticket.cancel(1)
+    ears.until(lambda events: events[-1] == Finished(1, "cancelled"))
+    assert not spoken.asked[0].cancelled
+    spoken.allow(20)
+    events = ears.end(2)
+    assert events[-1] == Finished(0, "stop") and said(events) == "ab" and said(events, 1) == "x"
+    assert spoken.wait() == ["cancelled"]
+    scheduler.close()
+
+
 def test_a_cancel_does_not_wait_for_a_replica_that_hangs() -> None:
     spoken = Spoken("x" * 40)
     spoken.allow(1)

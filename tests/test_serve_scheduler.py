@@ -35,6 +35,7 @@ class Requests(RuleBasedStateMachine):
         self.asked: list[tuple[Any, Heard, dict[str, Any]]] = []
         self.spoilt: set[int] = set()  # whose listener fails
         self.cancelled: set[int] = set()
+        self.dropped: set[tuple[int, int]] = set()  # answers
         self.arrived: list[float] = []
         self.rejected = 0
 
@@ -73,8 +74,12 @@ class Requests(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject, anyone: bool) -> None:
         going = [place for place, (_, heard, _) in enumerate(self.asked) if anyone or (any(heard.tokens) and not heard.over)]
         for place in data.draw(st.lists(st.sampled_from(going), max_size=2)) if going else []:
-            self.asked[place][0].cancel()
-            self.cancelled.add(place)
+            ticket, heard, _ = self.asked[place]
+            choice = data.draw(st.sampled_from([None, *range(heard.sampling.n)]))
+            ticket.cancel(choice)
+            self.dropped |= {(place, each) for each in range(heard.sampling.n) if choice in (None, each)}
+            if all((place, each) in self.dropped or heard.ends[each] for each in range(heard.sampling.n)):
+                self.cancelled.add(place)
 
     @rule(failing=st.sampled_from([set()] * 6 + [{"prefill"}, {"decode"}]), rounds=st.integers(1, 4))
     def work(self, failing: set[str], rounds: int) -> None:
@@ -102,6 +107,9 @@ class Requests(RuleBasedStateMachine):
         elif head is not None:
             assert self.asked[head][1].sampling.n > free or (apart < EVERY and not idle)
         assert all(self.asked[place][1].over for place in self.cancelled - self.spoilt)
+        assert all(self.asked[place][1].ends[choice] for place, choice in self.dropped if place not in self.spoilt)
+        held = {(answer.job, answer.choice) for answer in self.scheduler._answers if answer}
+        assert not held & {(self.asked[place][0], choice) for place, choice in self.dropped}
         return wait
 
     def key(self, place: int) -> str:
@@ -258,6 +266,32 @@ def test_what_is_cancelled_ends_with_the_next_round() -> None:
     ticket.cancel()  # while nobody waits
     scheduler.step()
     assert heard.ends == ["cancelled"] and script.holds == [None] * 3
+
+
+def test_one_answer_of_several_is_cancelled_alone() -> None:
+    """Its slot is free with the next round, or with its first token where it waited; the prompt ends with its last answer."""
+    scheduler, script, _ = made(slots=3, company=0)
+    ticket, heard = ask(scheduler, says(9), max_new_tokens=6, n=2)
+    late, waiting = ask(scheduler, says(9, "b"), max_new_tokens=6, n=2)
+    scheduler.step()
+    ticket.cancel(1)
+    late.cancel(0)
+    ticket.cancel(5)  # there is none
+    scheduler.step()
+    assert heard.ends == ["", "cancelled"] and script.holds.count(None) == 2 and waiting.ends == ["cancelled", ""]
+    while waiting.ids(1) == []:
+        scheduler.step()
+    assert script.holds.count(None) == 1 and waiting.ids(0) == []
+    serve(scheduler)
+    assert heard.ends == ["length", "cancelled"] and waiting.ends == ["cancelled", "length"]
+    assert len(heard.ids(0)) == len(waiting.ids(1)) == 6
+    assert scheduler.counts()["finished"] == 2 and not scheduler.counts()["cancelled"]
+    ticket, heard = ask(scheduler, says(9), max_new_tokens=6, n=2)
+    scheduler.step()
+    for choice in (0, 1):
+        ticket.cancel(choice)
+        scheduler.step()
+    assert heard.ends == ["cancelled"] * 2 and scheduler.counts()["cancelled"] == 1 and script.holds == [None] * 3
 
 
 def test_a_listener_that_fails_is_let_go() -> None:

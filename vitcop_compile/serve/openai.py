@@ -247,10 +247,8 @@ class _Answering:
                 if answer.tokens > 1:
                     pace = (last[number] - first[number]) / (answer.tokens - 1)
                     self._door.metrics.tpot.labels(served.name).observe(pace)
-                own = answers[prompt * each : (prompt + 1) * each]
-                if all(other.ended for other in own):
-                    # A stop string is nothing that a scheduler knows of.
-                    self._stream.tickets[prompt].cancel()
+                # A stop string is nothing that a scheduler knows of.
+                self._stream.tickets[prompt].cancel(event.choice)
             yield number, piece
 
     async def _events(

@@ -46,22 +46,22 @@ class Replicas(Protocol):
 
 class Job:
     """A prompt on its way, the `Ticket` of its caller. replica: who answers; told: whether a token was; open: answers that
-    have not ended."""
+    have not ended; partial: whether one of several was cancelled, with which the replica goes on."""
 
     def __init__(self, inputs: Mapping[str, Any], sampling: Sampling, listen: Callable[[Event], None], owner: RemoteScheduler):
         self.inputs, self.sampling, self.listen, self._owner = inputs, sampling, listen, owner
         self.text_tokens = self.image_tokens = 0
         self.accepted: Future[None] = Future()
         self.open = set(range(sampling.n))
-        self.told = False
+        self.told = self.partial = False
         self.replica = ""
         self.reply: Reply | None = None
         self.task: asyncio.Task[None] | None = None
         self.arrived = owner.clock()
 
-    def cancel(self) -> None:
-        """As `Ticket.cancel`."""
-        self._owner.cancel(self)
+    def cancel(self, choice: int | None = None) -> None:
+        """As `Ticket.cancel`. A replica is told once no answer is wanted: until then it goes on with one that is not."""
+        self._owner.cancel(self, choice)
 
 
 class RemoteScheduler:
@@ -110,9 +110,9 @@ class RemoteScheduler:
         job.accepted.result()
         return job
 
-    def cancel(self, job: Job) -> None:
-        """Ends a prompt here, and tells its replica."""
-        self._loop.call_soon_threadsafe(self._cancel, job)
+    def cancel(self, job: Job, choice: int | None = None) -> None:
+        """Ends a prompt, or one of its answers, here; its replica is told with the last of them."""
+        self._loop.call_soon_threadsafe(self._cancel, job, choice)
 
     def counts(self) -> dict[str, float]:
         """As `Scheduler.counts`: of all replicas together as they said last, but for what waits here, for a first token, and
@@ -244,6 +244,8 @@ class RemoteScheduler:
                 job.told = True
         else:
             job.open.discard(event.choice)
+            if job.partial and not job.open and job.reply is not None:
+                job.reply.cancel()
         try:
             job.listen(event)
         except Exception:
@@ -268,9 +270,14 @@ class RemoteScheduler:
         least = min(refusals, key=lambda refusal: refusal.retry_after)
         self._fail(job, Overloaded(f"all {len(refusals)} replicas refuse: {least.message}", least.retry_after))
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: Job, choice: int | None) -> None:
         """In the loop, where all else that ends a prompt runs too."""
-        if not job.open:
+        if not job.open or choice not in (None, *job.open):
+            return
+        if choice is not None and len(job.open) > 1:
+            job.open.discard(choice)
+            job.partial = True
+            job.listen(Finished(choice, "cancelled"))
             return
         if job.reply is not None:
             job.reply.cancel()

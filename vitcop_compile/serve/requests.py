@@ -102,8 +102,9 @@ class Ticket(Protocol):
     text_tokens: int
     image_tokens: int
 
-    def cancel(self) -> None:
-        """Ends all answers that have not ended, with `Finished(choice, "cancelled")`. From any thread, any number of times."""
+    def cancel(self, choice: int | None = None) -> None:
+        """Ends answer number `choice`, or all, if they have not ended, with `Finished(choice, "cancelled")`. From any thread,
+        any number of times."""
         ...
 
 

@@ -64,7 +64,7 @@ class Job:
         sampling: Sampling,
         draws: list[Draw],
         listen: Callable[[Event], None],
-        cancel: Callable[[Job], None],
+        cancel: Callable[[Job, int | None], None],
     ):
         self.request, self.sampling, self.draws, self.listen, self._cancel = request, sampling, draws, listen, cancel
         self.text_tokens, self.image_tokens = request.text_tokens, request.image_tokens
@@ -73,9 +73,9 @@ class Job:
         self.open = set(range(sampling.n))
         self.deaf = False
 
-    def cancel(self) -> None:
+    def cancel(self, choice: int | None = None) -> None:
         """As `Ticket.cancel`."""
-        self._cancel(self)
+        self._cancel(self, choice)
 
 
 class SlotScheduler:
@@ -85,7 +85,7 @@ class SlotScheduler:
     the listeners. The prompt that came first is admitted next, with others behind it that go through the same program, when
     there are slots for all its answers; it waits at most `company` seconds for such others, and only while nothing is
     decoded. `every`: decode steps between two prefills at least, as long as anything is decoded, which bounds the time
-    between two tokens; most_queued: prompts that wait, more are refused.
+    between two tokens (4 by benchmarks/serving_every.py); most_queued: prompts that wait, more are refused.
 
     clock: seconds, monotonic; threaded: False leaves the rounds to the caller's `step`, as tests want. Raises ConfigError for
     numbers that are none.
@@ -109,7 +109,7 @@ class SlotScheduler:
         self._queues: Queues[Job] = Queues()
         self._answers: list[Answer | None] = [None] * slots.count
         self._joining: list[Job] = []
-        self._dropped: list[Job] = []
+        self._dropped: list[tuple[Job, int]] = []
         self._news = self._closing = False
         self._broken: Exception | None = None
         self._numbers = itertools.count()
@@ -160,7 +160,7 @@ class SlotScheduler:
         with self._changed:
             self._closing = True
             if not drain:
-                self._dropped += self._open()
+                self._dropped += [(job, choice) for job in self._open() for choice in job.open]
             self._wake()
         if self._thread is not None:
             self._thread.join()
@@ -231,25 +231,29 @@ class SlotScheduler:
             text = f"{waiting} requests wait, which is all that may: come back later"
         raise Overloaded(text, self._pace.seconds(waiting + 1))
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, job: Job, choice: int | None) -> None:
         with self._changed:
-            if job.open:
-                self._dropped.append(job)
+            dropped = [(job, each) for each in job.open if choice in (None, each)]
+            if dropped:
+                self._dropped += dropped
                 self._wake()
 
     def _drop(self) -> int:
-        """Ends what was cancelled; how many requests that were."""
+        """Ends what was cancelled; how many requests ended with that."""
         with self._changed:
-            jobs, self._dropped = list(dict.fromkeys(self._dropped)), []
-            jobs = [job for job in jobs if job.open]
-            for job in jobs:
+            dropped = {(job, choice) for job, choice in self._dropped if choice in job.open}
+            self._dropped = []
+            for job, choice in dropped:
+                job.open.discard(choice)
+            ended = [job for job in dict.fromkeys(job for job, _ in dropped) if not job.open]
+            for job in ended:
                 self._queues.remove(job)
-        self._leave([answer for answer in self._answers if answer and answer.job in jobs])
-        for job in jobs:
-            for choice in sorted(job.open):
-                self._tell(job, Finished(choice, "cancelled"))
+        self._leave([answer for answer in self._answers if answer and (answer.job, answer.choice) in dropped])
+        for job, choice in sorted(dropped, key=lambda each: (each[0].number, each[1])):
+            self._tell(job, Finished(choice, "cancelled"))
+        for job in ended:
             self._end(job, "cancelled")
-        return len(jobs)
+        return len(ended)
 
     def _admit(self) -> tuple[list[Job], float]:
         """(who is prefilled now, seconds to wait for more of them)."""
@@ -319,11 +323,12 @@ class SlotScheduler:
         ended: dict[Job, None] = {}
         for answer, drawn in zip(answers, draw(logits, rows, [answer.draw for answer in answers]), strict=True):
             job, choice = answer.job, answer.choice
-            if drawn.error is not None:
-                if choice in job.open:
-                    self._fail([job], drawn.error)
-                    ended[job] = None
-            elif choice in job.open:
+            if choice not in job.open:  # it was cancelled while it waited, or another answer's draw has failed
+                gone.append(answer)
+            elif drawn.error is not None:
+                self._fail([job], drawn.error)
+                ended[job] = None
+            else:
                 answer.last, answer.said = drawn.id, answer.said + 1
                 self._tell(job, Token(choice, drawn.id, drawn.logprob, drawn.top))
                 stopped = drawn.id in answer.draw.stops
