@@ -43,10 +43,15 @@ def test_a_model_finds_what_was_compiled_without_its_weights(folder, monkeypatch
         return lambda *_: pytest.fail("called")
 
     monkeypatch.setitem(backends.BACKENDS, "counted", backends.Backend(backends.eager, keeper=Keeper(compile, load)))
+    filled = []
+    monkeypatch.setattr("vitcop_compile.optimized.fill", lambda *given: filled.append(given[4]))
     options = ["--model", folder, "--backend", "counted", "--retention", "1/3", "--processes", "1"]
     result = run(*options, "--batch-size", "1", "--batch-size", "2", "--output", str(tmp_path / "image.tar"))
     assert result.exit_code == 0, result.output
     assert "6 programs" in result.stdout and len(graphs) == 6
+    # Processes are started once, and share the programs of both batches.
+    ((*asked,),) = filled
+    assert [name for name, _ in asked] == ["vision", "prefill", "extend"] * 2
     with tarfile.open(tmp_path / "image.tar") as tar:
         assert sum(name.endswith("entry.json") for name in tar.getnames()) == 6
     fast = vitcop_compile.optimize(models.llava(3, seed=7), ViTCoPConfig.preset("1/3"), backend="counted")

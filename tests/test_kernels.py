@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import models
 import pytest
@@ -198,6 +200,41 @@ def test_what_no_compiler_builds_is_said(tmp_path):
     with pytest.raises(UnsupportedError, match=r"kernels for the CPU are C\+\+, which false does not build .*install g\+\+"):
         build._build(["false"], tmp_path / "cpu.so")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_processes_that_start_together_build_once(lock, monkeypatch, tmp_path):
+    """The other waits, and finds it; without locks both build."""
+    target, built, begun = tmp_path / "new" / "cpu.so", [], threading.Event()
+
+    def slowly(command, path):
+        built.append(command)
+        begun.set()
+        time.sleep(0.2)
+        path.write_bytes(b"x")
+
+    class Missing:
+        def __init__(self, *_, **__):
+            raise NotImplementedError("no flock")
+
+    monkeypatch.setattr(build, "_build", slowly)
+    if not lock:
+        monkeypatch.setattr(build, "FileLock", Missing)
+    one = threading.Thread(target=build._build_once, args=(["one"], target))
+    one.start()
+    assert begun.wait(30)
+    build._build_once(["two"], target)
+    one.join()
+    assert target.exists() and built == ([["one"]] if lock else [["one"], ["two"]])
+
+
+def test_whoever_builds_too_long_is_not_waited_for(monkeypatch, tmp_path):
+    target, built = tmp_path / "cpu.so", []
+    monkeypatch.setattr(build, "_build", lambda command, path: built.append(command))
+    monkeypatch.setattr(build, "_PATIENCE", 0.01)
+    with build.FileLock(target.with_suffix(".lock")):
+        build._build_once(["two"], target)
+    assert built == [["two"]]
 
 
 def test_a_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):

@@ -283,27 +283,48 @@ class OptimizedModel(CompiledModel):
         by default one a core; run: whether they are called too, or only compiled and kept, for which weights need no values.
         Raises InputError without weights, and if programs that are not run are not kept either.
         """
-        if not run and self._on_demand.kept is None:
-            raise InputError("run=False leaves nothing where programs are not kept: set VITCOP_CACHE, or run them")
-        if self.device.type == "meta":
-            raise InputError("the weights are on the meta device, which holds no values: load the model to warm it up")
-        host = self.host
-        each = [host.layout] * images if layouts is None else list(layouts)
-        given = host.blank(each * batch_size, self.device, self.dtype) if each else None
-        ids = torch.tensor([blank_words(host, each, text_tokens)] * batch_size, device=self.device)
-        request: dict[str, Any] = {"input_ids": ids, "pixel_values": given}
+        each = [self.host.layout] * images if layouts is None else list(layouts)
+        if not run:
+            return self.keep([(batch_size, text_tokens, each)], max_new_tokens, processes)
+        request = self._blank(batch_size, text_tokens, each)
+        ids = request["input_ids"]
         if self._on_demand.kept is not None:
             asked = self._asked(request, max_new_tokens)
             fill(self._on_demand, self.model, self.pruning_config, self.backend, asked, processes)
-            if not run:
-                for name, arguments in asked:
-                    getattr(self._on_demand, name)(*arguments)
-                return
         # CUDA graphs are recorded in the second call, and replayed from the third one on.
         for _ in range(3 if self.device.type == "cuda" else 1):
             cache = PrunedCache(max_length=ids.shape[1] + max_new_tokens)
             self.forward(**request, past_key_values=cache)
             self.forward(input_ids=ids[:, :1], past_key_values=cache)
+
+    def keep(
+        self,
+        requests: Sequence[tuple[int, int, Sequence[Layout]]],
+        max_new_tokens: int = 64,
+        processes: int | None = None,
+    ) -> None:
+        """Exports, compiles and keeps every program that requests need, without calling one: `warmup` of several at once, for
+        which the weights need no values.
+
+        requests: of each the number of prompts, of text tokens, and the layouts of a prompt's images; processes: as in
+        `warmup`. Raises InputError as that does, and where programs are not kept.
+        """
+        if self._on_demand.kept is None:
+            raise InputError("run=False leaves nothing where programs are not kept: set VITCOP_CACHE, or run them")
+        asked: list[tuple[str, tuple]] = []
+        for request in requests:
+            asked += [each for each in self._asked(self._blank(*request), max_new_tokens) if each not in asked]
+        fill(self._on_demand, self.model, self.pruning_config, self.backend, asked, processes)
+        for name, arguments in asked:
+            getattr(self._on_demand, name)(*arguments)
+
+    def _blank(self, batch_size: int, text_tokens: int, layouts: Sequence[Layout]) -> dict[str, Any]:
+        """A request whose pixels and words say nothing. Raises InputError without weights."""
+        if self.device.type == "meta":
+            raise InputError("the weights are on the meta device, which holds no values: load the model to warm it up")
+        given = self.host.blank(list(layouts) * batch_size, self.device, self.dtype) if layouts else None
+        words = [blank_words(self.host, list(layouts), text_tokens)] * batch_size
+        return {"input_ids": torch.tensor(words, device=self.device), "pixel_values": given}
 
     def _asked(self, request: dict[str, Any], max_new_tokens: int) -> list[tuple[str, tuple]]:
         """The programs that a request and a token after it ask for; nothing is compiled."""

@@ -75,8 +75,7 @@ def warmup_command(
         fast = optimize(_empty(model, kind), settings, backend=backend)
         if fast.on_demand.kept is None:
             raise UnsupportedError(f"programs of {model} cannot be kept; the log vitcop_compile says why")
-        for batch, text, layout in itertools.product(batch_size or [1], text_tokens or [64], layouts):
-            fast.warmup(batch, text, max_new_tokens, layouts=layout, processes=processes, run=False)
+        fast.keep(list(itertools.product(batch_size or [1], text_tokens or [64], layouts)), max_new_tokens, processes)
         made = len(fast.compiled)
         console().print(
             Text(f"{held.root}: {made} programs, {time.perf_counter() - start:.0f} s; {held.size() / 2**20:,.1f} MiB in all"),

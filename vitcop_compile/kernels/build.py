@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .. import store
@@ -19,6 +20,8 @@ from ..errors import UnsupportedError
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # No -ffast-math: linked into a library, it would switch denormal numbers off in the whole process.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+# Seconds in which whoever builds it must have ended.
+_PATIENCE = 120.0
 # Of torch's stable interface, which later versions keep.
 _INTERFACE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
@@ -33,7 +36,7 @@ def load() -> None:
     target = folder() / f"cpu-{_key(flags)}.so"
     if not target.exists():
         try:
-            _build([_compiler(), *flags], target)
+            _build_once([_compiler(), *flags], target)
         except OSError as error:
             raise UnsupportedError(
                 f"{target.parent} cannot be written ({error.strerror}): kernels for the CPU are built there; name a folder of "
@@ -86,9 +89,19 @@ def _key(flags: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
+def _build_once(command: list[str], target: Path) -> None:
+    """Processes that start together build it once; two may where a file system has no locks."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(target.with_suffix(".lock"), timeout=_PATIENCE):
+            if not target.exists():
+                _build(command, target)
+    except (Timeout, NotImplementedError):
+        _build(command, target)
+
+
 def _build(command: list[str], target: Path) -> None:
     torch_folder = Path(torch.__file__).parent
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as aside:
         made = Path(aside) / target.name
         links = ("-L", str(torch_folder / "lib"), "-ltorch_cpu", "-lc10")
