@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitcop_compile.errors import UnsupportedError
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TIMES = st.lists(st.floats(0, 1e3), min_size=1)
 
@@ -71,6 +73,36 @@ def test_times_count_from_when_a_request_was_meant_to_leave(modules: Any) -> Non
     assert told["per_s"] == 0.5 and told["tokens_per_s"] == 3.0
     assert (told["ttft_p50_ms"], told["ttft_p99_ms"]) == (500.0, 2000.0)
     assert told["tpot_p50_ms"] == told["tpot_p99_ms"] == pytest.approx(100.0)
+
+
+def test_servers_take_turns_and_medians_leave_the_first_round_out(modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import serving_ray
+
+    asked: list[tuple[str, int, int]] = []
+
+    class Fake:
+        """Answers in as many seconds as its round says; a server named "broken" answers half."""
+
+        def __init__(self, url: str, side: int):
+            self.url = url
+
+        async def closed_loop(self, model: str, clients: int, each: int, seed: int) -> tuple[list[Any], float]:
+            asked.append((self.url, clients, seed))
+            first = 100.0 if seed < 0 else [0.1, 0.5, 0.2][seed]
+            whole = not (self.url == "broken" and seed == 1)
+            return [modules[1].Answered(200, whole, 0.0, first, first + 1.0, 11)] * (clients * each), 10.0
+
+        async def close(self) -> None:
+            asked.append((self.url, 0, 0))
+
+    monkeypatch.setattr(serving_ray, "Load", Fake)
+    rows = asyncio.run(serving_ray.measured({"a": "one", "b": "two"}, 3, lambda text: None))
+    assert [(row["server"], row["clients"]) for row in rows] == [(name, count) for count in (1, 4, 8) for name in "ab"]
+    assert all(row["ttft_p50_ms"] == 200.0 and row["tpot_p50_ms"] == pytest.approx(100.0) for row in rows)
+    assert rows[0]["per_s"] == 2.0 and rows[-1]["per_s"] == 16.0
+    assert asked[:4] == [("one", 1, -1), ("two", 1, -1), ("one", 1, 0), ("two", 1, 0)] and asked[-1] == ("two", 0, 0)
+    with pytest.raises(UnsupportedError, match="20 requests of b were not answered whole"):
+        asyncio.run(serving_ray.measured({"a": "one", "b": "broken"}, 3, lambda text: None))
 
 
 @pytest.mark.slow
