@@ -3,7 +3,8 @@ scheduler itself, on a clock that programs move by the times that benchmarks/ser
 what was found.
 
 Thousands of requests take seconds so, and nothing of the machine disturbs them; what HTTP, Python and a client cost is not in
-it. Written to benchmarks/results/serving_every.json.
+it. By the same times it says which rates slots and a loop sustain, of which 25 seconds of a server hold but a few requests.
+Written to benchmarks/results/serving_every.json.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from serving import Search
 from serving_load import Answered, Item, poisson, summed
 from torch import Tensor
 
@@ -125,6 +127,30 @@ def played(items: Sequence[Item], costs: Costs, every: int) -> tuple[list[Answer
     return found, programs.now
 
 
+def looped(items: Sequence[Item], costs: Costs) -> tuple[list[Answered], float]:
+    """As `played`, of a loop around `generate()`: one request after the other, a step of one answer taking what that of all
+    slots does."""
+    now, found = 0.0, []
+    for item in items:
+        first = max(now, item.at) + costs.prefill
+        now = first + (item.new - 1) * costs.step
+        found.append(Answered(200, True, item.at, first, now, item.new))
+    return found, now
+
+
+def sustained(
+    play: Callable[[Sequence[Item]], tuple[list[Answered], float]], requests: int, limits: Mapping[str, float]
+) -> float:
+    """The rate at which p99 of TTFT and TPOT stay within `limits`, in ms, of so many requests."""
+    search = Search(0.5)
+    for _ in range(12):
+        if search.over:
+            break
+        said = summed(*play(poisson(search.rate, requests / search.rate, seed=1)))
+        search.note(all(said[f"{name}_p99_ms"] <= most for name, most in limits.items()))
+    return search.passed
+
+
 def measured(path: Path) -> dict[str, tuple[Costs, float]]:
     """By arm: what its programs take, and the requests a second that they alone would serve, of serving.json. Raises
     InputError for a file that does not say."""
@@ -156,6 +182,17 @@ def rows(
     return rows
 
 
+def rates(
+    found: Mapping[str, tuple[Costs, float]], requests: int, limits: Mapping[str, float], every: int = 4
+) -> dict[str, float]:
+    """`sustained` of slots and of a loop, by arm."""
+    told = {}
+    for arm, (costs, _) in found.items():
+        told[f"slots {arm}"] = sustained(lambda items, costs=costs: played(items, costs, every), requests, limits)
+        told[f"loop {arm}"] = sustained(lambda items, costs=costs: looped(items, costs), requests, limits)
+    return told
+
+
 def main(
     requests: Annotated[int, typer.Option(min=10, help="Of every row, about.")] = 1000,
     results: Annotated[Path, typer.Option(help="The folder of serving.json, and of what is written.")] = FOLDER,
@@ -174,8 +211,11 @@ def main(
         conditions |= {"slots": SLOTS, "programs_s": programs, "command": "python benchmarks/serving_every.py"}
         console = Console(stderr=True)
         made = rows(found, requests, lambda asked: track(asked, "playing", console=console, transient=True))
+        limits = bench.read(results / "serving.json", ())["environment"]["found"]["limits_ms"]
+        conditions["sustained_per_s"] = rates(found, requests, limits)
         bench.write({"environment": conditions, "rows": made}, target)
         Console(width=WIDE_TABLE_WIDTH).print(bench.table({"environment": conditions, "rows": made}, COLUMNS))
+        print("\n".join(f"{name}: {rate:.2f} requests a second" for name, rate in conditions["sustained_per_s"].items()))
 
 
 if __name__ == "__main__":

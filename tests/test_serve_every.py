@@ -42,6 +42,24 @@ def test_those_with_one_key_come_together() -> None:
     assert found[4].first == pytest.approx(1.0 + 0.0625 + 0.25)
 
 
+def test_a_loop_serves_one_after_the_other() -> None:
+    found, took = serving_every.looped([Item(1.0, 24, 5, 0), Item(1.1, 24, 2, 0), Item(9.0, 24, 1, None)], COSTS)
+    assert [(one.first, one.last) for one in found] == [(1.25, 1.5), (1.75, 1.8125), (9.25, 9.25)]
+    assert took == 9.25 and found[1].ttft == pytest.approx(0.65)
+
+
+def test_the_rate_that_is_sustained_is_that_of_the_limits() -> None:
+    """A prefill of 1/4 s, and nobody decodes: a queue with a fixed time of service, whose load lies below one."""
+    costs = serving_every.Costs(0.25, 0.0)
+    rate = serving_every.sustained(lambda items: serving_every.looped(items, costs), 400, {"ttft": 1000.0, "tpot": 1.0})
+    assert 1.0 < rate < 4.0
+    for limit, passes in ((249.0, False), (251.0, True)):
+        found = serving_every.sustained(lambda items: serving_every.looped(items, costs), 20, {"ttft": limit, "tpot": 1.0})
+        assert (found > 0) == passes
+    told = serving_every.rates({"1/9": (serving_every.Costs(0.1, 0.01), 5.0)}, 60, {"ttft": 500.0, "tpot": 100.0})
+    assert told["slots 1/9"] > 1.5 * told["loop 1/9"] > 0
+
+
 def test_the_table_is_written_and_shown(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(serving_every.main)
@@ -52,7 +70,8 @@ def test_the_table_is_written_and_shown(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"run benchmarks/serving\.py first"):
         serving_every.measured(tmp_path / "serving.json")
     programs = {"1/9": {"prefill_ms": 100.0, "step_ms": 10.0, "per_s": 5.0}}
-    kept = {"environment": {"found": {"programs": programs}}, "rows": []}
+    found = {"programs": programs, "limits_ms": {"ttft": 500.0, "tpot": 100.0}}
+    kept = {"environment": {"found": found}, "rows": []}
     (tmp_path / "serving.json").write_text(json.dumps(kept))
     assert serving_every.measured(tmp_path / "serving.json") == {"1/9": (serving_every.Costs(0.1, 0.01), 5.0)}
     done = CliRunner().invoke(app, asked)
@@ -62,5 +81,6 @@ def test_the_table_is_written_and_shown(tmp_path: Path) -> None:
         (load, every) for load in serving_every.LOADS for every in serving_every.EVERY
     ]
     assert all(row["whole"] == row["requests"] for row in made["rows"])
+    assert set(made["environment"]["sustained_per_s"]) == {"slots 1/9", "loop 1/9"}
     shown = CliRunner().invoke(app, [*asked, "--tables"])
     assert shown.output.count("\n| 1/9 |") == len(made["rows"])
