@@ -151,15 +151,16 @@ def sustained(
     return search.passed
 
 
-def measured(path: Path) -> dict[str, tuple[Costs, float]]:
-    """By arm: what its programs take, and the requests a second that they alone would serve, of serving.json. Raises
-    InputError for a file that does not say."""
+def measured(path: Path) -> tuple[dict[str, tuple[Costs, float]], dict[str, float]]:
+    """Of serving.json: by arm, what its programs take, and the requests a second that they alone would serve; and its limits
+    of p99, in ms. Raises InputError for a file that does not say."""
     try:
-        programs = bench.read(path, ())["environment"]["found"]["programs"]
-        return {
+        found = bench.read(path, ())["environment"]["found"]
+        programs = {
             name: (Costs(1e-3 * each["prefill_ms"], 1e-3 * each["step_ms"]), float(each["per_s"]))
-            for name, each in programs.items()
+            for name, each in found["programs"].items()
         }
+        return programs, {name: float(found["limits_ms"][name]) for name in ("ttft", "tpot")}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} does not say what programs take ({error!r}): run benchmarks/serving.py first") from None
 
@@ -186,11 +187,16 @@ def rates(
     found: Mapping[str, tuple[Costs, float]], requests: int, limits: Mapping[str, float], every: int = 4
 ) -> dict[str, float]:
     """`sustained` of slots and of a loop, by arm."""
-    told = {}
+    sustains = {}
     for arm, (costs, _) in found.items():
-        told[f"slots {arm}"] = sustained(lambda items, costs=costs: played(items, costs, every), requests, limits)
-        told[f"loop {arm}"] = sustained(lambda items, costs=costs: looped(items, costs), requests, limits)
-    return told
+        sustains[f"slots {arm}"] = sustained(lambda items, costs=costs: played(items, costs, every), requests, limits)
+        sustains[f"loop {arm}"] = sustained(lambda items, costs=costs: looped(items, costs), requests, limits)
+    return sustains
+
+
+def told(rates: Mapping[str, float]) -> str:
+    """What is sustained, a line an arm."""
+    return "\n".join(f"{name}: {rate:.2f} requests a second are sustained" for name, rate in rates.items())
 
 
 def main(
@@ -202,20 +208,20 @@ def main(
     target = results / "serving_every.json"
     with errors_as_lines():
         if tables:
-            print(bench.markdown(bench.read(target, COLUMNS), COLUMNS))
+            kept = bench.read(target, COLUMNS)
+            print(bench.markdown(kept, COLUMNS) + "\n" + told(kept["environment"]["sustained_per_s"]))
             return
         bench.check_target(target)
-        found = measured(results / "serving.json")
+        found, limits = measured(results / "serving.json")
         conditions = bench.environment() | {"device": "none: a clock that is set", "dtype": "-", "rounds": 1, "memory": False}
         programs = {name: costs._asdict() for name, (costs, _) in found.items()}
         conditions |= {"slots": SLOTS, "programs_s": programs, "command": "python benchmarks/serving_every.py"}
         console = Console(stderr=True)
         made = rows(found, requests, lambda asked: track(asked, "playing", console=console, transient=True))
-        limits = bench.read(results / "serving.json", ())["environment"]["found"]["limits_ms"]
         conditions["sustained_per_s"] = rates(found, requests, limits)
         bench.write({"environment": conditions, "rows": made}, target)
         Console(width=WIDE_TABLE_WIDTH).print(bench.table({"environment": conditions, "rows": made}, COLUMNS))
-        print("\n".join(f"{name}: {rate:.2f} requests a second" for name, rate in conditions["sustained_per_s"].items()))
+        print(told(conditions["sustained_per_s"]))
 
 
 if __name__ == "__main__":

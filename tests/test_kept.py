@@ -131,6 +131,8 @@ def test_nothing_is_kept_where_the_store_is_off_or_the_model_has_hooks(folder, c
     assert optimize(models.shared(3), THIRD, backend="counted").on_demand.kept is None
     with pytest.raises(InputError, match="run=False leaves nothing where programs are not kept: set VITCOP_CACHE"):
         optimize(models.shared(3), THIRD).warmup(run=False)
+    with pytest.raises(InputError, match=r"keep\(\), or run=False leaves nothing where programs are not kept"):
+        optimize(models.shared(3), THIRD).keep([(1, 4, [])])
 
 
 # What makes a program another

@@ -73,7 +73,8 @@ def test_the_table_is_written_and_shown(tmp_path: Path) -> None:
     found = {"programs": programs, "limits_ms": {"ttft": 500.0, "tpot": 100.0}}
     kept = {"environment": {"found": found}, "rows": []}
     (tmp_path / "serving.json").write_text(json.dumps(kept))
-    assert serving_every.measured(tmp_path / "serving.json") == {"1/9": (serving_every.Costs(0.1, 0.01), 5.0)}
+    expected = {"1/9": (serving_every.Costs(0.1, 0.01), 5.0)}
+    assert serving_every.measured(tmp_path / "serving.json") == (expected, found["limits_ms"])
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.output
     made = json.loads((tmp_path / "serving_every.json").read_text())
@@ -84,3 +85,4 @@ def test_the_table_is_written_and_shown(tmp_path: Path) -> None:
     assert set(made["environment"]["sustained_per_s"]) == {"slots 1/9", "loop 1/9"}
     shown = CliRunner().invoke(app, [*asked, "--tables"])
     assert shown.output.count("\n| 1/9 |") == len(made["rows"])
+    assert "slots 1/9: " in shown.output and shown.output.count("requests a second are sustained") == 2

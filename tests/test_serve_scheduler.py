@@ -294,6 +294,23 @@ def test_one_answer_of_several_is_cancelled_alone() -> None:
     assert heard.ends == ["cancelled"] * 2 and scheduler.counts()["cancelled"] == 1 and script.holds == [None] * 3
 
 
+@pytest.mark.parametrize("choice", [0, None])
+def test_who_cancels_does_not_iterate_over_what_the_scheduler_changes(choice: int | None) -> None:
+    class Changing(set[int]):
+        def __iter__(self) -> Any:
+            raise RuntimeError("Set changed size during iteration")
+
+    scheduler, _, _ = made(slots=3, company=0)
+    ticket, heard = ask(scheduler, says(9), max_new_tokens=6, n=2)
+    scheduler.step()
+    ticket.open = Changing(ticket.open)
+    ticket.cancel(choice)
+    scheduler.step()
+    assert heard.ends == ["cancelled", "cancelled" if choice is None else ""]
+    scheduler.close(drain=False)
+    assert heard.ends == ["cancelled"] * 2
+
+
 def test_a_listener_that_fails_is_let_go() -> None:
     """At once, without a word to it, and with its slots; nobody else is told of it."""
     scheduler, script, _ = made(slots=3, company=0)

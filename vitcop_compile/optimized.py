@@ -310,7 +310,7 @@ class OptimizedModel(CompiledModel):
         `warmup`. Raises InputError as that does, and where programs are not kept.
         """
         if self._on_demand.kept is None:
-            raise InputError("run=False leaves nothing where programs are not kept: set VITCOP_CACHE, or run them")
+            raise InputError("keep(), or run=False leaves nothing where programs are not kept: set VITCOP_CACHE, or run them")
         asked: list[tuple[str, tuple]] = []
         for request in requests:
             asked += [each for each in self._asked(self._blank(*request), max_new_tokens) if each not in asked]

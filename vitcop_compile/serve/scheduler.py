@@ -160,7 +160,7 @@ class SlotScheduler:
         with self._changed:
             self._closing = True
             if not drain:
-                self._dropped += [(job, choice) for job in self._open() for choice in job.open]
+                self._dropped += [(job, choice) for job in self._open() for choice in range(job.slots)]
             self._wake()
         if self._thread is not None:
             self._thread.join()
@@ -233,7 +233,8 @@ class SlotScheduler:
 
     def _cancel(self, job: Job, choice: int | None) -> None:
         with self._changed:
-            dropped = [(job, each) for each in job.open if choice in (None, each)]
+            # Not by iterating over what the thread of the scheduler changes meanwhile.
+            dropped = [(job, each) for each in range(job.slots) if each in job.open and choice in (None, each)]
             if dropped:
                 self._dropped += dropped
                 self._wake()
