@@ -10,7 +10,8 @@ lives in an environment of its own, since its converter wants another transforme
     genai/bin/pip install openvino-genai==2026.4.1 optimum-intel==2.2.0 transformers==5.0.0
     genai/bin/pip uninstall -y torchvision
 
-Weights are floats, or bytes (int8), for which peers are converted anew; either are compared with their like.
+Weights are floats, or bytes (int8), for which peers are converted anew; either are compared with their like. OpenVINO rounds
+what int8 weights multiply to int8 as well; of this package's arms those do that are called "int8 dynamic".
 
 Results: benchmarks/results/peers.json, written after every round.
 """
@@ -85,7 +86,14 @@ def groups(shape: Shape, genai: str | None) -> list[Group]:
         found.append(Group(name, (str(genai), str(HERE / "peers_genai.py")), {}, rows, reads=weights))
     # By backend: the dtype of the model, how its weights are held, and what `optimize` is told of precision.
     ours: dict[str, list[tuple[str, str, dict[str, str]]]] = {
-        "inductor": [("float32", FLOAT, {}), ("bfloat16", FLOAT, {}), ("float32", "int8", {})],
+        "inductor": [
+            ("float32", FLOAT, {}),
+            ("bfloat16", FLOAT, {}),
+            ("float32", "int8", {}),
+            ("float32", "int8 dynamic", {}),
+            ("bfloat16", "int8 dynamic", {}),
+        ],
+        "aotinductor": [("bfloat16", FLOAT, {}), ("bfloat16", "int8 dynamic", {})],
         "onnxruntime": [("float32", FLOAT, {})],
         "openvino": [
             ("float32", FLOAT, {"precision": "f32"}),

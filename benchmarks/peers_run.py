@@ -136,6 +136,11 @@ def measure(
             save()
 
 
+def held(row: Mapping[str, Any]) -> str:
+    """How an arm's weights are held, whatever they multiply: "float" or "int8"."""
+    return row["weights"].split()[0]
+
+
 def rows(arms: Mapping[str, Arm]) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
     """A row per arm, medians over the rounds, and the name of the fastest peer by how weights are held and quantity. A ratio
     is the median of the ratios of the rounds: how many times as long the fastest peer with such weights takes."""
@@ -147,7 +152,7 @@ def rows(arms: Mapping[str, Arm]) -> tuple[list[dict[str, Any]], dict[str, dict[
     peers: dict[str, list[str]] = {}
     for name, arm in arms.items() if count else ():
         if arm.row["peer"]:
-            peers.setdefault(arm.row["weights"], []).append(name)
+            peers.setdefault(held(arm.row), []).append(name)
     best = {
         weights: {what: min(names, key=lambda name: statistics.median(times[what][name])) for what in QUANTITIES}
         for weights, names in peers.items()
@@ -159,7 +164,7 @@ def rows(arms: Mapping[str, Arm]) -> tuple[list[dict[str, Any]], dict[str, dict[
         for what, values in times.items():
             row[f"{what}_ms"], row[f"{what}_quartiles_ms"] = summary(values[name]).values()
         for what in QUANTITIES:
-            fastest = best.get(arm.row["weights"])
+            fastest = best.get(held(arm.row))
             row[f"{what}_to_best_peer"] = fastest and summary(ratios(times[what][fastest[what]], times[what][name]))
         for part in ("preprocessing_ms", "before_language_model_ms"):
             values = [answer[part] for answer in arm.answers[:count] if part in answer]

@@ -30,7 +30,9 @@ BFLOAT16_OPSET = 22
 INLINE_BYTES = 1024
 # Tensors start at multiples of a page, so that they can be mapped into memory.
 _ALIGNMENT = 4096
-_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64", "BOOL": "bool"}
+_DTYPES = {
+    "FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64", "INT8": "int8", "BOOL": "bool",
+}  # fmt: skip
 # Operations on constants are computed at export only up to this many elements, so that the graph file stays small.
 FOLD_ELEMENTS = 1024
 # Control flow, sequences, and results whose size depends on data: static budgets need none, and not every engine accepts them.

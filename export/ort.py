@@ -23,7 +23,7 @@ _ORT = {
     "bool": "tensor(bool)",
 }  # fmt: skip
 # onnx.TensorProto's element types.
-_ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7, "bool": 9}
+_ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int8": 3, "int64": 7, "bool": 9}
 
 
 class OrtProgram:

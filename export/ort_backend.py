@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..bindings import Bindings
+from ..quantised import parts_of
 from .manifest import ProgramSpec, TensorSpec
 from .onnx import BFLOAT16_OPSET, FOLD_ELEMENTS, INLINE_BYTES, WEIGHTS, WeightStore, external_weights, write_onnx
 from .ort import OrtProgram
@@ -74,8 +75,8 @@ def load_kept(folder: Path, bindings: Bindings, device: torch.device) -> OrtProg
 def small_values(model: nn.Module) -> str:
     """A hash of the weights that the exporter may have put, or folded, into the graph."""
     digest = hashlib.sha256()
-    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if not _large(value):
+    for name, whole in itertools.chain(model.named_parameters(), model.named_buffers()):
+        for value in (part for part in parts_of(whole).values() if not _large(part)):
             digest.update(name.encode() + value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -312,7 +312,12 @@ def count(owner, name, what):
 count(torch.export, "export", "exports")
 count(CppBuilder, "build", "compilers")
 count(torch, "compile", "dynamo")
-fast = vitcop_compile.optimize(models.llava(3), vitcop_compile.ViTCoPConfig.preset("1/3"), backend=sys.argv[2])
+model = models.llava(3)
+if sys.argv[4]:
+    import torchao.quantization
+    config = getattr(torchao.quantization, sys.argv[4])()
+    torchao.quantization.quantize_(model, config, filter_fn=lambda module, name: name.endswith("q_proj"))
+fast = vitcop_compile.optimize(model, vitcop_compile.ViTCoPConfig.preset("1/3"), backend=sys.argv[2])
 if sys.argv[3] == "warmup":
     fast.warmup(text_tokens=14, max_new_tokens=64, processes=2)
 out = fast.generate(input_ids=models.prompt(5, 9, 0), pixel_values=models.pixels(), max_new_tokens=3, do_sample=False)
@@ -320,10 +325,10 @@ print(json.dumps(done | {"tokens": out[0, -3:].tolist()}))
 """
 
 
-def process(folder: Path, backend: str, how: str = "") -> dict[str, Any]:
+def process(folder: Path, backend: str, how: str = "", weights: str = "") -> dict[str, Any]:
     environment = os.environ | {"VITCOP_CACHE": str(folder), "TORCHINDUCTOR_VEC_ISA_OK": "0", "OMP_NUM_THREADS": "1"}
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # compilers are then called, and counted, in the process itself
-    command = [sys.executable, "-c", SECOND, str(Path(__file__).parent), backend, how]
+    command = [sys.executable, "-c", SECOND, str(Path(__file__).parent), backend, how, weights]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -339,6 +344,86 @@ def test_a_second_process_exports_and_compiles_nothing(tmp_path, backend):
     expected = answer(optimize(models.shared(3), THIRD))
     assert first["tokens"] == expected
     assert second == {"exports": 0, "compilers": 0, "dynamo": 0, "tokens": expected}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "weights"),
+    [
+        models.exhaustive("inductor", "Int8DynamicActivationInt8WeightConfig"),
+        models.exhaustive("aotinductor", "Int8DynamicActivationInt8WeightConfig"),
+        models.exhaustive("onnxruntime", "Int8WeightOnlyConfig"),
+    ],
+)
+def test_programs_of_quantised_models_are_kept(tmp_path, backend, weights):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    first = process(tmp_path, backend, "", weights)
+    second = process(tmp_path, backend, "", weights)
+    assert first["exports"] >= 2 and second == {"exports": 0, "compilers": 0, "dynamo": 0, "tokens": first["tokens"]}
+    model = models.llava(3)
+    torchao.quantize_(model, getattr(torchao, weights)(), filter_fn=lambda module, name: name.endswith("q_proj"))
+    assert first["tokens"] == answer(vitcop_compile.optimize(model, THIRD, backend="eager"))
+
+
+@pytest.mark.slow
+def test_a_kept_program_of_a_quantised_model_reads_the_bytes_of_another(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+
+    def quantised(seed: int) -> Any:
+        model = models.llava(3, seed=seed)
+        config = torchao.Int8DynamicActivationInt8WeightConfig()
+        torchao.quantize_(model, config, filter_fn=lambda module, name: name.endswith("layers.1.self_attn.q_proj"))
+        return vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager")
+
+    one, other = quantised(0), quantised(5)
+    keeper = backends.backend_of("inductor").keeper
+    keeper.compile(one.programs.export_extend(1, 1, (9,)), tmp_path, Bindings(one.model))
+    loaded = keeper.load(tmp_path, Bindings(other.model), CPU)
+    inputs = [value.clone() for value in other.programs.extend_inputs(1, 1, (9,))]
+    expected = other.programs.export_extend(1, 1, (9,)).module(check_guards=False)(*[value.clone() for value in inputs])
+    found = loaded(*inputs)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-2, rtol=0)  # a rounding to another int8 is 1e-3
+    assert not torch.allclose(
+        found[0], one.programs.export_extend(1, 1, (9,)).module(check_guards=False)(*inputs)[0], atol=0.1
+    )
+
+
+def test_quantised_models_are_told_apart_by_how_they_are_quantised(folder):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+
+    def quantised(config: Any, seed: int = 0) -> Any:
+        model = models.llava(3, seed=seed)
+        torchao.quantize_(model, config)
+        return model
+
+    configs = [
+        lambda: torchao.Int8WeightOnlyConfig(),
+        lambda: torchao.Int8DynamicActivationInt8WeightConfig(),
+        lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(16)),
+        lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32)),
+        lambda: torchao.Float8WeightOnlyConfig(),
+    ]
+    each = [fingerprint.of_model(quantised(config())) for config in configs]
+    assert len({fingerprint.of_model(models.llava(3)), *each}) == 1 + len(configs)
+    assert fingerprint.of_model(quantised(configs[1](), seed=5)) == each[1]
+
+
+def test_parts_of_a_quantised_weight_are_bound_and_no_process_is_started(tmp_path, folder, counted, monkeypatch, caplog):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    one, other = models.llava(3), models.llava(3, seed=4)
+    for model in (one, other):
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    parts = one.lm_head.weight
+    Bindings(one).write(tmp_path, {"values": parts.qdata.detach(), "scale": parts.scale})
+    read = Bindings(other).read(tmp_path, CPU)
+    assert read["values"].data_ptr() == other.lm_head.weight.qdata.data_ptr()
+    assert read["scale"].data_ptr() == other.lm_head.weight.scale.data_ptr()
+    monkeypatch.setattr(fillers, "_start", lambda *_: pytest.fail("started a process"))
+    with caplog.at_level(logging.INFO, "vitcop_compile"):
+        fast = vitcop_compile.optimize(one, THIRD, backend="counted")
+        fast.warmup(text_tokens=20, processes=2)
+    assert "all is compiled in this process: quantised weights are not what" in caplog.text
+    assert counted == ["compile"] * 3
 
 
 def test_onnxruntime_follows_the_values_that_it_copies():

@@ -18,6 +18,7 @@ from vitcop_compile.kernels import MOST_ROWS, Rule, build, load, products
 
 load()
 FEW = torch.ops.vitcop_cpu.linear_few.default
+INT8 = torch.ops.vitcop_cpu.linear_int8.default
 DECODE = torch.ops.vitcop_cpu.decode_attention.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -59,6 +60,49 @@ def test_products_by_int8_weights(dtype, rows, width, columns):
     weight = torch.randint(-128, 128, (columns, width), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     exact, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     assert ((FEW(x, weight, None).double() - exact).abs() <= ROUNDING[dtype] * exact.abs() + 2.0**-20 * terms).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, MOST_ROWS),
+    width=st.integers(1, 700),
+    columns=st.integers(1, 70),
+    most=st.booleans(),
+    threads=st.sampled_from([1, 2, 5]),
+)
+@example(1, 64, 4, False, 2)
+@example(64, 8192, 5, True, 2)
+def test_products_of_int8_by_int8_are_exact(rows, width, columns, most, threads):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randint(-128, 128, (count, width), dtype=torch.int8, generator=generator) for count in (rows, columns))
+    if most:  # sums as far from zero as they get
+        x.fill_(-128)
+        weight.fill_(-128)[0] = 127
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = INT8(x, weight)
+    finally:
+        torch.set_num_threads(before)
+    assert found.dtype == torch.int32 and torch.equal(found.long(), x.long() @ weight.long().T)
+
+
+def test_int8_products_of_other_shapes_and_what_they_refuse():
+    x = torch.arange(-30, 30, dtype=torch.int8).reshape(2, 5, 6)
+    weight = torch.arange(18, dtype=torch.int8).reshape(3, 6)
+    assert torch.equal(INT8(x, weight).long(), x.long() @ weight.long().T)
+    turned = x[0].T.contiguous().T
+    assert torch.equal(INT8(turned, weight), INT8(x, weight)[0])
+    for wrong, message in (
+        ((x.float(), weight), "takes int8"),
+        ((x, weight.int()), "takes int8"),
+        ((x[..., :5], weight), "other widths"),
+        ((x, torch.zeros(6, 3, dtype=torch.int8).T), "not contiguous"),
+        ((torch.zeros(65, 6, dtype=torch.int8), weight), "takes 1 to 64 rows"),
+        ((x[:0], weight), "takes 1 to 64 rows"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            INT8(*wrong)
 
 
 def test_products_of_what_is_not_contiguous():

@@ -138,6 +138,7 @@ def results():
         "other peer": arm(True, (400.0, 400.0, 400.0), (10.0, 12.0, 14.0), preprocessing_ms=5.0),
         "bytes": arm(True, (10.0, 10.0, 10.0), (1.0, 1.0, 1.0), "int8"),
         "inductor float32 dense": arm(False, (50.0, 50.0, 50.0), (20.0, 24.0, 28.0)),
+        "our bytes": arm(False, (5.0, 5.0, 5.0), (2.0, 2.0, 2.0), "int8 dynamic"),
     }
     arms["one peer"].row["first_tokens"] = [5, 6, 8]
     found, best = peers_run.rows(arms)
@@ -156,7 +157,8 @@ def test_rows_by_hand():
     # Bytes are compared with bytes.
     both = {"ttft": "bytes", "tpot": "bytes"}
     assert found["environment"]["best_peer"] == {"float": {"ttft": "one peer", "tpot": "other peer"}, "int8": both}
-    one, other, whole, own = found["rows"]
+    one, other, whole, own, rounded = found["rows"]
+    assert rounded["ttft_to_best_peer"]["median"] == 2.0 and rounded["tpot_to_best_peer"]["median"] == 0.5
     assert whole["ttft_to_best_peer"]["median"] == 1.0
     assert (one["ttft_ms"], other["tpot_ms"], own["answer_ms"]) == (200.0, 12.0, 74.0)
     # Ratios of the same round: 100 / 50, 200 / 50, 300 / 50 and 10 / 20, 12 / 24, 14 / 28.
@@ -172,7 +174,7 @@ def test_the_table_of_a_file(tmp_path):
     done = invoke("--tables", "--output", str(tmp_path / "peers.json"))
     assert done.exit_code == 0, done.output
     lines = [line for line in done.output.splitlines() if line.startswith("|")]
-    assert lines[-1] == "| x | float32 | float | dense | 256 | 50 | 4.00 (3.00-5.00) | 24 | 0.50 (0.50-0.50) | 74 | 1.0 MiB |"
+    assert lines[-2] == "| x | float32 | float | dense | 256 | 50 | 4.00 (3.00-5.00) | 24 | 0.50 (0.50-0.50) | 74 | 1.0 MiB |"
     assert "The fastest peer with float weights: TTFT one peer, TPOT other peer." in done.output
     assert "OpenVINO GenAI: openvino-genai 1.0, INFERENCE_PRECISION_HINT bf16." in done.output
     assert "Load 0.1 before, 2.0 after; arms that should sleep used 2 % of a core at most." in done.output
@@ -218,7 +220,8 @@ def test_a_converter_that_fails_is_told_with_the_versions_that_work(tmp_path):
 def test_every_arm_of_the_issue_is_there():
     groups = peers.groups(peers.FULL, "python")
     names = [name for group in groups for name in group.arms]
-    for backend in ("inductor float32", "inductor bfloat16", "inductor float32 int8", "onnxruntime float32"):
+    ours = ("inductor float32", "inductor bfloat16", "inductor float32 int8", "inductor bfloat16 int8 dynamic")
+    for backend in (*ours, "aotinductor bfloat16 int8 dynamic", "onnxruntime float32"):
         assert {f"{backend} dense", f"{backend} 1/9"} <= set(names)
     assert {"transformers", "transformers, compiled", "OpenVINO GenAI dense", "OpenVINO GenAI CDPruner 89 %"} <= set(names)
     rows = {name: row for group in groups for name, row in group.arms.items()}

@@ -12,7 +12,8 @@ import models
 import pytest
 import reference_llava as reference
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.integrations.bitnet import BitLinear
 from vitcop_compile.passes.lower_int8 import lower_int8
 
@@ -216,6 +217,54 @@ def test_few_rows_by_int8_weights_take_the_kernel_for_them() -> None:
         assert targets.count(torch.ops.aten.mm.default) == LAYERS * 7 + 1 - few
         for found, right in zip(module(*inputs), expected, strict=True):
             torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_rows_of_int8_are_multiplied_as_bytes_and_weights_are_not_summed_up() -> None:
+    """Few rows by the kernel for them, more by torch's product of int8 by int8; what comes out is the same, digit by digit."""
+    kernels.load()
+    programs = pruned("dynamic").programs
+    for tokens, few in ((1, LAYERS * 7 + 1), (16, 1)):
+        program = programs.export_extend(1, tokens, (40, 40, 40), in_place=False)
+        inputs = programs.extend_inputs(1, tokens, (40, 40, 40))
+        expected = program.module(check_guards=False)(*inputs)
+        module = lower_int8(program.module(check_guards=False), lambda _: kernels.Rule(8, "aten"))
+        targets = [node.target for node in module.graph.nodes]
+        assert targets.count(torch.ops.vitcop_cpu.linear_int8.default) == few
+        assert targets.count(torch.ops.aten._int_mm.default) == LAYERS * 7 + 1 - few
+        assert torch.ops.aten.sum.dim_IntList not in targets
+        assert not [node for node in module.graph.nodes if node.args[1:2] == (torch.uint8,)]
+        for found, right in zip(module(*inputs), expected, strict=True):
+            assert torch.equal(found, right)
+
+
+def _products(x: Tensor, shift: int = 128, again: bool = False, width: int = 0) -> fx.GraphModule:
+    """What torchao traces of a product of int8, with another shift, its result read twice, or the sums of another axis."""
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        turned = weight.t()
+        whole = torch._int_mm((x.to(torch.int32) + 128).to(torch.uint8), turned)
+        less = whole - turned.sum([width], keepdim=True, dtype=torch.int32) * shift
+        return less + whole if again else less
+
+    return make_fx(product, tracing_mode="fake")(x, torch.zeros(6, 6, dtype=torch.int8))
+
+
+def test_other_products_are_left_alone() -> None:
+    x = torch.arange(-60, 60, dtype=torch.int8).reshape(20, 6)
+    weight = torch.arange(-18, 18, dtype=torch.int8).reshape(6, 6)
+
+    def lowered(rows: Tensor, **other: Any) -> tuple[bool, bool]:
+        expected = _products(rows, **other)(rows, weight)
+        module = lower_int8(_products(rows, **other), lambda _: kernels.Rule(8, "aten"))
+        targets = [node.target for node in module.graph.nodes]
+        assert torch.equal(module(rows, weight), expected)
+        return torch.ops.aten.sum.dim_IntList not in targets, torch.ops.vitcop_cpu.linear_int8.default in targets
+
+    kernels.load()
+    assert lowered(x[:6]) == (True, True) and lowered(x) == (True, False)
+    assert lowered(x[:6], shift=127) == lowered(x[:6], again=True) == lowered(x[:6], width=1) == (False, False)
+    assert lowered(x[:6].short()) == (False, False)  # nor rows that no int8 holds
 
 
 # Changes

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .fingerprint import NotKept
+from .quantised import parts_of
 
 _NAMES, _VALUES = "weights.json", "values.safetensors"
 _SHAPES = "inputs.json"
@@ -24,7 +25,8 @@ class Bindings:
 
     def __init__(self, model: nn.Module):
         named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        self._tensors = dict(named)
+        # Of a quantised weight programs read the plain tensors that it consists of.
+        self._tensors = {f"{name} {part}".rstrip(): held for name, tensor in named for part, held in parts_of(tensor).items()}
         self._names: dict[Any, str] = {}
         for name, tensor in self._tensors.items():
             self._names.setdefault(id(tensor), name)

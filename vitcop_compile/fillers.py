@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from .quantised import parts_of
 from .schedule import Method
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def fill(
     missing = [ask for ask in asked if not provider.has(*ask)]
     others = min(cores() if processes is None else processes, len(missing)) - 1
     if provider.kept is None or others < 1:
+        return
+    if any(len(parts_of(parameter)) > 1 for parameter in model.parameters()):
+        log.info("all is compiled in this process: quantised weights are not what a configuration makes")
         return
     queue = tempfile.mkdtemp(prefix="vitcop-")
     attention = provider.programs.attn_implementation

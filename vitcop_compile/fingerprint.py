@@ -1,12 +1,13 @@
 """What a compiled program depends on, as a hash: the model but for the values of its weights, the settings, code and machine.
 
-Whatever cannot be told apart by its text (a function of the user's, a hook, a tensor subclass) raises `NotKept`: its
-programs are compiled anew in every process.
+Whatever cannot be told apart by its text (a function of the user's, a hook, a tensor subclass other than torchao's) raises
+`NotKept`: its programs are compiled anew in every process.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import hashlib
 import inspect
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .policies import policy_of
+from .quantised import parts_of, settings_of
 from .schedule import Method, Schedule
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Fraction)
@@ -35,7 +37,7 @@ _NO_MATTER = {
 }  # fmt: skip
 # Of a config: where it comes from, and the type that weights have by themselves.
 _OF_LOADING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-_PACKAGES = ("torch", "transformers", "onnxruntime", "onnxscript", "onnx", "openvino", "triton")
+_PACKAGES = ("torch", "transformers", "onnxruntime", "onnxscript", "onnx", "openvino", "torchao", "triton")
 
 
 class NotKept(Exception):
@@ -60,10 +62,16 @@ def of_model(model: nn.Module) -> str:
         for name, value in (*module._parameters.items(), *module._buffers.items()):
             if value is None:
                 continue
+            place, parts = first.setdefault(id(value), f"{path}.{name}"), {"": value}
             if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
-                raise NotKept(f"{path}.{name} is a {type(value).__name__}, which is more than its values")
-            place = first.setdefault(id(value), f"{path}.{name}")
-            rows.append([path, name, str(value.dtype), list(value.shape), list(value.stride()), str(value.device), place])
+                told = settings_of(value)
+                if told is None:
+                    raise NotKept(f"{path}.{name} is a {type(value).__name__}, which is more than its values")
+                rows.append([path, name, _name(type(value)), _code(type(value)), _plain(told)])
+                parts = parts_of(value)
+            for part, held in parts.items():
+                layout = [str(held.dtype), list(held.shape), list(held.stride()), str(held.device)]
+                rows.append([path, name, part, *layout, place])
     return of_text(rows, sorted(filter(None, (_code(kind) for kind in kinds))))
 
 
@@ -109,6 +117,8 @@ def _plain(value: Any) -> Any:
     """`value` for JSON, dataclasses as their fields. Raises NotKept for what has no text of its own."""
     if isinstance(value, _PLAIN):
         return value if isinstance(value, (bool, int, str, type(None))) else f"{type(value).__name__} {value!r}"
+    if isinstance(value, enum.Enum):
+        return [_name(type(value)), value.name]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         held = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return [_name(type(value)), _code(type(value)), held]
@@ -181,7 +191,7 @@ def _own_code() -> str:
         file.resolve()
         for root in (*package.__path__, *_subpackages())
         for file in Path(root).rglob("*")
-        if file.suffix in (".py", ".cpp")
+        if file.suffix in (".py", ".cpp", ".h")
     }
     digests = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     return of_text(digests)

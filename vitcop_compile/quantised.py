@@ -109,6 +109,13 @@ def parts_of(tensor: Tensor) -> dict[str, Tensor]:
     return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}  # type: ignore[attr-defined]
 
 
+def settings_of(tensor: Tensor) -> dict | None:
+    """How torchao reads the parts of `tensor`, a quantised weight; None for other subclasses."""
+    if not type(tensor).__module__.startswith("torchao.") or not is_traceable_wrapper_subclass(tensor):
+        return None
+    return tensor.__tensor_flatten__()[1]  # type: ignore[attr-defined]
+
+
 def _subclasses(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         # tensor-parallel plans have a refusal of their own

@@ -83,8 +83,18 @@ def _int8(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-# How linear layers are held.
-WEIGHTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {"float": lambda model: model, "int8": _int8}
+def _dynamic(model: PreTrainedModel) -> PreTrainedModel:
+    """As `_int8`, and the rows that weights multiply are rounded to int8, too, each with a scale of its own."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+# How linear layers are held, and what they multiply.
+WEIGHTS: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
+    "float": lambda model: model, "int8": _int8, "int8 dynamic": _dynamic,
+}  # fmt: skip
 
 
 def _text(shape: Shape) -> dict[str, Any]:

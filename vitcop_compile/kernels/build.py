@@ -54,6 +54,11 @@ def folder() -> Path:
     return store.folder("kernels") or Path(cache_dir()) / "vitcop"
 
 
+def text() -> str:
+    """All of the source."""
+    return "".join(path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))))
+
+
 def machine() -> str:
     """The CPU as far as compiled code and the speed of kernels depend on it."""
     wanted = ("model name", "flags", "Features", "CPU part")
@@ -85,7 +90,7 @@ def _native() -> str:
 
 def _key(flags: tuple[str, ...]) -> str:
     """Whatever the compiler: a library that is kept is loaded where none is installed."""
-    parts = (SOURCE.read_text(), repr(flags), torch.__version__, machine())
+    parts = (text(), repr(flags), torch.__version__, machine())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -119,6 +124,10 @@ def _describe() -> None:
     @torch.library.register_fake("vitcop_cpu::linear_few")
     def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+    @torch.library.register_fake("vitcop_cpu::linear_int8")
+    def _(input: Tensor, weight: Tensor) -> Tensor:
+        return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=torch.int32)
 
     @torch.library.register_fake("vitcop_cpu::decode_attention")
     def _(query: Tensor, key: Tensor, value: Tensor, scale: float, at: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .build import SOURCE, folder, load, machine
+from .build import folder, load, machine, text
 
 # Rows that `linear_few` takes.
 MOST_ROWS = 64
@@ -42,7 +42,8 @@ class Rule(NamedTuple):
 
 
 def rule(dtype: torch.dtype) -> Rule:
-    """The rule for products of float32, bfloat16 or float16 on this CPU.
+    """The rule for products of float32, bfloat16, float16 or int8 on this CPU; of int8, `few` alone says something: up to so
+    many rows `linear_int8` multiplies.
 
     Of 16, 32 and 64 rows of weights [1024, 1024] the kernel that is faster by a tenth is taken, and up to 8 rows `linear_few`,
     which reads the weights at the rate of memory. CPUs without instructions for half precision that are worth their while
@@ -55,8 +56,7 @@ def rule(dtype: torch.dtype) -> Rule:
 @functools.cache
 def _rule(dtype: torch.dtype, threads: int) -> Rule:
     load()
-    kernels = SOURCE.read_text()
-    key = sha256(repr((machine(), torch.__version__, kernels, str(dtype), threads, _WIDTH)).encode()).hexdigest()[:32]
+    key = sha256(repr((machine(), torch.__version__, text(), str(dtype), threads, _WIDTH)).encode()).hexdigest()[:32]
     path = folder() / f"rule-{key}.json"
     try:
         kept = json.loads(path.read_text())
@@ -74,10 +74,12 @@ def _measured(dtype: torch.dtype) -> Rule:
         weights = [_drawn(_WIDTH, dtype) for _ in range(2)]
         few = 8
         for rows in (16, 32, MOST_ROWS):
-            times = _times({"few": _few, "aten": F.linear}, rows, weights)
+            times = _times({"few": _few, "aten": _aten}, rows, weights)
             if times["few"] > _GAIN * times["aten"]:
                 break
             few = rows
+        if dtype == torch.int8:
+            return Rule(few, "aten")
         arms: dict[str, Callable[..., Tensor]] = {"aten": F.linear}
         if dtype != torch.float32:
             arms["wide"] = _wide
@@ -108,11 +110,18 @@ def _times(arms: dict[str, Callable[..., Tensor]], rows: int, weights: list[Tens
 
 def _drawn(rows: int, dtype: torch.dtype) -> Tensor:
     given = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
-    return torch.randn(rows, _WIDTH, **given).to(dtype)  # type: ignore[call-overload]
+    drawn = torch.randn(rows, _WIDTH, **given)  # type: ignore[call-overload]
+    return (32 * drawn).clamp(-128, 127).to(dtype) if dtype == torch.int8 else drawn.to(dtype)
 
 
 def _few(input: Tensor, weight: Tensor) -> Tensor:
+    if input.dtype == torch.int8:
+        return torch.ops.vitcop_cpu.linear_int8.default(input, weight)
     return torch.ops.vitcop_cpu.linear_few.default(input, weight, None)
+
+
+def _aten(input: Tensor, weight: Tensor) -> Tensor:
+    return torch._int_mm(input, weight.t()) if input.dtype == torch.int8 else F.linear(input, weight)
 
 
 def onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
