@@ -400,7 +400,7 @@ def test_quantised_models_are_told_apart_by_how_they_are_quantised(folder):
         lambda: torchao.Int8WeightOnlyConfig(),
         lambda: torchao.Int8DynamicActivationInt8WeightConfig(),
         lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(16)),
-        lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32)),
+        lambda: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(8)),
         lambda: torchao.Float8WeightOnlyConfig(),
     ]
     each = [fingerprint.of_model(quantised(config())) for config in configs]

@@ -158,12 +158,12 @@ def _load_inductor(folder: Path, bindings: Bindings, device: torch.device) -> Pr
 @register("inductor", graphs=True, kernels=True, keeper=Keeper(_compile_inductor, _load_inductor))
 def inductor(program: ExportedProgram) -> Program:
     """torch.compile of the whole graph at static shapes; with CUDA graphs on CUDA. Compiles at the first call."""
-    from .inductor_backend import UNCHECKED
+    from .inductor_backend import ON_CPU, UNCHECKED
 
     module = _for_inductor(program)
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
-    options = _cuda_options(decode=_single_rows(program)) if on_cuda else {}
-    return torch.compile(module, fullgraph=True, dynamic=False, options=options | UNCHECKED)
+    options = _cuda_options(decode=_single_rows(program)) | UNCHECKED if on_cuda else ON_CPU
+    return torch.compile(module, fullgraph=True, dynamic=False, options=options)
 
 
 def _check_aotinductor() -> None:

@@ -26,6 +26,8 @@ from .fingerprint import NotKept
 
 # Inductor checks every tensor that a program takes or makes, in Python, in every call: of a decoding step they are hundreds.
 UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
+# On a CPU a program is one C++ source: one call of the compiler instead of one a kernel, and no Python between kernels.
+ON_CPU = UNCHECKED | {"cpp_wrapper": True}
 _ARTIFACT, _LIBRARIES, _KERNELS = "program.bin", "libraries", "kernels"
 
 
@@ -47,7 +49,7 @@ def compile_kept(
     signature = Signature.of(examples)
     signature.write(folder)
     values = [weight.detach() for weight in weights.values()]
-    with torch.no_grad(), _scratch() as cache, config.patch(UNCHECKED):
+    with torch.no_grad(), _scratch() as cache, config.patch(ON_CPU):
         artifact = standalone_compile(lifted, [*values, *examples], dynamic_shapes="from_example_inputs", aot=True)
         artifact.save(path=str(folder / _ARTIFACT), format="binary")
         for library in cache.glob("*/*.so"):
