@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -24,6 +25,7 @@ from vitcop_compile.cli import app
 from vitcop_compile.cli.shared import question_of
 from vitcop_compile.explain import explain
 from vitcop_compile.layout import Segment
+from vitcop_compile.optimized import OptimizedModel
 
 TINY = {
     "vision_hidden": 32,
@@ -197,27 +199,45 @@ def test_demo_measures_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
-def test_the_dense_programs_are_compiled_by_a_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_programs_and_pruned_decode_are_compiled_by_a_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does what the first one would: the same model, request and keys of programs."""
     monkeypatch.setattr(demo, "SMALL", TINY)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(demo.os, "cpu_count", lambda: 2)
     started = []
     monkeypatch.setattr(demo.subprocess, "Popen", lambda command, **_: started.append(command))
-    demo._dense_elsewhere(demo.Options(prompt="Where?", seed=3, max_new_tokens=2, random=True))
+    demo._elsewhere(demo.Options(prompt="Where?", seed=3, max_new_tokens=2, random=True))
     (command,) = started
     assert command[1:3] == ["-m", "vitcop_compile.demo"]
-    arms = []
-    monkeypatch.setattr(demo, "_compile", lambda arm, subject, new_tokens, steps: arms.append((arm, subject, new_tokens)))
-    demo._compile_dense(json.loads(command[3]) | {"backend": "eager"})
-    ((arm, subject, new_tokens),) = arms
-    assert (arm.name, arm.model.pruning_config.prune, new_tokens) == ("dense", False, 2)
+    arms, kept = [], []
+    monkeypatch.setattr(
+        demo, "_compile_prompt", lambda arm, subject, new_tokens, steps: arms.append((arm, subject, new_tokens))
+    )
+    monkeypatch.setattr(demo, "_compile_decode", lambda arm, subject, new_tokens, cache, steps: arms.append(arm.name))
+    monkeypatch.setattr(demo.kernels, "begin", lambda: arms.append("kernels"))
+    monkeypatch.setattr(OptimizedModel, "keep", lambda fast, *asked, **more: kept.append((fast, asked, more)))
+    asked = json.loads(command[3]) | {"backend": "eager"}
+    demo._compile_elsewhere(asked)
+    first, (arm, subject, new_tokens), last = arms
+    assert (first, arm.name, last, arm.model.pruning_config.prune, new_tokens) == ("kernels", "dense", "dense", False, 2)
+    assert not kept  # nowhere
+    monkeypatch.setattr(demo, "optimize", functools.partial(_with_a_store, demo.optimize))
+    demo._compile_elsewhere(asked)
+    ((pruned, ([request], tokens), more),) = kept
+    assert pruned.pruning_config == ViTCoPConfig.preset(demo.Options().preset) and tokens == 2
+    assert request == (1, subject.text_tokens, [pruned.host.layout]) and more == {"processes": 1, "kinds": ("extend",)}
     here = demo._random(demo.Options(prompt="Where?", seed=3), demo.picture.load_image(None))
     assert subject.inputs["input_ids"].shape == here.inputs["input_ids"].shape
     for options in (demo.Options(backend="eager"), demo.Options(model="somewhere")):
-        assert demo._dense_elsewhere(options) is None
+        assert demo._elsewhere(options) is None
     monkeypatch.setattr(demo.os, "cpu_count", lambda: 1)
-    assert demo._dense_elsewhere(demo.Options()) is None and len(started) == 1
+    assert demo._elsewhere(demo.Options()) is None and len(started) == 1
+
+
+def _with_a_store(optimize: Any, *given: Any, **settings: Any) -> OptimizedModel:
+    fast = optimize(*given, **settings)
+    fast.on_demand.kept = fast  # anything but None
+    return fast
 
 
 def test_a_second_process_that_fails_is_named() -> None:

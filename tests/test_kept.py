@@ -133,6 +133,16 @@ def test_nothing_is_kept_where_the_store_is_off_or_the_model_has_hooks(folder, c
         optimize(models.shared(3), THIRD).warmup(run=False)
     with pytest.raises(InputError, match=r"keep\(\), or run=False leaves nothing where programs are not kept"):
         optimize(models.shared(3), THIRD).keep([(1, 4, [])])
+    with pytest.raises(InputError, match="kinds='decode' is no kind of program: use some of vision, tower"):
+        optimize(models.shared(3), THIRD).keep([(1, 4, [])], kinds=("vision", "decode"))
+
+
+def test_some_kinds_of_programs_are_kept_and_others_are_not(folder, counted):
+    fast = optimize(models.shared(3), THIRD, backend="counted")
+    fast.keep([(1, 14, [fast.host.layout])], 3, kinds=("extend",))
+    assert [key[0] for key in fast.compiled] == ["extend"] and counted == ["compile"]
+    answer(optimize(models.shared(3), THIRD, backend="counted"))
+    assert counted == ["compile", "compile", "compile", "load"]
 
 
 # What makes a program another

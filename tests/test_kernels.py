@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -308,6 +309,49 @@ def test_a_library_that_is_kept_is_loaded_without_a_compiler(monkeypatch, tmp_pa
     assert loaded == [str(tmp_path / f"cpu-{key}.so")]
     monkeypatch.setattr(build, "machine", lambda: "another")
     assert build._key(flags) != key
+
+
+def test_what_compilers_are_asked_once_is_asked_while_others_work(monkeypatch):
+    done = []
+
+    def library():
+        done.append("library")
+        raise UnsupportedError("no compiler")  # which `load` says
+
+    monkeypatch.setattr(build, "_library", library)
+    monkeypatch.setattr(build, "instructions", lambda: done.append("instructions"))
+    build.begin.__wrapped__()
+    for thread in threading.enumerate():
+        if thread.name == "vitcop-kernels":
+            thread.join()
+    assert done == ["library"]
+    monkeypatch.setattr(build, "_library", lambda: done.append("library"))
+    build._prepare()
+    assert done == ["library", "library", "instructions"]
+
+
+@pytest.mark.parametrize(("best", "asked"), [(True, ["best"]), (False, ["best", "all"])])
+def test_inductor_checks_the_best_instructions_alone_if_they_work(monkeypatch, best, asked):
+    from torch._inductor import config, cpu_vec_isa
+
+    found = []
+
+    @functools.cache
+    def known():
+        found.append("best" if config.cpp.vec_isa_ok else "all")
+        return found[-1]
+
+    class Best:
+        def __bool__(self):
+            assert config.cpp.vec_isa_ok is None  # inductor's own check
+            return best
+
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", known)
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: known() and Best())
+    build.instructions()
+    assert found == asked
+    build.instructions()
+    assert found == asked  # once
 
 
 def test_a_rule_is_measured_once_and_kept(aside, monkeypatch):

@@ -206,7 +206,9 @@ def test_inductor_copies_no_cache(programs, name, request):
     """It writes where the cache is: no buffer of a cache's shape is made, as one would be to copy it out and back."""
     inputs = programs.extend_inputs(BATCH, 1, ROWS) if name == "decode" else programs.prefill_inputs(BATCH, TEXT, 1, ROWS)
     _, (code,) = run_and_get_code(backend_of("inductor")(request.getfixturevalue(name)), *inputs)
-    sizes = {name: [int(n) for n in re.findall(r"\d+", held)] for name, held in re.findall(r"(int_array_\d+)\[\] = {(.*?)}", code)}
+    sizes = {
+        name: [int(n) for n in re.findall(r"\d+", held)] for name, held in re.findall(r"(int_array_\d+)\[\] = {(.*?)}", code)
+    }
     made = {tuple(sizes[name]) for name in re.findall(r"aoti_torch_empty_strided\(\d+, (\w+),", code)}
     assert "extern" in code and (BATCH, 1, 64) in made and not made & {(BATCH, 4, length + ROOM, 16) for length in LENGTHS}
 

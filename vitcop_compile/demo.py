@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from . import picture, toy
+from . import kernels, picture, toy
 from .backends import backend_of
 from .cache import CACHE_NAME, PrunedCache, Selection
 from .config import DEFAULT_PRESET, ViTCoPConfig
@@ -121,7 +121,9 @@ def run(options: Options, console: Console) -> Report:
         console.print(Text("A small LLaVA that was trained on pictures like this one (examples/README.md)."))
     elif options.model is None:
         console.print(Text(f"A LLaVA-1.5 architecture at small size, {NOTE}.", style="bold yellow"))
-    elsewhere = _dense_elsewhere(options)
+    if options.backend == "inductor" and not torch.cuda.is_available():
+        kernels.begin()
+    elsewhere = _elsewhere(options)
     try:
         return _run(options, config, image, elsewhere, steps, console)
     finally:
@@ -144,10 +146,11 @@ def _run(
         dense = optimize(subject.model, ViTCoPConfig.dense(), backend=options.backend, like=pruned)
         arms = [Arm("dense", dense), Arm("pruned", pruned)]
     console.print(table(config.schedule(arms[1].model.schedule.shape), subject.text_tokens))
-    _compile(arms[1], subject, options.max_new_tokens, steps)
-    if elsewhere is not None:
-        _join(elsewhere, steps, console)
-    _compile(arms[0], subject, options.max_new_tokens, steps)
+    for arm in arms[::-1]:
+        cache = _compile_prompt(arm, subject, options.max_new_tokens, steps)
+        if elsewhere is not None and arm.name == "pruned":
+            _join(elsewhere, steps, console)
+        _compile_decode(arm, subject, options.max_new_tokens, cache, steps)
     measure(arms, subject, options, steps)
     report = Report(arms[0], arms[1], _peak_bytes(subject.model.device), options.output)
     console.print(_results(report, options, subject.model))
@@ -262,49 +265,59 @@ def _pretrained(options: Options, name: str, image: Image.Image) -> Subject:
     return Subject(model.to(device).eval(), {name: batch[name] for name in names}, photo, processor.decode)
 
 
-def _compile(arm: Arm, subject: Subject, new_tokens: int, steps: Steps) -> None:
-    """Makes the programs that `generate` will ask for, by the same two calls."""
-
-    def made() -> str:
-        return f"[{', '.join(key[0] for key in arm.model.compiled) or 'nothing'} made]"
-
-    ids = subject.inputs["input_ids"]
-    with steps.step(f"{arm.name}: compiling vision, prefill", made):
-        cache = PrunedCache(max_length=ids.shape[1] + new_tokens)
+def _compile_prompt(arm: Arm, subject: Subject, new_tokens: int, steps: Steps) -> PrunedCache:
+    """Makes the programs that `generate` will ask for first, by the same call."""
+    with steps.step(f"{arm.name}: compiling vision, prefill", lambda: _made(arm)):
+        cache = PrunedCache(max_length=subject.inputs["input_ids"].shape[1] + new_tokens)
         arm.model(**subject.inputs, past_key_values=cache)
+    return cache
+
+
+def _compile_decode(arm: Arm, subject: Subject, new_tokens: int, cache: PrunedCache, steps: Steps) -> None:
+    """Makes the one that it will ask for then."""
     if new_tokens > 1:
-        with steps.step(f"{arm.name}: compiling decode", made):
-            arm.model(input_ids=ids[:, :1], past_key_values=cache)
+        with steps.step(f"{arm.name}: compiling decode", lambda: _made(arm)):
+            arm.model(input_ids=subject.inputs["input_ids"][:, :1], past_key_values=cache)
 
 
-def _dense_elsewhere(options: Options) -> subprocess.Popen | None:
-    """A process that compiles the dense programs meanwhile: torch keeps what is compiled, and this one finds it there.
+def _made(arm: Arm) -> str:
+    return f"[{', '.join(key[0] for key in arm.model.compiled) or 'nothing'} made]"
+
+
+def _elsewhere(options: Options) -> subprocess.Popen | None:
+    """A process that compiles the dense programs, and the pruned decode, meanwhile: this one finds them where they are kept.
 
     One thread of Python compiles one program at a time, whatever cores there are. None where nothing is compiled, where there
     is one core, on a GPU, and for a model that would have to be loaded twice.
     """
     if options.backend != "inductor" or options.model or (os.cpu_count() or 1) < 2 or torch.cuda.is_available():
         return None
-    names = ("backend", "prompt", "seed", "dtype", "max_new_tokens", "random")
+    names = ("backend", "preset", "prompt", "seed", "dtype", "max_new_tokens", "random")
     asked = json.dumps({name: getattr(options, name) for name in names})
     command = [sys.executable, "-m", "vitcop_compile.demo", asked]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def _join(process: subprocess.Popen, steps: Steps, console: Console) -> None:
-    with steps.step("dense: compiled by a second process meanwhile"):
+    with steps.step("all else: compiled by a second process meanwhile"):
         errors = process.communicate()[1]
     if process.returncode:
         said = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         console.print(Text(f"the second process failed, all is compiled here: {said}", style="yellow"))
 
 
-def _compile_dense(asked: dict[str, Any]) -> None:
-    """What the second process does: everything of a demo that the dense programs depend on."""
+def _compile_elsewhere(asked: dict[str, Any]) -> None:
+    """What the second process does: everything of a demo that these programs depend on."""
     options = Options(**asked)
+    kernels.begin()
     subject = _subject(options, picture.load_image(TRAINED / _asked()["picture"] if options.trained else None))
-    arm = Arm("dense", optimize(subject.model, ViTCoPConfig.dense(), backend=options.backend))
-    _compile(arm, subject, options.max_new_tokens, Steps(Console(quiet=True)))
+    dense = optimize(subject.model, ViTCoPConfig.dense(), backend=options.backend)
+    arm, steps = Arm("dense", dense), Steps(Console(quiet=True))
+    _compile_decode(arm, subject, options.max_new_tokens, _compile_prompt(arm, subject, options.max_new_tokens, steps), steps)
+    pruned = optimize(subject.model, ViTCoPConfig.preset(options.preset), backend=options.backend, like=dense)
+    if pruned.on_demand.kept is not None and options.max_new_tokens > 1:
+        request = (1, subject.text_tokens, [pruned.host.layout])
+        pruned.keep([request], options.max_new_tokens, processes=1, kinds=("extend",))
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -382,4 +395,4 @@ def _print_tokens(report: Report, subject: Subject, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    _compile_dense(json.loads(sys.argv[1]))
+    _compile_elsewhere(json.loads(sys.argv[1]))

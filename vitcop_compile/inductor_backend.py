@@ -124,11 +124,10 @@ def _scratch(libraries: Path | None = None) -> Iterator[Path]:
     The environment, which names the folder, belongs to all threads: what others compile meanwhile lies there, too, and must
     not vanish under them.
     """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
     if libraries is None:
-        pick_vec_isa()  # what the processor can do is found out once, in the common folder
+        kernels.instructions()  # once, in the common folder
     folder = tempfile.mkdtemp(prefix="vitcop-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if libraries is not None and libraries.is_dir():

@@ -19,7 +19,7 @@ from .fillers import fill
 from .host import Host, blank_words
 from .kept import Kept
 from .layout import Layout
-from .program_cache import ProgramCache, bytes_of
+from .program_cache import FIELDS, ProgramCache, bytes_of
 from .programs import Programs
 from .provider import Ask, Plan, bucket
 from .rehearsal import Rehearsal
@@ -169,6 +169,8 @@ class CompiledOnDemand:
 
         def make() -> tuple[Program, int, str]:
             found = None if self.kept is None else self.kept.load(key, schedule or self.schedule)
+            if found is None and self.backend.kernels and self.device.type == "cpu":
+                kernels.begin()
             compiled, size, how = found or self._compiled(key, export(), schedule or self.schedule)
             return self._owned(around(compiled)), size, how
 
@@ -302,18 +304,23 @@ class OptimizedModel(CompiledModel):
         requests: Sequence[tuple[int, int, Sequence[Layout]]],
         max_new_tokens: int = 64,
         processes: int | None = None,
+        kinds: Sequence[str] = tuple(FIELDS),
     ) -> None:
         """Exports, compiles and keeps every program that requests need, without calling one: `warmup` of several at once, for
         which the weights need no values.
 
         requests: of each the number of prompts, of text tokens, and the layouts of a prompt's images; processes: as in
-        `warmup`. Raises InputError as that does, and where programs are not kept.
+        `warmup`; kinds: of programs, as `compiled` names them first, others are left out. Raises InputError as that does, for
+        a kind that there is not, and where programs are not kept.
         """
+        if unknown := [kind for kind in kinds if kind not in FIELDS]:
+            raise InputError(f"kinds={unknown[0]!r} is no kind of program: use some of {', '.join(FIELDS)}")
         if self._on_demand.kept is None:
             raise InputError("keep(), or run=False leaves nothing where programs are not kept: set VITCOP_CACHE, or run them")
         asked: list[tuple[str, tuple]] = []
         for request in requests:
-            asked += [each for each in self._asked(self._blank(*request), max_new_tokens) if each not in asked]
+            found = self._asked(self._blank(*request), max_new_tokens)
+            asked += [each for each in found if each not in asked and each[0] in kinds]
         fill(self._on_demand, self.model, self.pruning_config, self.backend, asked, processes)
         for name, arguments in asked:
             getattr(self._on_demand, name)(*arguments)

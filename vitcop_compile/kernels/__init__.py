@@ -5,7 +5,7 @@ bfloat16 and float16, with sums in fp32. A weight has the input's type, or is in
 weights and caches once, at the rate of memory: see docs/performance.md.
 """
 
-from .build import load
+from .build import begin, instructions, load
 from .products import MOST_ROWS, Rule, onednn, rule
 
-__all__ = ["MOST_ROWS", "Rule", "load", "onednn", "rule"]
+__all__ = ["MOST_ROWS", "Rule", "begin", "instructions", "load", "onednn", "rule"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import platform
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -32,6 +34,40 @@ def load() -> None:
 
     Raises UnsupportedError where no compiler builds it, with what that says.
     """
+    torch.ops.load_library(str(_library()))
+    _describe()
+
+
+@functools.cache
+def begin() -> None:
+    """Starts what compilers are asked once a machine, the library and which instructions inductor may use, in a thread: they
+    take seconds, in which a graph is traced. `load` waits for it, and says what went wrong."""
+    threading.Thread(target=_prepare, name="vitcop-kernels").start()
+
+
+def _prepare() -> None:
+    with contextlib.suppress(Exception):  # whoever needs it says so
+        _library()
+        instructions()
+
+
+def instructions() -> None:
+    """Lets inductor find out which instructions it may use here: by its own check, two seconds of a compiler, of the best that
+    the processor says it has; of all of them, as inductor would, only where that fails."""
+    from torch._inductor import config, cpu_vec_isa
+
+    known = cpu_vec_isa.valid_vec_isa_list
+    if config.cpp.vec_isa_ok is None and hasattr(known, "cache_info") and not known.cache_info().currsize:
+        with config.patch({"cpp.vec_isa_ok": True}):
+            best = cpu_vec_isa.pick_vec_isa()
+        if best:
+            return
+        known.cache_clear()
+    cpu_vec_isa.pick_vec_isa()
+
+
+def _library() -> Path:
+    """Where it is, built. Raises UnsupportedError as `load` does."""
     flags = (*_FLAGS, _native(), _INTERFACE)
     target = folder() / f"cpu-{_key(flags)}.so"
     if not target.exists():
@@ -42,8 +78,7 @@ def load() -> None:
                 f"{target.parent} cannot be written ({error.strerror}): kernels for the CPU are built there; name a folder of "
                 f"your own in {store.FOLDER} or TORCHINDUCTOR_CACHE_DIR"
             ) from None
-    torch.ops.load_library(str(target))
-    _describe()
+    return target
 
 
 def folder() -> Path:
