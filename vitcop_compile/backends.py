@@ -162,7 +162,7 @@ def inductor(program: ExportedProgram) -> Program:
 
     module = _for_inductor(program)
     on_cuda = any(parameter.is_cuda for parameter in module.parameters())
-    options = _cuda_options(decode=_single_rows(program)) | UNCHECKED if on_cuda else ON_CPU
+    options: dict[str, Any] = _cuda_options(decode=_single_rows(program)) | UNCHECKED if on_cuda else ON_CPU
     return torch.compile(module, fullgraph=True, dynamic=False, options=options)
 
 
