@@ -20,7 +20,7 @@ from vitcop_compile.attention import sdpa_cached
 from vitcop_compile.bench.runner import timed
 from vitcop_compile.progress import Steps
 
-TYPES = ("float32", "bfloat16", "float16")
+TYPES = ("float32", "bfloat16", "float16", "int8")
 # Rows of a decoding step at batch 1 and 16, of a short turn, and of prefill at 1/9 and dense.
 ROWS = (1, 16, 64, 228, 640)
 # (batch, heads, key heads, rows, width of a head)
@@ -30,16 +30,16 @@ CACHES = ((1, 16, 16, 768, 64), (16, 16, 16, 768, 64), (1, 28, 4, 1024, 128), (1
 def products(shape: bench.Shape, rounds: int) -> Rows:
     """Milliseconds of the products of LAYERS layers by type, number of rows and kernel: "torch" is `F.linear`, "ours" what
     `lower_linear` takes by its rule, named in `chosen`; `to_torch` and `to_float32` are torch's time, and that of ours in
-    float32, over the row's."""
+    float32, over the row's. Of int8 by int8, "torch" is what torchao traces, "ours" what `lower_int8` makes of it."""
     kernels.load()
     hidden, wide = shape.hidden, shape.intermediate
     sizes = [size for _ in range(LAYERS) for size in [(hidden, hidden)] * 4 + [(wide, hidden)] * 2 + [(hidden, wide)]]
     calls: dict[tuple[str, int, str], Callable[[], Any]] = {}
     for dtype in TYPES:
-        weights = [torch.randn(size).to(getattr(torch, dtype)) for size in sizes]
+        weights = [_drawn(dtype, *size) for size in sizes]
         for rows in ROWS:
-            inputs = {width: torch.randn(1, rows, width).to(weights[0].dtype) for width in (hidden, wide)}
-            for name, kernel in (("torch", linear), ("ours", _ours(weights[0].dtype, rows))):
+            inputs = {width: _drawn(dtype, rows, width) for width in (hidden, wide)}
+            for name, kernel in (("torch", _torchao if dtype == "int8" else linear), ("ours", _ours(weights[0].dtype, rows))):
                 calls[dtype, rows, name] = _all(kernel, inputs, weights)
     with torch.no_grad():
         times = timed(calls, rounds, Steps(Console(stderr=True)), "products")
@@ -96,8 +96,23 @@ def _all(kernel: Callable[..., Tensor], inputs: dict[int, Tensor], weights: list
     return lambda: [kernel(inputs[weight.shape[1]], weight) for weight in weights]
 
 
+def _drawn(dtype: str, rows: int, width: int) -> Tensor:
+    return (torch.randn(rows, width) * (32 if dtype == "int8" else 1)).clamp(-127, 127).to(getattr(torch, dtype))
+
+
+def _torchao(x: Tensor, weight: Tensor) -> Tensor:
+    """What torchao traces of a product of int8: without a sign, and the weight's sums taken from it."""
+    turned = weight.t()
+    whole = torch._int_mm((x.to(torch.int32) + 128).to(torch.uint8), turned)
+    return whole - turned.sum([0], keepdim=True, dtype=torch.int32) * 128
+
+
 def _ours(dtype: torch.dtype, rows: int) -> Callable[..., Tensor]:
-    """What `lower_linear` makes of a product."""
+    """What `lower_linear`, or `lower_int8`, makes of a product."""
+    if dtype == torch.int8:
+        few_rows = rows <= kernels.rule(dtype).few
+        int8 = torch.ops.vitcop_cpu.linear_int8.default
+        return int8 if few_rows else lambda x, weight: torch._int_mm(x, weight.t())
 
     def few(x: Tensor, weight: Tensor) -> Tensor:
         return torch.ops.vitcop_cpu.linear_few.default(x, weight, None)

@@ -22,7 +22,10 @@ from vitcop_compile.progress import Steps
 from vitcop_compile.schedule import Method, Schedule
 
 # How a model is loaded, by name: its type, and how its linear layers are held.
-PRECISIONS = {"float32": ("float32", "float"), "bfloat16": ("bfloat16", "float"), "int8": ("float32", "int8")}
+PRECISIONS = {
+    "float32": ("float32", "float"), "bfloat16": ("bfloat16", "float"), "int8": ("float32", "int8"),
+    "int8 dynamic": ("float32", "int8 dynamic"),
+}  # fmt: skip
 BACKENDS = ("inductor", "aotinductor", "onnxruntime", "openvino")
 STAGES = ("vision", "prefill", "decode", "ttft")
 COLUMNS = ("backend", "precision", "preset", "vision_ms", "prefill_ms", "decode_ms", "ttft_ms", "selection_ms", "tokens_per_s",
@@ -174,7 +177,7 @@ def _ideals(key: Key, schedule: Schedule, case: Case) -> dict[str, float]:
     """Ratios to dense, were time FLOPs, or in decode bytes of weights and caches."""
     text, new, batch = case.text_tokens, case.new_tokens, case.batch
     weights = schedule.weight_bytes()
-    if case.shape.weights == "int8":
+    if case.shape.weights.startswith("int8"):
         weights //= schedule.shape.element_bytes  # a byte each; a scale for each row is next to nothing
     dense, pruned = (weights + batch * rows for rows in (schedule.dense_kv_bytes(text, new), schedule.kv_bytes(text, new)))
     vision = schedule.dense_vision_flops() / schedule.vision_flops()

@@ -23,8 +23,9 @@ def lower_int8(module: fx.GraphModule, rule: Callable[[torch.dtype], Rule] = rul
     weight as it is: traced, the whole weight is widened for every product, a byte read, and four written and read again for
     each number, more than a float weight costs. More rows pay for it.
 
-    `aten._int_mm` of rows that were rounded to int8 becomes `vitcop_cpu.linear_int8`, or, of many rows, `aten._int_mm` of int8
-    by int8: traced, the rows have 128 added, and every call sums up the weight to take that away again. Sums are exact.
+    `aten._int_mm` of few rows that were rounded to int8 becomes `vitcop_cpu.linear_int8`. Traced on a processor with VNNI, the
+    rows have 128 added, and every call sums up the weight to take that away again: more rows, too, become a product of int8
+    by int8. Sums are exact.
 
     Scales stay where the graph applies them. Other types and devices are left alone.
     """
@@ -34,6 +35,8 @@ def lower_int8(module: fx.GraphModule, rule: Callable[[torch.dtype], Rule] = rul
         if node.target is _aten.mm.default:
             _floats(node, rule)
         elif node.target in (_aten.sub.Tensor, _aten.sub_.Tensor):
+            _unsigned(node, rule)
+        elif node.target is _aten._int_mm.default:
             _bytes(node, rule)
     return finish(module)
 
@@ -46,7 +49,7 @@ def _floats(node: fx.Node, rule: Callable[[torch.dtype], Rule]) -> None:
         node.target, node.args = torch.ops.vitcop_cpu.linear_few.default, (node.args[0], weight, None)
 
 
-def _bytes(node: fx.Node, rule: Callable[[torch.dtype], Rule]) -> None:
+def _unsigned(node: fx.Node, rule: Callable[[torch.dtype], Rule]) -> None:
     """`node` takes from a product of bytes without a sign what is too much."""
     product, over = node.args
     if not isinstance(product, fx.Node) or product.target is not _aten._int_mm.default or len(product.users) != 1:
@@ -65,14 +68,21 @@ def _bytes(node: fx.Node, rule: Callable[[torch.dtype], Rule]) -> None:
         unsigned, rows = [*unsigned, *inner.users], inner
     if not isinstance(rows, fx.Node) or rows.meta["val"].dtype != torch.int8:
         return
-    if value.shape[0] <= rule(torch.int8).few:
-        node.target, node.args = torch.ops.vitcop_cpu.linear_int8.default, (rows, weight)
-    else:
-        node.target, node.args = _aten._int_mm.default, (rows, turned)
+    node.target, node.args = _aten._int_mm.default, (rows, turned)
+    _bytes(node, rule)
     # Asserted types would keep alive what nothing reads any more.
     for user in unsigned:
         if user.target is _aten._assert_tensor_metadata.default and user.args[0] is not rows:
             user.graph.erase_node(user)
+
+
+def _bytes(node: fx.Node, rule: Callable[[torch.dtype], Rule]) -> None:
+    rows, turned = node.args
+    value, weight = rows.meta.get("val") if isinstance(rows, fx.Node) else None, _weight(turned)
+    if weight is None or value is None or value.device.type != "cpu" or value.dtype != torch.int8:
+        return
+    if value.shape[0] <= rule(torch.int8).few:
+        node.target, node.args = torch.ops.vitcop_cpu.linear_int8.default, (rows, weight)
 
 
 def _argument(node: object, targets: Sequence[object], second: object = None) -> fx.Node | None:

@@ -243,7 +243,7 @@ def test_every_precision_backend_and_budget_has_a_row(suite):
               for given in partial]  # fmt: skip
     assert [len(stages) for stages in filled] == [1, 2, 3, 4, 5]
     assert [(row["precision"], row["preset"]) for row in rows] == [
-        (precision, preset) for precision in ("float32", "bfloat16", "int8") for preset in ("dense", "1/9")
+        (precision, preset) for precision in ("float32", "bfloat16", "int8", "int8 dynamic") for preset in ("dense", "1/9")
     ]
     for row in rows:
         assert row["refused"] is None and row["peak_mib"] is None
@@ -253,12 +253,12 @@ def test_every_precision_backend_and_budget_has_a_row(suite):
         assert (row["prefill_to_float32"] is None) == (row["precision"] == "float32")
     table = bench.markdown({"environment": bench.environment() | {"device": "cpu", "dtype": "-", "rounds": 1}, "rows": rows},
                            suite.TABLES["precisions"].columns)  # fmt: skip
-    assert table.count("\n| eager |") == 6
+    assert table.count("\n| eager |") == 8
 
 
 def test_what_an_arm_is_refused_for_stands_in_its_row(suite):
     *_, rows = suite.precisions.precisions(TINY_SHAPE, 1, (), 1, backends=("tensorrt",), memory=False)
-    assert [row["vision_ms"] for row in rows] == [None] * 3 and all("tensorrt" in row["refused"] for row in rows)
+    assert [row["vision_ms"] for row in rows] == [None] * 4 and all("tensorrt" in row["refused"] for row in rows)
 
 
 def test_rows_that_come_piece_by_piece_are_saved_as_they_come(suite):

@@ -221,7 +221,8 @@ def test_few_rows_by_int8_weights_take_the_kernel_for_them() -> None:
 
 @pytest.mark.slow
 def test_rows_of_int8_are_multiplied_as_bytes_and_weights_are_not_summed_up() -> None:
-    """Few rows by the kernel for them, more by torch's product of int8 by int8; what comes out is the same, digit by digit."""
+    """Few rows by the kernel for them, more by torch's product of int8 by int8; what comes out is the same, digit by digit.
+    What torchao traces is another on processors with AMX."""
     kernels.load()
     programs = pruned("dynamic").programs
     for tokens, few in ((1, LAYERS * 7 + 1), (16, 1)):
@@ -265,6 +266,21 @@ def test_other_products_are_left_alone() -> None:
     assert lowered(x[:6]) == (True, True) and lowered(x) == (True, False)
     assert lowered(x[:6], shift=127) == lowered(x[:6], again=True) == lowered(x[:6], width=1) == (False, False)
     assert lowered(x[:6].short()) == (False, False)  # nor rows that no int8 holds
+
+
+@pytest.mark.parametrize(("rows", "few"), [(8, True), (9, False)])
+def test_a_plain_product_of_int8(rows: int, few: bool) -> None:
+    """As torchao traces it where VNNI is missing, or AMX is there."""
+    kernels.load()
+    x = torch.arange(-54, 54, dtype=torch.int8)[: 6 * rows].reshape(rows, 6)
+    weight = torch.arange(-18, 18, dtype=torch.int8).reshape(6, 6)
+    module = lower_int8(
+        make_fx(lambda x, weight: torch._int_mm(x, weight.t()), tracing_mode="fake")(x, weight),
+        lambda _: kernels.Rule(8, "aten"),
+    )
+    assert torch.equal(module(x, weight).long(), x.long() @ weight.long().T)
+    targets = [node.target for node in module.graph.nodes]
+    assert (torch.ops.vitcop_cpu.linear_int8.default in targets) == few
 
 
 # Changes

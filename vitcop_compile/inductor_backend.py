@@ -26,8 +26,9 @@ from .fingerprint import NotKept
 
 # Inductor checks every tensor that a program takes or makes, in Python, in every call: of a decoding step they are hundreds.
 UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
-# On a CPU a program is one C++ source: one call of the compiler instead of one a kernel, and no Python between kernels.
-ON_CPU = UNCHECKED | {"cpp_wrapper": True}
+# On a CPU a program is two C++ sources, what calls and what is called: two calls of the compiler instead of one a kernel, and no
+# Python between kernels. As one source, all of it would be optimized as kernels are, and the time grows with the layers.
+ON_CPU = UNCHECKED | {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
 _ARTIFACT, _LIBRARIES, _KERNELS = "program.bin", "libraries", "kernels"
 
 
@@ -52,9 +53,13 @@ def compile_kept(
     with torch.no_grad(), _scratch() as cache, config.patch(ON_CPU):
         artifact = standalone_compile(lifted, [*values, *examples], dynamic_shapes="from_example_inputs", aot=True)
         artifact.save(path=str(folder / _ARTIFACT), format="binary")
-        for library in cache.glob("*/*.so"):
-            (folder / _LIBRARIES / library.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(library, folder / _LIBRARIES / library.parent.name / library.name)
+        for built in (*cache.glob("*/*.so"), *cache.glob("*/*.o")):
+            place = folder / _LIBRARIES / built.parent.name / built.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if built.suffix == ".so":
+                shutil.copyfile(built, place)
+            else:
+                place.touch()  # inductor compiles what is not there, and links nothing where the library is
     return _calling(artifact, values, signature)
 
 
@@ -66,7 +71,7 @@ def load(folder: Path, bindings: Bindings, device: torch.device) -> Callable[...
     values = list(bindings.read(folder, device).values())
     # That this processor runs what was compiled for it is part of the key: it is not tried again.
     known = {} if config.cpp.vec_isa_ok is not None else {"cpp.vec_isa_ok": True}
-    with _scratch(folder / _LIBRARIES), config.patch(known), _without_headers():
+    with _scratch(folder / _LIBRARIES), config.patch(ON_CPU | known), _without_headers():
         artifact = CompiledArtifact.load(path=str(folder / _ARTIFACT), format="binary")
     return _calling(artifact, values, Signature.read(folder, device))
 
