@@ -26,8 +26,8 @@ from .fingerprint import NotKept
 
 # Inductor checks every tensor that a program takes or makes, in Python, in every call: of a decoding step they are hundreds.
 UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
-# On a CPU a program is two C++ sources, what calls and what is called: two calls of the compiler instead of one a kernel, and no
-# Python between kernels. As one source, all of it would be optimized as kernels are, and the time grows with the layers.
+# On a CPU a program is two C++ sources, what calls and what is called: two calls of the compiler instead of one a kernel, and
+# no Python between kernels. As one source, all of it would be optimized as kernels are, and the time grows with the layers.
 ON_CPU = UNCHECKED | {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
 _ARTIFACT, _LIBRARIES, _KERNELS = "program.bin", "libraries", "kernels"
 
