@@ -203,40 +203,27 @@ def test_programs_hold_the_model_s_own_int8_weights() -> None:
 
 
 @pytest.mark.slow
-def test_few_rows_by_int8_weights_take_the_kernel_for_them() -> None:
-    """As many as a decode step has, and the head of a longer turn; more rows keep the product that torchao traces."""
+@pytest.mark.parametrize(
+    ("kind", "kernel", "other", "atol"),
+    [("int8", "linear_few", "mm", 1e-5), ("dynamic", "linear_int8", "_int_mm", 0.0)],
+)
+def test_few_rows_take_the_kernel_for_their_weights(kind: str, kernel: str, other: str, atol: float) -> None:
+    """As many as a decode step has, and the head of a longer turn; more rows keep torch's product. That of int8 by int8 comes
+    out the same, digit by digit, without its weights summed up in every call, whatever torchao traces on this processor."""
     kernels.load()
-    programs = pruned("int8").programs
+    programs = pruned(kind).programs
     for tokens, few in ((1, LAYERS * 7 + 1), (16, 1)):
         program = programs.export_extend(1, tokens, (40, 40, 40), in_place=False)
         inputs = programs.extend_inputs(1, tokens, (40, 40, 40))
         expected = program.module(check_guards=False)(*inputs)
         module = lower_int8(program.module(check_guards=False), lambda _: kernels.Rule(8, "aten"))
         targets = [node.target for node in module.graph.nodes]
-        assert targets.count(torch.ops.vitcop_cpu.linear_few.default) == few
-        assert targets.count(torch.ops.aten.mm.default) == LAYERS * 7 + 1 - few
-        for found, right in zip(module(*inputs), expected, strict=True):
-            torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_rows_of_int8_are_multiplied_as_bytes_and_weights_are_not_summed_up() -> None:
-    """Few rows by the kernel for them, more by torch's product of int8 by int8; what comes out is the same, digit by digit.
-    What torchao traces is another on processors with AMX."""
-    kernels.load()
-    programs = pruned("dynamic").programs
-    for tokens, few in ((1, LAYERS * 7 + 1), (16, 1)):
-        program = programs.export_extend(1, tokens, (40, 40, 40), in_place=False)
-        inputs = programs.extend_inputs(1, tokens, (40, 40, 40))
-        expected = program.module(check_guards=False)(*inputs)
-        module = lower_int8(program.module(check_guards=False), lambda _: kernels.Rule(8, "aten"))
-        targets = [node.target for node in module.graph.nodes]
-        assert targets.count(torch.ops.vitcop_cpu.linear_int8.default) == few
-        assert targets.count(torch.ops.aten._int_mm.default) == LAYERS * 7 + 1 - few
+        assert targets.count(getattr(torch.ops.vitcop_cpu, kernel).default) == few
+        assert targets.count(getattr(torch.ops.aten, other).default) == LAYERS * 7 + 1 - few
         assert torch.ops.aten.sum.dim_IntList not in targets
         assert not [node for node in module.graph.nodes if node.args[1:2] == (torch.uint8,)]
         for found, right in zip(module(*inputs), expected, strict=True):
-            assert torch.equal(found, right)
+            torch.testing.assert_close(found, right, atol=atol, rtol=atol)
 
 
 def _products(x: Tensor, shift: int = 128, again: bool = False, width: int = 0) -> fx.GraphModule:

@@ -52,8 +52,8 @@ def _prepare() -> None:
 
 
 def instructions() -> None:
-    """Lets inductor find out which instructions it may use here: by its own check, two seconds of a compiler, of the best that
-    the processor says it has; of all of them, as inductor would, only where that fails."""
+    """Lets inductor find out which instructions it may use here: by its own check, a second or two of a compiler, of the best
+    that the processor says it has; of all of them, as inductor would, only where that fails."""
     from torch._inductor import config, cpu_vec_isa
 
     known = cpu_vec_isa.valid_vec_isa_list
