@@ -382,20 +382,26 @@ def test_a_kept_program_of_a_quantised_model_reads_the_bytes_of_another(tmp_path
     def quantised(seed: int) -> Any:
         model = models.llava(3, seed=seed)
         config = torchao.Int8DynamicActivationInt8WeightConfig()
-        torchao.quantize_(model, config, filter_fn=lambda module, name: name.endswith("layers.1.self_attn.q_proj"))
+        torchao.quantize_(model, config, filter_fn=lambda module, name: name.endswith("layers.1.mlp.up_proj"))
         return vitcop_compile.optimize(model, ViTCoPConfig.dense(), backend="eager")
 
     one, other = quantised(0), quantised(5)
     keeper = backends.backend_of("inductor").keeper
     keeper.compile(one.programs.export_extend(1, 1, (9,)), tmp_path, Bindings(one.model))
     loaded = keeper.load(tmp_path, Bindings(other.model), CPU)
-    inputs = [value.clone() for value in other.programs.extend_inputs(1, 1, (9,))]
-    expected = other.programs.export_extend(1, 1, (9,)).module(check_guards=False)(*[value.clone() for value in inputs])
-    found = loaded(*inputs)
-    torch.testing.assert_close(found[0], expected[0], atol=1e-2, rtol=0)  # a rounding to another int8 is 1e-3
-    assert not torch.allclose(
-        found[0], one.programs.export_extend(1, 1, (9,)).module(check_guards=False)(*inputs)[0], atol=0.1
-    )
+    told = [value.clone() for value in other.programs.extend_inputs(1, 1, (9,))]
+
+    def said(program: Any) -> torch.Tensor:
+        return program(*[value.clone() for value in told])[0]
+
+    with torch.no_grad():
+        eager, first = (fast.programs.export_extend(1, 1, (9,)).module(check_guards=False) for fast in (other, one))
+        found = said(loaded)
+        torch.testing.assert_close(found, said(eager), atol=1e-2, rtol=0)  # a rounding to another int8 is 1e-3
+        assert not torch.allclose(found, said(first), atol=0.1)
+        other.model.model.language_model.layers[1].mlp.up_proj.weight.qdata.neg_()  # and follows them
+        torch.testing.assert_close(said(loaded), said(eager), atol=1e-2, rtol=0)
+        assert not torch.allclose(said(loaded), found, atol=0.1)
 
 
 def test_quantised_models_are_told_apart_by_how_they_are_quantised(folder):
